@@ -1,0 +1,32 @@
+"""TCP socket lifecycles: who closed first, who is left in TIME_WAIT, when the port is free.
+
+Public names are loaded when first used, so that `import timewait` stays cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_HOME: dict[str, str] = {
+    "State": "timewait.tcp.states",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module = import_module(_HOME[name])
+    except KeyError:
+        raise AttributeError(f"module 'timewait' has no attribute {name!r}") from None
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,81 @@
+"""The `timewait` command: what there is, grouped by what people come for.
+
+A command's code lives in `timewait/commands/NAME.py` as `command`, a click
+command, and is imported only when it is called. Trouble is one line on
+stderr and exit status 2; 0 and 1 are a command's own yes and no.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Final, NoReturn
+
+import click
+
+__all__ = ["SECTIONS", "main"]
+
+# Section -> command -> its line in the help (kept here so that help imports nothing).
+SECTIONS: Final[dict[str, dict[str, str]]] = {
+    "Run and see": {},
+    "Ask about a port": {},
+    "Check": {},
+    "Laboratory": {},
+}
+
+
+class _Commands(click.Group):
+    """Commands by section, each loaded from its own file when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for section in SECTIONS.values() for name in section]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        command = import_module(f"timewait.commands.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, section in SECTIONS.items():
+            if section:
+                with formatter.section(title):
+                    formatter.write_dl(list(section.items()))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="TCP socket lifecycles: who closed first, who is left in TIME_WAIT, when the port is "
+    "free, and whether what happened is what TCP allows.",
+)
+@click.version_option(package_name="timewait", message="timewait %(version)s")
+def _timewait() -> None:
+    pass
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 yes, 1 no, 2 trouble, 130 interrupted.
+
+    A command returns its exit status, raises `SystemExit`, or raises
+    `click.ClickException`, whose message becomes the one line of trouble.
+    """
+    try:
+        status = _timewait.main(args, prog_name="timewait", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as help_page:
+        print(help_page.format_message())
+        sys.exit(0)
+    except click.ClickException as trouble:
+        print(f"timewait: {' '.join(trouble.format_message().split())}", file=sys.stderr)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        print("timewait: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader (head, less) went away: nothing more to say, and nothing to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(status if isinstance(status, int) else 0)

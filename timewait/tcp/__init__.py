@@ -1,0 +1,1 @@
+"""The protocol: data and pure functions. No clock, no I/O, no asyncio, no logging."""
