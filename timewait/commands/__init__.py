@@ -1,1 +1,1 @@
-"""The commands, one file each; `timewait.cli` lists them and loads a file only when it is called."""
+"""The commands, one file each. `timewait.cli` lists them and loads a file when it is called."""
