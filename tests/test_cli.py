@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+from timewait import __version__ as version
+
 
 def timewait(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -20,3 +22,7 @@ def test_unknown_command_is_one_line_and_status_2() -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "nonsense" in done.stderr
+
+
+def test_version_is_the_package_s() -> None:
+    assert timewait("--version").stdout == f"timewait {version}\n"

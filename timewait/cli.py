@@ -14,6 +14,8 @@ from typing import Final, NoReturn
 
 import click
 
+from timewait import __version__
+
 __all__ = ["SECTIONS", "main"]
 
 # Section -> command -> its line in the help (kept here so that help imports nothing).
@@ -51,7 +53,7 @@ class _Commands(click.Group):
     help="TCP socket lifecycles: who closed first, who is left in TIME_WAIT, when the port is "
     "free, and whether what happened is what TCP allows.",
 )
-@click.version_option(package_name="timewait", message="timewait %(version)s")
+@click.version_option(__version__, message="timewait %(version)s")
 def _timewait() -> None:
     pass
 
