@@ -1,7 +1,7 @@
 """One typed record for each thing that happened, whoever saw it.
 
 Observers of the real kernel, the modelled host and the orchestrator all speak
-in these records; they go to structlog, to JSON Lines and back (`write`,
+in these records; they go to structlog (`log`), to JSON Lines and back (`Writer`,
 `read`), and the check reads nothing else. A record's `t` is in seconds since
 the run began, on a monotonic clock; an address is `(host, port)`, port 0 or
 host `"*"` meaning any.
@@ -12,9 +12,17 @@ none changes its meaning.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final, TypeAlias
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from types import TracebackType
+from typing import IO, Any, ClassVar, Final, NoReturn, TypeAlias, get_args
 
-from attrs import field, frozen
+import structlog
+from attrs import field, fields_dict, frozen
+from cattrs import Converter
+from cattrs.gen import make_dict_unstructure_fn
 
 from timewait.tcp.states import State
 
@@ -25,12 +33,19 @@ __all__ = [
     "Event",
     "Lost",
     "Note",
+    "Problem",
     "Restart",
     "Row",
     "RunStarted",
     "SegmentSeen",
     "Snapshot",
     "Transition",
+    "Writer",
+    "dump",
+    "load",
+    "log",
+    "read",
+    "strict_converter",
 ]
 
 SCHEMA: Final = 1
@@ -86,7 +101,9 @@ class Called:
     `actor` is who called ("server", "client-1"), `call` its name in the
     sockets API, `errno` the error's name ("EADDRINUSE") or None for success,
     `result` a small JSON value (bytes moved, an option's value). `socket`
-    distinguishes an actor's sockets where it has several.
+    distinguishes an actor's sockets where it has several. `t` is when the
+    call returned and `began` when it was made, so that whatever the call
+    caused lies between the two.
     """
 
     kind: ClassVar[str] = "call"
@@ -98,6 +115,7 @@ class Called:
     errno: str | None = None
     result: Any = None
     socket: str | None = None
+    began: float | None = None
 
 
 @frozen
@@ -193,3 +211,159 @@ class Note:
 
 
 Event: TypeAlias = RunStarted | Called | Transition | SegmentSeen | Snapshot | Restart | Lost | Note
+
+
+@frozen
+class Problem:
+    """What was wrong with line `line` (from 1) of an event file, in words."""
+
+    line: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.why}"
+
+
+def strict_converter() -> Converter:
+    """A cattrs converter that takes no string for a number and no number for a string.
+
+    Whole numbers are accepted where a float is asked for. States are names in
+    any spelling that `State.parse` knows.
+    """
+    converter = Converter(detailed_validation=False, omit_if_default=True)
+
+    def exactly(kind: type, *also: type) -> Callable[[Any, Any], Any]:
+        def take(value: Any, _: Any) -> Any:
+            if type(value) is kind or type(value) in also:
+                return kind(value)
+            raise ValueError(f"{_WORDS[kind]} is expected, not {json.dumps(value, default=str)}")
+
+        return take
+
+    for kind in (str, int, bool):
+        converter.register_structure_hook(kind, exactly(kind))
+    converter.register_structure_hook(float, exactly(float, int))
+    converter.register_structure_hook(State, lambda value, _: State.parse(str(value)))
+    converter.register_unstructure_hook(State, lambda state: state.name)
+    return converter
+
+
+_WORDS: Final = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+_KINDS: Final[dict[str, type]] = {event.kind: event for event in get_args(Event)}
+_FIELDS: Final = {kind: frozenset(fields_dict(event)) for kind, event in _KINDS.items()}
+
+
+@cache
+def _converter() -> Converter:
+    converter = strict_converter()
+    for event in _KINDS.values():
+        # The head is written whole: a reader must see the schema's number.
+        head = event is RunStarted
+        converter.register_unstructure_hook(
+            event, make_dict_unstructure_fn(event, converter, _cattrs_omit_if_default=not head)
+        )
+    return converter
+
+
+def dump(event: Event) -> dict[str, Any]:
+    """The event as a JSON object: its `kind`, then every field that is not its default."""
+    return {"kind": event.kind, **_converter().unstructure(event)}
+
+
+def load(record: Mapping[str, Any]) -> Event:
+    """The event of a JSON object; unknown fields are ignored.
+
+    Raises `ValueError` saying what is wrong: an unknown kind, a missing field,
+    a value of the wrong type.
+    """
+    kind = record.get("kind")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"unknown kind of event {json.dumps(kind)}")
+    try:
+        event: Event = _converter().structure(record, _KINDS[kind])
+    except KeyError as missing:
+        raise ValueError(f"{kind} without {missing.args[0]!r}") from None
+    except (TypeError, ValueError, OverflowError) as wrong:
+        raise ValueError(f"{kind}: {wrong}") from None
+    return event
+
+
+class Writer:
+    """Writes events to a file as JSON Lines, each line whole and flushed as it happens.
+
+    An interrupted run keeps what it saw. Raises `OSError` where the file
+    cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file: IO[bytes] = open(path, "wb", buffering=0)  # noqa: SIM115
+
+    def __call__(self, event: Event) -> None:
+        """Write one event."""
+        self._file.write(json.dumps(dump(event), separators=(",", ":")).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file; closing twice does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read(
+    lines: Iterable[bytes | str], problem: Callable[[Problem], object] | None = None
+) -> Iterator[Event]:
+    """The events of JSON Lines, such as an open file.
+
+    What is wrong with a line goes to `problem`, and what can be read still
+    comes: a field or a schema of the future is told and passed over, a line
+    that is no event, or only half of one, is told and left out. Without
+    `problem` the first one raises `ValueError` naming the line.
+    """
+
+    def fail(what: Problem) -> NoReturn:
+        raise ValueError(str(what))
+
+    tell = problem or fail
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        whole = line[-1:] in ("\n", b"\n")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            why = "not JSON" if whole else "cut off in the middle (its writer was stopped)"
+            tell(Problem(number, why))
+            continue
+        if not isinstance(record, dict):
+            tell(Problem(number, "not a JSON object"))
+            continue
+        try:
+            event = load(record)
+        except ValueError as wrong:
+            tell(Problem(number, str(wrong)))
+            continue
+        for name in record.keys() - _FIELDS[event.kind] - {"kind"}:
+            tell(Problem(number, f"{event.kind} has an unknown field {name!r}, passed over"))
+        if isinstance(event, RunStarted) and event.schema > SCHEMA:
+            tell(Problem(number, f"schema {event.schema} is newer than this one's {SCHEMA}"))
+        yield event
+
+
+def log(event: Event) -> None:
+    """Hand the event to structlog, at level debug, where the program has configured it.
+
+    Unconfigured structlog prints to standard output, which belongs to the
+    program; nothing is said there.
+    """
+    if structlog.is_configured():
+        structlog.get_logger("timewait").debug(event.kind, **_converter().unstructure(event))
