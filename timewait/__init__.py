@@ -12,7 +12,9 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOME: dict[str, str] = {
+    "HeldPort": "timewait.port",
     "State": "timewait.tcp.states",
+    "hold_port": "timewait.port",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
