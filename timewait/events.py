@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO, Any, ClassVar, Final, NoReturn, TypeAlias, get_args
 
 import structlog
-from attrs import field, fields_dict, frozen
+from attrs import define, field, fields_dict, frozen
 from cattrs import Converter
 from cattrs.gen import make_dict_unstructure_fn
 
@@ -53,15 +53,18 @@ SCHEMA: Final = 1
 Address: TypeAlias = tuple[str, int]
 
 
-@frozen
+@define(unsafe_hash=True)
 class Row:
     """One socket as netstat would print it, with what netstat does not tell.
+
+    Treat it as immutable: it is not frozen because that makes the tables of
+    busy hosts (tens of thousands of rows at a time) five times slower.
 
     `timer` is "retransmit", "keepalive", "time_wait", "probe" or None;
     `seconds_left` is until that timer fires, None where the observer cannot
     tell. `inode` is 0 for a socket that no process owns (TIME_WAIT, orphans),
     None where unknown. Queues are in bytes (for a listener: connections
-    waiting, and the backlog).
+    waiting, and the backlog). `uid` is the owner's, None where unknown.
     """
 
     local: Address

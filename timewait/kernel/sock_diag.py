@@ -1,0 +1,470 @@
+"""The kernel's table of TCP sockets, asked over netlink (sock_diag(7)).
+
+This is what `netstat` and `ss` show, with what they leave out: timers in
+milliseconds, TIME_WAIT and orphans included, all without root. The kernel
+filters (by state, and by port with a small program it runs for each socket),
+so that one watched port costs nothing for the host's other sockets, and one
+known connection is looked up directly.
+
+A table is not a snapshot: the kernel hands it over in pieces while sockets
+change. A socket that moves between pieces can be missed or come twice (the
+second is dropped here).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from attrs import frozen
+
+from timewait.events import Address, Row
+from timewait.tcp.states import State
+
+__all__ = ["Details", "SockDiag", "details", "lookup", "sockets"]
+
+# include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h
+_NETLINK_SOCK_DIAG: Final = 4
+_TCPDIAG_GETSOCK: Final = 18
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_NLMSG_ERROR: Final = 2
+_NLMSG_DONE: Final = 3
+_NLM_F_REQUEST: Final = 0x01
+_NLM_F_MULTI: Final = 0x02
+_NLM_F_DUMP_INTR: Final = 0x10
+_NLM_F_DUMP: Final = 0x300
+_REQ_BYTECODE: Final = 1
+_BC_JMP: Final = 1
+_BC_S_EQ: Final = 11
+_BC_D_EQ: Final = 12
+_NO_COOKIE: Final = b"\xff" * 8
+_TIME_WAIT_TIMER: Final = 3
+_TEXTS: Final = 1 << 16
+_TRIES: Final = 8
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+
+# nlmsghdr (length, type, flags, seq, pid), then inet_diag_msg: family, state, timer,
+# retransmits, ports, addresses, interface, cookie, expires, queues, uid, inode.
+_MESSAGE: Final = struct.Struct("=IHHI4xBBBBHH16s16s4xQIIIII")
+_FAMILY, _COOKIE = 4, 12
+_INT: Final = struct.Struct("=i")
+_BOTH_FAMILIES: Final = struct.Struct("=xxxB48xI4x")  # inet_diag_req
+_BY_FAMILY: Final = struct.Struct("=BBBxIHH16s16sI8s")  # inet_diag_req_v2
+_HEADER: Final = struct.Struct("=IHHI4x")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+_TIMERS: Final = (None, "retransmit", "keepalive", "time_wait", "probe")
+
+# RFC state -> the bits of inet_diag's state mask. SYN_RECEIVED is also the embryonic
+# NEW_SYN_RECV; CLOSED is BOUND_INACTIVE: bound, neither listening nor connected (Linux 6.8).
+_STATE_BITS: Final[dict[State, int]] = {
+    State.ESTABLISHED: 1 << 1,
+    State.SYN_SENT: 1 << 2,
+    State.SYN_RECEIVED: 1 << 3 | 1 << 12,
+    State.FIN_WAIT_1: 1 << 4,
+    State.FIN_WAIT_2: 1 << 5,
+    State.TIME_WAIT: 1 << 6,
+    State.CLOSED: 1 << 13,
+    State.CLOSE_WAIT: 1 << 8,
+    State.LAST_ACK: 1 << 9,
+    State.LISTEN: 1 << 10,
+    State.CLOSING: 1 << 11,
+}
+_CONNECTED: Final = sum(bits for state, bits in _STATE_BITS.items() if state is not State.CLOSED)
+_STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
+
+_AF_INET: Final = socket.AF_INET.value
+_ntohs: Final = socket.ntohs
+T = TypeVar("T")
+
+# include/uapi/linux/inet_diag.h, the attributes worth having, and tcp_info's first
+# fields (include/uapi/linux/tcp.h) up to those every kernel since 4.6 has.
+_EXT_INFO: Final = 1 << 1
+_ATTR_INFO: Final = 2
+_ATTR_SHUTDOWN: Final = 8
+_ATTR_SKV6ONLY: Final = 11
+_TCP_INFO: Final = struct.Struct("=8B24IQQQQII")
+_TCP_INFO_FIELDS: Final = (
+    *("state", "ca_state", "retransmits", "probes", "backoff", "options", "wscale", "flags"),
+    *("rto", "ato", "snd_mss", "rcv_mss", "unacked", "sacked", "lost", "retrans", "fackets"),
+    *("last_data_sent", "last_ack_sent", "last_data_recv", "last_ack_recv"),
+    *("pmtu", "rcv_ssthresh", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "advmss"),
+    *("reordering", "rcv_rtt", "rcv_space", "total_retrans"),
+    *("pacing_rate", "max_pacing_rate", "bytes_acked", "bytes_received"),
+    *("segs_out", "segs_in"),
+)
+
+
+@frozen
+class Details:
+    """One socket and all the kernel tells about it.
+
+    `cookie` names the socket as long as it lives, through TIME_WAIT too;
+    `family` is `socket.AF_INET` or `AF_INET6` (an IPv6 socket may carry IPv4
+    addresses); `v6only` is told of IPv6 sockets that listen or are only bound,
+    None otherwise; `shutdown` has bit 1 set for receiving and 2 for sending,
+    and is 0 for TIME_WAIT. `info` is TCP_INFO by the kernel's names without
+    the `tcpi_` prefix, in the kernel's units; None unless asked for, or where
+    the socket has none.
+    """
+
+    row: Row
+    family: int
+    cookie: int
+    v6only: bool | None = None
+    shutdown: int = 0
+    info: dict[str, int] | None = None
+
+
+def sockets(
+    port: int | None = None,
+    *,
+    states: Iterable[State] | None = None,
+    family: int | None = None,
+) -> list[Row]:
+    """All TCP sockets of this network namespace, or those with `port` at either end.
+
+    `states` limits them; without it, all but bound sockets that neither
+    listen nor connect, which are asked for as `State.CLOSED` (Linux 6.8 or
+    newer shows them). `family` is `socket.AF_INET` or `AF_INET6`; IPv4
+    connections of IPv6 sockets are AF_INET6 and show their IPv4 addresses.
+
+    Needs no privilege. Raises `OSError` where the kernel has no sock_diag.
+    """
+    with SockDiag() as diag:
+        return diag.sockets(port, states=states, family=family)
+
+
+def details(
+    port: int | None = None,
+    *,
+    states: Iterable[State] | None = None,
+    family: int | None = None,
+    info: bool = False,
+) -> list[Details]:
+    """As `sockets`, with each socket's cookie, family and, if asked for, TCP_INFO."""
+    with SockDiag() as diag:
+        return diag.details(port, states=states, family=family, info=info)
+
+
+def lookup(local: Address, remote: Address) -> Row | None:
+    """The one socket of this connection, found without a walk; None where there is none.
+
+    Raises `ValueError` for an address that is not numeric.
+    """
+    with SockDiag() as diag:
+        return diag.lookup(local, remote)
+
+
+class SockDiag:
+    """A netlink socket kept open for one who asks often: the functions above as methods.
+
+    It asks about the network namespace it was made in, whatever thread uses
+    it later. Not for two threads at once.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._socket = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
+            )
+        except AttributeError:
+            raise OSError(errno.EAFNOSUPPORT, "sock_diag is Linux only") from None
+        self._seq = 0
+        self._done, self._interrupted = True, False
+        # The kernel fills at most 32 KiB a message, and only where the reader showed it
+        # would take as much.
+        self._buffer = bytearray(1 << 16)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the netlink socket."""
+        self._socket.close()
+
+    def sockets(
+        self,
+        port: int | None = None,
+        *,
+        states: Iterable[State] | None = None,
+        family: int | None = None,
+    ) -> list[Row]:
+        """See `timewait.kernel.sock_diag.sockets`."""
+        return list(self._dump(self._rows, port, states, family).values())
+
+    def details(
+        self,
+        port: int | None = None,
+        *,
+        states: Iterable[State] | None = None,
+        family: int | None = None,
+        info: bool = False,
+    ) -> list[Details]:
+        """See `timewait.kernel.sock_diag.details`."""
+        extensions = _EXT_INFO if info else 0
+        return list(self._dump(self._details, port, states, family, extensions).values())
+
+    def lookup(self, local: Address, remote: Address) -> Row | None:
+        """See `timewait.kernel.sock_diag.lookup`."""
+        family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
+        request = _BY_FAMILY.pack(
+            family,
+            socket.IPPROTO_TCP,
+            0,
+            0xFFFFFFFF,
+            socket.htons(local[1]),
+            socket.htons(remote[1]),
+            socket.inet_pton(family, local[0]).ljust(16, b"\0"),
+            socket.inet_pton(family, remote[0]).ljust(16, b"\0"),
+            0,
+            _NO_COOKIE,
+        )
+        self._send(_SOCK_DIAG_BY_FAMILY, 0, request)
+        try:
+            rows = self._rows(dump=False)
+        except FileNotFoundError:
+            return None
+        # Without a connection the kernel answers with the listener that would take it.
+        return next((row for row in rows.values() if row.remote[1] == remote[1]), None)
+
+    def _dump(
+        self,
+        parse: Callable[[], dict[int, T]],
+        port: int | None,
+        states: Iterable[State] | None,
+        family: int | None,
+        extensions: int = 0,
+    ) -> dict[int, T]:
+        mask = _CONNECTED
+        if states is not None:
+            mask = 0
+            for state in states:
+                mask |= _STATE_BITS[state]
+        # The request's first form walks the table once for both families (the walk is most of a
+        # small query's time), its second form for one.
+        if family is None:
+            kind = _TCPDIAG_GETSOCK
+            request = _BOTH_FAMILIES.pack(extensions, mask)
+        else:
+            kind = _SOCK_DIAG_BY_FAMILY
+            request = _BY_FAMILY.pack(
+                family, socket.IPPROTO_TCP, extensions, mask, 0, 0, b"", b"", 0, b""
+            )
+        if port is not None:
+            program = _port_program(port)
+            request += _ATTRIBUTE.pack(4 + len(program), _REQ_BYTECODE) + program
+        for _ in range(_TRIES):
+            self._send(kind, _NLM_F_DUMP, request)
+            try:
+                return parse()
+            except InterruptedError:
+                continue
+        raise OSError(errno.EAGAIN, f"the socket table changed during each of {_TRIES} dumps")
+
+    def _send(self, kind: int, flags: int, request: bytes) -> None:
+        if not self._done:
+            # An earlier reader gave up midway (Ctrl-C): the kernel takes no new request
+            # before it has told the rest.
+            for size in self._received(dump=True):
+                for _ in self._messages(size):
+                    pass
+        self._seq += 1
+        header = _HEADER.pack(16 + len(request), kind, _NLM_F_REQUEST | flags, self._seq)
+        self._socket.sendto(header + request, (0, 0))
+
+    def _received(self, *, dump: bool) -> Iterator[int]:
+        """The sizes of the buffers that make up an answer, as each is received."""
+        self._done = self._interrupted = False
+        while not self._done:
+            size, _, flags, sender = self._socket.recvmsg_into([self._buffer])
+            if sender[0] != 0:
+                continue  # any process may send to a netlink socket; the kernel is pid 0
+            if flags & socket.MSG_TRUNC:
+                raise OSError(errno.EMSGSIZE, "sock_diag's answer was truncated")
+            yield size
+            if not dump:
+                self._done = True
+        if self._interrupted:
+            raise InterruptedError(errno.EINTR, "sock_diag: inconsistent dump")
+
+    def _messages(self, size: int) -> Iterator[tuple[int, int]]:
+        """Where each socket's message begins and ends in a buffer of `size` bytes.
+
+        Raises `OSError` with the kernel's errno or, for a buffer that makes
+        no sense, EBADMSG.
+        """
+        buffer = self._buffer
+        offset = 0
+        while offset < size:
+            if offset + 16 > size:
+                raise OSError(errno.EBADMSG, "sock_diag's answer ends within a header")
+            length, kind, flags, seq = _HEADER.unpack_from(buffer, offset)
+            end = offset + length
+            if length < 16 or end > size:
+                raise OSError(errno.EBADMSG, "sock_diag's answer has a wrong length")
+            if seq != self._seq:
+                return  # not an answer to what was asked last
+            self._interrupted = self._interrupted or bool(flags & _NLM_F_DUMP_INTR)
+            if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+                self._done = True
+                code = -_INT.unpack_from(buffer, offset + 16)[0] if length >= 20 else 0
+                if code > 0:
+                    raise OSError(code, f"sock_diag: {os.strerror(code)}")
+                return
+            if length < _MESSAGE.size:
+                raise OSError(errno.EBADMSG, "sock_diag's answer has a short message")
+            yield offset, end
+            offset += length + 3 & ~3
+
+    def _rows(self, *, dump: bool = True) -> dict[int, Row]:
+        """The answer as rows by cookie, so that a socket seen twice is one."""
+        rows: dict[int, Row] = {}
+        buffer = memoryview(self._buffer)
+        for size in self._received(dump=dump):
+            messages = self._uniform(size)
+            if messages is None:
+                messages = (_MESSAGE.unpack_from(buffer, at) for at, _ in self._messages(size))
+            for message in messages:
+                rows[message[_COOKIE]] = _row(message)
+        return rows
+
+    def _uniform(self, size: int) -> Iterator[tuple[Any, ...]] | None:
+        """All messages of a buffer in which they are alike; None where they are not.
+
+        TIME_WAIT comes in masses, as messages of one length. They are read at a
+        stride, which is twice as fast as looking at one header after the other.
+        """
+        buffer = self._buffer
+        stride, kind, flags, seq = _HEADER.unpack_from(buffer)
+        if (
+            size % max(stride, _MESSAGE.size)
+            or stride % 4
+            or (flags, seq) != (_NLM_F_MULTI, self._seq)
+            or kind in (_NLMSG_ERROR, _NLMSG_DONE)
+        ):
+            return None
+        # Byte i of every header at once: a slice with a stride is one loop in C.
+        for i, byte in enumerate(buffer[: _HEADER.size]):
+            if buffer[i:size:stride].count(byte) != size // stride:
+                return None
+        return _strided(stride).iter_unpack(memoryview(buffer)[:size])
+
+    def _details(self) -> dict[int, Details]:
+        buffer = self._buffer
+        found = {}
+        for size in self._received(dump=True):
+            for offset, end in self._messages(size):
+                message = _MESSAGE.unpack_from(buffer, offset)
+                attributes = dict(_attributes(buffer, offset + _MESSAGE.size, end))
+                v6only = attributes.get(_ATTR_SKV6ONLY)
+                shutdown = attributes.get(_ATTR_SHUTDOWN)
+                found[message[_COOKIE]] = Details(
+                    row=_row(message),
+                    family=message[_FAMILY],
+                    cookie=message[_COOKIE],
+                    v6only=None if v6only is None else v6only != b"\0",
+                    shutdown=shutdown[0] if shutdown else 0,
+                    info=_tcp_info(attributes.get(_ATTR_INFO)),
+                )
+        return found
+
+
+@cache
+def _strided(stride: int) -> struct.Struct:
+    return struct.Struct(f"{_MESSAGE.format}{stride - _MESSAGE.size}x")
+
+
+class _Texts(dict[bytes, str]):
+    """Addresses as text, each converted once; forgotten where there are too many."""
+
+    def __init__(self, convert: Callable[[bytes], str]) -> None:
+        self._convert = convert
+
+    def __missing__(self, address: bytes) -> str:
+        if len(self) >= _TEXTS:
+            self.clear()
+        text = self[address] = self._convert(address)
+        return text
+
+
+def _ipv4(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET, address[:4])
+
+
+def _ipv6(address: bytes) -> str:
+    if address.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, address[12:])
+    return socket.inet_ntop(socket.AF_INET6, address)
+
+
+_IPV4: Final = _Texts(_ipv4)
+_IPV6: Final = _Texts(_ipv6)
+
+
+def _row(message: tuple[Any, ...]) -> Row:
+    # fmt: off
+    (_, _, _, _, family, state, timer, retransmits, sport, dport, src, dst,
+     _, expires, recv_q, send_q, uid, inode) = message
+    # fmt: on
+    text = _IPV4 if family == _AF_INET else _IPV6
+    return Row(
+        (text[src], _ntohs(sport)),
+        (text[dst], _ntohs(dport)),
+        _STATES[state],
+        recv_q,
+        send_q,
+        _TIMERS[timer],
+        expires / 1000 if timer else None,
+        retransmits,
+        inode,
+        None if timer == _TIME_WAIT_TIMER else uid,  # a TIME_WAIT socket no longer knows
+    )
+
+
+def _attributes(buffer: bytearray, offset: int, end: int) -> Iterator[tuple[int, bytes]]:
+    while offset + 4 <= end:
+        length, kind = _ATTRIBUTE.unpack_from(buffer, offset)
+        if length < 4 or offset + length > end:
+            raise OSError(errno.EBADMSG, "sock_diag's answer has a wrong attribute length")
+        yield kind, bytes(buffer[offset + 4 : offset + length])
+        offset += length + 3 & ~3
+
+
+def _tcp_info(data: bytes | None) -> dict[str, int] | None:
+    if data is None:
+        return None
+    # An older kernel's structure is shorter, a newer one's longer: what is there is used.
+    padded = data[: _TCP_INFO.size].ljust(_TCP_INFO.size, b"\0")
+    return dict(zip(_TCP_INFO_FIELDS, _TCP_INFO.unpack(padded), strict=True))
+
+
+def _port_program(port: int) -> bytes:
+    """The kernel's filter for "the port is at either end" (inet_diag_bc_op, inet_diag.c).
+
+    Each operation says how far to go on for yes and for no; ending exactly at
+    the program's end accepts, four beyond it rejects.
+    """
+    operation = struct.Struct("=BBH").pack
+    return b"".join(
+        (
+            operation(_BC_S_EQ, 8, 12),
+            operation(0, 0, port),
+            operation(_BC_JMP, 4, 12),
+            operation(_BC_D_EQ, 8, 12),
+            operation(0, 0, port),
+        )
+    )
