@@ -13,7 +13,11 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _HOME: dict[str, str] = {
     "HeldPort": "timewait.port",
+    "Run": "timewait.run",
+    "Scenario": "timewait.scenario",
+    "ScenarioError": "timewait.scenario",
     "State": "timewait.tcp.states",
+    "StepHung": "timewait.orchestrator",
     "hold_port": "timewait.port",
 }
 

@@ -20,7 +20,10 @@ __all__ = ["SECTIONS", "main"]
 
 # Section -> command -> its line in the help (kept here so that help imports nothing).
 SECTIONS: Final[dict[str, dict[str, str]]] = {
-    "Run and see": {},
+    "Run and see": {
+        "run": "Do a scenario on the kernel, on the model or both, and compare",
+        "scenarios": "List the built-in scenarios",
+    },
     "Ask about a port": {},
     "Check": {},
     "Laboratory": {},

@@ -1,0 +1,151 @@
+"""`timewait run`: do a scenario on the kernel, on the model, or on both, and compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from attrs import evolve
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.rule import Rule
+from rich.text import Text
+
+from timewait import report
+from timewait.events import Writer
+from timewait.orchestrator import Waiting
+from timewait.run import Run, run_sync
+from timewait.scenario import BUILT_IN, Scenario, ScenarioError
+
+__all__ = ["command"]
+
+
+@click.command(
+    help="Run SCENARIO, a built-in name (see timewait scenarios) or a TOML file, and show at each "
+    "step the table that netstat would print, who closed first, who holds TIME_WAIT and for how "
+    "long, what starting the server again did, and whether TCP allows what was seen.",
+    epilog="Exit status: 0 what happened is what TCP allows, 1 it is not, 2 could not be run.",
+)
+@click.argument("scenario", metavar="SCENARIO")
+@click.option(
+    "--on",
+    type=click.Choice(["kernel", "model", "both"]),
+    default="kernel",
+    show_default=True,
+    help="The stack: this machine's kernel, the model, or both side by side.",
+)
+@click.option("--wait", is_flag=True, help="Really wait until the port is free (about 60 s).")
+@click.option("--host", metavar="ADDRESS", help="Listen on this address instead.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Use this port; 0 picks a free one.")
+@click.option(
+    "--clients", type=click.IntRange(1), metavar="N", help="So many clients (built-in scenarios)."
+)
+@click.option(
+    "--events",
+    type=click.Path(dir_okay=False),
+    metavar="FILE.jsonl",
+    help="Write every event there as it happens, as JSON Lines.",
+)
+@click.option("--allow-network", is_flag=True, help="Allow an address beyond loopback.")
+@click.option(
+    "--backend",
+    type=click.Choice(["asyncio", "trio"]),
+    default="asyncio",
+    show_default=True,
+    help="The event loop on the kernel.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(
+    scenario: str,
+    on: str,
+    wait: bool,
+    host: str | None,
+    port: int | None,
+    clients: int | None,
+    events: str | None,
+    allow_network: bool,
+    backend: str,
+    as_json: bool,
+) -> int:
+    """Run it, print what came of it, return 0 or 1."""
+    try:
+        chosen = _chosen(scenario, clients)
+        changes: dict[str, Any] = {"host": host, "port": port}
+        chosen = evolve(chosen, **{k: v for k, v in changes.items() if v is not None})
+        with ExitStack() as stack:
+            writer = stack.enter_context(Writer(events)) if events else None
+            runs = []
+            for each in ("kernel", "model") if on == "both" else (on,):
+                with _progress(wait and each == "kernel") as waiting:
+                    runs.append(
+                        run_sync(
+                            chosen,
+                            each,
+                            record=writer,
+                            wait=waiting or wait,
+                            allow_network=allow_network,
+                            backend=backend,
+                        )
+                    )
+                chosen = runs[0].scenario  # the port that was picked serves both
+    except ScenarioError as wrong:
+        raise click.ClickException(str(wrong)) from None
+    except OSError as wrong:
+        raise click.ClickException(f"{wrong.filename}: {wrong.strerror}") from None
+    if as_json:
+        click.echo(json.dumps({"scenario": chosen.name, "runs": [run.to_json() for run in runs]}))
+    else:
+        _show(chosen, runs)
+    return 0
+
+
+def _chosen(scenario: str, clients: int | None) -> Scenario:
+    if scenario not in BUILT_IN and (scenario.endswith(".toml") or Path(scenario).exists()):
+        if clients is not None:
+            raise ScenarioError("--clients is for built-in scenarios; a file says how many itself")
+        return Scenario.load(scenario)
+    return Scenario.built_in(scenario, 2 if clients is None else clients)
+
+
+def _show(scenario: Scenario, runs: list[Run]) -> None:
+    out = report.console()
+    out.print(
+        Text.assemble((scenario.name, "bold"), f": {scenario.about}" if scenario.about else "")
+    )
+    out.print(
+        Text(f"everything is on {scenario.host}, the server's port is {scenario.port}", "dim")
+    )
+    out.print()
+    out.print(report.side_by_side(runs, out.width))
+    out.print(Rule(style="dim"))
+    out.print(report.summary(runs))
+    out.print()
+    out.print(report.story(runs[0]))
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Waiting | None]:
+    """A bar on standard error that fills until the port is free."""
+    if not shown:
+        yield None
+        return
+    bar = Progress(
+        TextColumn("waiting until the port is free"),
+        BarColumn(),
+        TextColumn("{task.fields[left]}"),
+        TimeElapsedColumn(),
+        console=report.console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None, visible=False, left="")
+
+        def heard(waited: float, left: float | None) -> None:
+            total = waited + (left or 0.0)
+            text = f"{left:.0f} s by the kernel's timer" if left else "any moment"
+            bar.update(task, completed=waited, total=total, visible=True, left=text)
+
+        yield heard

@@ -1,0 +1,31 @@
+"""`timewait scenarios`: the built-in scenarios, a line each."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from timewait.scenario import BUILT_IN, Scenario
+
+__all__ = ["command"]
+
+
+@click.command(help="List the built-in scenarios; --toml NAME prints one, to make your own of.")
+@click.option("--toml", "name", metavar="NAME", help="Print the scenario as TOML.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(name: str | None, as_json: bool) -> int:
+    """Print the list, or one scenario."""
+    if name:
+        try:
+            click.echo(Scenario.built_in(name).to_toml(), nl=False)
+        except ValueError as wrong:
+            raise click.ClickException(str(wrong)) from None
+        return 0
+    if as_json:
+        click.echo(json.dumps([Scenario.built_in(name).to_dict() for name in BUILT_IN]))
+        return 0
+    width = max(map(len, BUILT_IN))
+    for each, (about, _) in BUILT_IN.items():
+        click.echo(f"{each:{width}}  {about}")
+    return 0

@@ -1,0 +1,282 @@
+"""What came back from a scenario: its events, and what they say.
+
+`run` and `run_sync` do a scenario on a stack and return a `Run`. Everything a
+`Run` answers is read from its events, so that one read back from a file of
+JSON Lines (`Run.from_events`) answers the same.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from importlib import import_module
+from ipaddress import ip_address
+from typing import Any, Literal, TypeAlias
+
+import anyio
+from attrs import define, frozen
+
+from timewait import events, report
+from timewait.events import Address, Called, Event, Row, RunStarted, Snapshot, Transition
+from timewait.orchestrator import Orchestrator, Waiting
+from timewait.scenario import Scenario, ScenarioError
+from timewait.stacks import KernelStack
+from timewait.tcp.states import State
+
+__all__ = ["RestartOutcome", "Run", "Side", "TimeWait", "run", "run_sync"]
+
+Side: TypeAlias = Literal["server", "client", "both"]
+
+_ACTIVE = frozenset({State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING, State.TIME_WAIT})
+_PASSIVE = frozenset({State.CLOSE_WAIT, State.LAST_ACK})
+
+
+@frozen
+class TimeWait:
+    """Who holds TIME_WAIT, in how many sockets, and for how many seconds yet.
+
+    As the last snapshot that had any showed it; `seconds_left` is the longest,
+    None where the observer has no timers.
+    """
+
+    holder: Side | None
+    sockets: int
+    seconds_left: float | None
+
+
+@frozen
+class RestartOutcome:
+    """What starting the server again did.
+
+    `ok` is None where it was not tried; `error` is the errno (compare with
+    `errno.EADDRINUSE`), `name` its name, `call` the call that failed.
+    `free_after` is in seconds from the attempt by the kernel's or the model's
+    own timers: 0.0 where it bound, None where nothing says when. `waited` is
+    how long it really took, None where nobody waited.
+    """
+
+    ok: bool | None
+    error: int | None = None
+    name: str | None = None
+    call: str | None = None
+    free_after: float | None = None
+    waited: float | None = None
+
+
+@define(slots=False)
+class Run:
+    """One performance of a scenario on one stack."""
+
+    scenario: Scenario
+    stack: str
+    observer: str
+    blind: tuple[str, ...]
+    profiles: dict[str, str]
+    events: tuple[Event, ...]
+
+    @classmethod
+    def from_events(cls, events: Iterable[Event]) -> Run:
+        """The run that these events, from `timewait.events.read`, tell of.
+
+        Raises `ValueError` where they do not begin with a run's head.
+        """
+        stream = tuple(events)
+        head = stream[0] if stream else None
+        if not isinstance(head, RunStarted):
+            raise ValueError("these events do not begin with a run's head")
+        scenario = Scenario.from_dict(head.scenario or {})
+        return cls(scenario, head.stack, head.observer, head.blind, head.profiles, stream)
+
+    @property
+    def port(self) -> int:
+        """The server's port."""
+        return self.scenario.port
+
+    @cached_property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """The tables of sockets, one after each step."""
+        return tuple(event for event in self.events if isinstance(event, Snapshot))
+
+    def side(self, row: Row) -> Literal["server", "client"]:
+        """Whose socket this row of a snapshot is."""
+        return "server" if row.local[1] == self.port else "client"
+
+    @cached_property
+    def time_wait(self) -> TimeWait:
+        """Who holds TIME_WAIT."""
+        for snapshot in reversed(self.snapshots):
+            rows = [row for row in snapshot.rows if row.state is State.TIME_WAIT]
+            if rows:
+                left = [row.seconds_left for row in rows if row.seconds_left is not None]
+                holder = _whose({self.side(row) for row in rows})
+                return TimeWait(holder, len(rows), max(left, default=None))
+        return TimeWait(None, 0, None)
+
+    @cached_property
+    def restart(self) -> RestartOutcome:
+        """What the (first) restart did."""
+        tries = [event for event in self.events if isinstance(event, events.Restart)]
+        if not tries:
+            return RestartOutcome(ok=None)
+        first, last = tries[0], tries[-1]
+        return RestartOutcome(
+            first.ok,
+            getattr(errno, first.errno) if first.errno else None,
+            first.errno,
+            first.call,
+            first.free_after,
+            last.t - first.t if last.ok and not first.ok else None,
+        )
+
+    @cached_property
+    def active_closer(self) -> Side | None:
+        """Which side closed first: "both" where they did at once, None where nobody did.
+
+        States tell it (who was in FIN_WAIT_1 closed actively); where a
+        connection ended unseen, by a reset, the first of its closing calls does.
+        """
+        closers: dict[frozenset[Address], set[str]] = {}
+        for local, remote, state in self._states():
+            if state in _ACTIVE or state in _PASSIVE:
+                active = (local[1] == self.port) == (state in _ACTIVE)
+                closers.setdefault(frozenset({local, remote}), set()).add(
+                    "server" if active else "client"
+                )
+        for event in self.events:
+            if isinstance(event, Called) and event.call in ("close", "shutdown") and event.remote:
+                assert event.local is not None
+                actor = "server" if event.actor == "server" else "client"
+                closers.setdefault(frozenset({event.local, event.remote}), {actor})
+        return _whose({side for sides in closers.values() for side in sides})
+
+    def _states(self) -> Iterable[tuple[Address, Address, State]]:
+        for event in self.events:
+            if isinstance(event, Snapshot):
+                for row in event.rows:
+                    yield row.local, row.remote, row.state
+            elif isinstance(event, Transition):
+                yield event.local, event.remote, event.new
+
+    def netstat(self) -> str:
+        """The tables step by step, as `netstat -an | grep PORT` would print them."""
+        return "\n\n".join(
+            f"# {snapshot.label}\n{report.netstat(snapshot.rows)}".rstrip()
+            for snapshot in self.snapshots
+        )
+
+    def check(self, profiles: dict[str, Any] | None = None) -> Any:
+        """Does the model allow what was seen? See `timewait.check.check`."""
+        check = import_module("timewait.check").check
+        return check(self.events, profiles=profiles or self.profiles)
+
+    def to_json(self) -> dict[str, Any]:
+        """What happened, as one JSON object: see `timewait run --json`."""
+        held, again = self.time_wait, self.restart
+        return {
+            "stack": self.stack,
+            "observer": self.observer,
+            "active_closer": self.active_closer,
+            "time_wait": {
+                "holder": held.holder,
+                "sockets": held.sockets,
+                "seconds_left": held.seconds_left,
+            },
+            "restart": {
+                "ok": again.ok,
+                "errno": again.name,
+                "free_after": again.free_after,
+                "waited": again.waited,
+            },
+            "snapshots": [
+                {
+                    "label": snapshot.label,
+                    "rows": [
+                        {
+                            "local": report.address(row.local),
+                            "remote": report.address(row.remote),
+                            "state": row.state.name,
+                        }
+                        for row in snapshot.rows
+                    ],
+                }
+                for snapshot in self.snapshots
+            ],
+        }
+
+
+def _whose(sides: set[Any]) -> Side | None:
+    return "both" if len(sides) > 1 else next(iter(sides), None)
+
+
+def _orchestrator(
+    scenario: Scenario,
+    on: str,
+    record: Callable[[Event], object] | None,
+    wait: Waiting | bool,
+    allow_network: bool,
+) -> tuple[Orchestrator, list[Event]]:
+    if on not in scenario.stacks:
+        where = " and ".join(f"{stack!r}" for stack in scenario.stacks)
+        raise ScenarioError(f"{scenario.name} does not run on {on!r}; it runs on {where}")
+    if on == "kernel" and not ip_address(scenario.host).is_loopback and not allow_network:
+        raise ScenarioError(
+            f"{scenario.host} is beyond loopback: allow it with --allow-network "
+            "(allow_network=True)"
+        )
+    seen: list[Event] = []
+
+    def take(event: Event) -> None:
+        seen.append(event)
+        events.log(event)
+        if record:
+            record(event)
+
+    def unheard(waited: float, left: float | None) -> None:
+        pass
+
+    return Orchestrator(
+        scenario, KernelStack(), take, unheard if wait is True else wait or None
+    ), seen
+
+
+def _run(seen: list[Event]) -> Run:
+    return Run.from_events(seen[:1] + sorted(seen[1:], key=lambda event: event.t))
+
+
+async def run(
+    scenario: Scenario,
+    on: str = "kernel",
+    *,
+    record: Callable[[Event], object] | None = None,
+    wait: Waiting | bool = False,
+    allow_network: bool = False,
+) -> Run:
+    """Do the scenario on a stack, from async code under asyncio or trio.
+
+    `on` is "kernel" or "model". Every event goes to `record` as it happens (an
+    `events.Writer`, for one). With `wait`, a refused restart is tried until it
+    succeeds; where `wait` is a function it hears the seconds waited and left.
+    Beyond loopback only with `allow_network`.
+
+    Raises `ScenarioError` where the scenario cannot be run here, `StepHung`
+    (one of those) where a step did not settle within the time limit.
+    """
+    orchestrator, seen = _orchestrator(scenario, on, record, wait, allow_network)
+    await orchestrator.perform()
+    return _run(seen)
+
+
+def run_sync(
+    scenario: Scenario,
+    on: str = "kernel",
+    *,
+    record: Callable[[Event], object] | None = None,
+    wait: Waiting | bool = False,
+    allow_network: bool = False,
+    backend: str = "asyncio",
+) -> Run:
+    """As `run`, from ordinary code; `backend` is "asyncio" or "trio"."""
+    orchestrator, seen = _orchestrator(scenario, on, record, wait, allow_network)
+    anyio.run(orchestrator.perform, backend=backend)
+    return _run(seen)

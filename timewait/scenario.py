@@ -1,0 +1,543 @@
+"""What a server and its clients do, as immutable data: fluent in Python, TOML on disk.
+
+    Scenario(port=9090).listen().connect(2).close("server").restart()
+
+A scenario says nothing about how it is done or on which stack; that is
+`timewait.orchestrator`. It is checked as it is written: a step that cannot
+come where it stands raises `ScenarioError` at once, naming the step.
+
+The two ends of a connection are *applications*. Each reads until the end of
+the stream and then closes its socket, unless its `reads` or `at_eof` says
+otherwise: a client that never closes, a server that forgets to.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from functools import cache
+from ipaddress import ip_address
+from math import inf
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, get_args, get_type_hints
+
+import tomli_w
+from attrs import NOTHING, evolve, field, fields, frozen, validators
+from cattrs import Converter
+
+from timewait.events import strict_converter
+
+if TYPE_CHECKING:
+    from timewait.run import Run
+
+__all__ = [
+    "BUILT_IN",
+    "Abort",
+    "Close",
+    "Connect",
+    "Eof",
+    "Listen",
+    "Pause",
+    "Restart",
+    "Scenario",
+    "ScenarioError",
+    "Send",
+    "Shutdown",
+    "Step",
+]
+
+
+class ScenarioError(ValueError):
+    """A scenario that makes no sense, or that this machine cannot run; one line says why."""
+
+
+AtEof: TypeAlias = Literal["close", "ignore"]
+
+
+def _finite(_: object, attribute: Any, value: float) -> None:
+    if not 0 <= value < inf:
+        raise ValueError(f"{attribute.name!r} must be 0 or more, and finite: {value}")
+
+
+_at_eof = validators.in_(get_args(AtEof))
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
+def _does(who: str, verb: str, what: str = "") -> str:
+    several = {"client": "clients", "both": "both ends"}.get(who)
+    done = f"{several} {verb}" if several else f"{who} {verb}s"
+    return f"{done} {what}".rstrip()
+
+
+@frozen
+class Listen:
+    """The server makes a socket, binds it to the scenario's address and listens.
+
+    `reads` and `at_eof` are how its side of every connection behaves.
+    """
+
+    do: ClassVar = "listen"
+    reuse_address: bool = False
+    reuse_port: bool = False
+    backlog: int = field(default=128, validator=validators.ge(0))
+    reads: bool = True
+    at_eof: AtEof = field(default="close", validator=_at_eof)
+
+    def __str__(self) -> str:
+        return "server listens"
+
+
+@frozen
+class Connect:
+    """So many further clients connect, one after the other; they are numbered from 1."""
+
+    do: ClassVar = "connect"
+    clients: int = field(default=1, validator=validators.ge(1))
+    reuse_address: bool = False
+    reuse_port: bool = False
+    reads: bool = True
+    at_eof: AtEof = field(default="close", validator=_at_eof)
+
+    def __str__(self) -> str:
+        return "a client connects" if self.clients == 1 else f"{self.clients} clients connect"
+
+
+@frozen
+class Send:
+    """`who` sends `size` bytes on each of its connections."""
+
+    do: ClassVar = "send"
+    who: str
+    size: int = field(default=100, validator=validators.ge(1))
+
+    def __str__(self) -> str:
+        return _does(self.who, "send", _plural(self.size, "byte"))
+
+
+@frozen
+class Shutdown:
+    """`who` shuts down its sending side, shutdown(SHUT_WR), and goes on reading."""
+
+    do: ClassVar = "shutdown"
+    who: str
+
+    def __str__(self) -> str:
+        return _does(self.who, "end", "what they send" if self.who == "client" else "what it sends")
+
+
+@frozen
+class Close:
+    """`who` closes: "server" its connections and its listener, "client" all clients,
+    "client-2" or "server-2" one end of the second connection, "listener" that alone,
+    "both" both ends of every connection in one go, then the listener.
+    """
+
+    do: ClassVar = "close"
+    who: str
+
+    def __str__(self) -> str:
+        return _does(self.who, "close", "at once" if self.who == "both" else "")
+
+
+@frozen
+class Abort:
+    """As `Close`, but with SO_LINGER {1, 0}: a RST instead of a FIN."""
+
+    do: ClassVar = "abort"
+    who: str
+
+    def __str__(self) -> str:
+        return _does(self.who, "abort")
+
+
+@frozen
+class Eof:
+    """Wait until every connection of `who` has seen the end of the other's stream."""
+
+    do: ClassVar = "eof"
+    who: str
+
+    def __str__(self) -> str:
+        return _does(self.who, "see", "the end of the stream")
+
+
+@frozen
+class Pause:
+    """Nobody does anything for so many seconds."""
+
+    do: ClassVar = "pause"
+    seconds: float = field(validator=_finite)
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s pass"
+
+
+@frozen
+class Restart:
+    """The server starts again at once: its listener, if still open, closes, a new one binds.
+
+    An option that is None is as it was when the server first listened.
+    """
+
+    do: ClassVar = "restart"
+    reuse_address: bool | None = None
+    reuse_port: bool | None = None
+
+    def __str__(self) -> str:
+        return "server starts again"
+
+
+Step: TypeAlias = Listen | Connect | Send | Shutdown | Close | Abort | Eof | Pause | Restart
+
+_STEPS: Final[dict[str, type[Step]]] = {step.do: step for step in get_args(Step)}
+
+
+@frozen
+class Scenario:
+    """A server, its clients, and what they do in which order.
+
+    `host` is an address of this machine, IPv4 or IPv6; `port` 0 picks a free
+    port when the scenario is run. `time_limit` is how long a step may take to
+    settle, in seconds, a pause not counted. `stacks` names where it can run:
+    "kernel", "model", "wire".
+
+    Raises `ScenarioError` for steps that are out of order.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    steps: tuple[Step, ...] = ()
+    name: str = "scenario"
+    about: str = ""
+    time_limit: float = field(default=10.0, validator=[validators.gt(0), validators.lt(inf)])
+    stacks: tuple[str, ...] = ("kernel", "model")
+
+    def __attrs_post_init__(self) -> None:
+        try:
+            ip_address(self.host)
+        except ValueError:
+            raise ScenarioError(f"host {self.host!r} is not an IPv4 or IPv6 address") from None
+        if not 0 <= self.port <= 65535:
+            raise ScenarioError(f"port {self.port} is not between 0 and 65535")
+        listening, clients = False, 0
+        for number, step in enumerate(self.steps, 1):
+            wrong = _misplaced(step, listening, clients)
+            if wrong:
+                raise ScenarioError(f"step {number}, {step.do}: {wrong}")
+            if isinstance(step, Listen | Restart):
+                listening = True
+            elif isinstance(step, Connect):
+                clients += step.clients
+            elif isinstance(step, Close | Abort) and step.who in ("server", "listener", "both"):
+                listening = False
+
+    @classmethod
+    def built_in(cls, name: str, clients: int = 2) -> Scenario:
+        """A built-in scenario by name, with so many clients.
+
+        Raises `ScenarioError` for a name that is not built in, or fewer than one client.
+        """
+        if name not in BUILT_IN:
+            raise ScenarioError(f"no scenario is called {name!r}; there are {', '.join(BUILT_IN)}")
+        if clients < 1:
+            raise ScenarioError(f"{clients} clients: at least 1 is expected")
+        about, build = BUILT_IN[name]
+        return evolve(build(clients), name=name, about=about)
+
+    @property
+    def clients(self) -> int:
+        """How many clients connect in all."""
+        return sum(step.clients for step in self.steps if isinstance(step, Connect))
+
+    def then(self, kind: Callable[..., Step], /, *values: Any, **options: Any) -> Scenario:
+        """This scenario with one more step; the methods below are this with a name."""
+        try:
+            step = kind(*values, **options)
+        except (TypeError, ValueError) as wrong:
+            raise ScenarioError(f"step {len(self.steps) + 1}: {_plainly(wrong)}") from None
+        return evolve(self, steps=(*self.steps, step))
+
+    def listen(
+        self,
+        *,
+        reuse_address: bool = False,
+        reuse_port: bool = False,
+        backlog: int = 128,
+        reads: bool = True,
+        at_eof: AtEof = "close",
+    ) -> Scenario:
+        """The server listens (`Listen`)."""
+        return self.then(
+            Listen,
+            reuse_address=reuse_address,
+            reuse_port=reuse_port,
+            backlog=backlog,
+            reads=reads,
+            at_eof=at_eof,
+        )
+
+    def connect(
+        self,
+        clients: int = 1,
+        *,
+        reuse_address: bool = False,
+        reuse_port: bool = False,
+        reads: bool = True,
+        at_eof: AtEof = "close",
+    ) -> Scenario:
+        """Clients connect (`Connect`)."""
+        return self.then(
+            Connect,
+            clients=clients,
+            reuse_address=reuse_address,
+            reuse_port=reuse_port,
+            reads=reads,
+            at_eof=at_eof,
+        )
+
+    def send(self, who: str, size: int = 100) -> Scenario:
+        """`who` sends `size` bytes (`Send`)."""
+        return self.then(Send, who, size)
+
+    def shutdown(self, who: str) -> Scenario:
+        """`who` shuts down its sending side (`Shutdown`)."""
+        return self.then(Shutdown, who)
+
+    def close(self, who: str) -> Scenario:
+        """`who` closes (`Close`)."""
+        return self.then(Close, who)
+
+    def abort(self, who: str) -> Scenario:
+        """`who` aborts (`Abort`)."""
+        return self.then(Abort, who)
+
+    def eof(self, who: str) -> Scenario:
+        """Wait until `who` has seen the end of the stream (`Eof`)."""
+        return self.then(Eof, who)
+
+    def pause(self, seconds: float) -> Scenario:
+        """Nobody does anything for a while (`Pause`)."""
+        return self.then(Pause, seconds)
+
+    def restart(
+        self, *, reuse_address: bool | None = None, reuse_port: bool | None = None
+    ) -> Scenario:
+        """The server starts again (`Restart`)."""
+        return self.then(Restart, reuse_address=reuse_address, reuse_port=reuse_port)
+
+    async def run(self, on: str = "kernel", **options: Any) -> Run:
+        """Run it from async code (asyncio or trio); see `timewait.run.run` for the options."""
+        from timewait.run import run
+
+        return await run(self, on, **options)
+
+    def run_sync(self, on: str = "kernel", **options: Any) -> Run:
+        """Run it from ordinary code; see `timewait.run.run_sync` for the options."""
+        from timewait.run import run_sync
+
+        return run_sync(self, on, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; what is as by default is left out."""
+        plain = _converter().unstructure(self)
+        first = {key: plain.pop(key) for key in ("name", "about") if key in plain}
+        return {**first, **plain, "steps": [_step_to_dict(step) for step in self.steps]}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Scenario:
+        """From what `to_dict` gave. Raises `ScenarioError` naming the step and the key."""
+        rest = dict(plain)
+        steps = rest.pop("steps", [])
+        if not isinstance(steps, list):
+            raise ScenarioError("steps: a list of tables is expected ([[steps]])")
+        taken = tuple(_step_from_dict(number, step) for number, step in enumerate(steps, 1))
+        whole: Scenario = _structure(rest, cls, "")
+        return evolve(whole, steps=taken)
+
+    def to_toml(self) -> str:
+        """As TOML, which `from_toml` reads back to an equal scenario."""
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, text: str) -> Scenario:
+        """From TOML. Raises `ScenarioError` saying what is wrong and where."""
+        try:
+            plain = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as wrong:
+            raise ScenarioError(f"not TOML: {wrong}") from None
+        return cls.from_dict(plain)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scenario:
+        """From a TOML file, named after the file unless it names itself.
+
+        Raises `ScenarioError` naming the file.
+        """
+        stem = os.path.splitext(os.path.basename(path))[0]
+        try:
+            with open(path, encoding="utf-8") as file:
+                found = cls.from_toml(file.read())
+        except OSError as wrong:
+            raise ScenarioError(f"{os.fspath(path)}: {wrong.strerror}") from None
+        except UnicodeDecodeError:
+            raise ScenarioError(f"{os.fspath(path)}: not TOML: not UTF-8") from None
+        except ScenarioError as wrong:
+            raise ScenarioError(f"{os.fspath(path)}: {wrong}") from None
+        return found if found.name != "scenario" else evolve(found, name=stem)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as TOML. Raises `OSError`."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(self.to_toml())
+
+
+def _misplaced(step: Step, listening: bool, clients: int) -> str | None:
+    """Why the step cannot come here, or None."""
+    if isinstance(step, Listen):
+        return "the server listens already" if listening else None
+    if isinstance(step, Connect):
+        return None if listening else "nobody listens at this point (listen comes first)"
+    if isinstance(step, Pause):
+        return None
+    if isinstance(step, Restart):
+        return None if listening or clients else "the server never ran (listen comes first)"
+    side, _, number = step.who.partition("-")
+    alone = {Close: ("listener", "both"), Abort: ("listener",)}.get(type(step), ())
+    if step.who not in ("server", "client", *alone) and not (
+        side in ("server", "client") and number.isdecimal() and str(int(number)) == number
+    ):
+        choice = ", ".join(("server", "client", "client-1", "server-1", *alone))
+        return f"who is {step.who!r}? one of {choice} is expected"
+    if step.who == "listener":
+        return None if listening else "nobody listens at this point"
+    if number and not 1 <= int(number) <= clients:
+        return f"there is no {step.who} ({_plural(clients, 'client')} connected before)"
+    if not clients and not (step.who == "server" and listening and isinstance(step, Close | Abort)):
+        return "nobody is connected at this point (connect comes first)"
+    return None
+
+
+@cache
+def _converter() -> Converter:
+    converter = strict_converter()
+    # The step's own validator says better what is wrong with it.
+    converter.register_structure_hook_func(lambda kind: kind == AtEof, lambda value, _: value)
+    return converter
+
+
+def _step_to_dict(step: Step) -> dict[str, Any]:
+    return {"do": step.do, **_converter().unstructure(step)}
+
+
+def _step_from_dict(number: int, plain: object) -> Step:
+    where = f"step {number}"
+    if not isinstance(plain, dict):
+        raise ScenarioError(f"{where}: a table is expected")
+    kind = _STEPS.get(str(plain.get("do")))
+    if kind is None:
+        do = f"unknown step {plain['do']!r}" if "do" in plain else "it says not what to do"
+        raise ScenarioError(f"{where}: {do}; do is one of {', '.join(_STEPS)}")
+    rest = {key: value for key, value in plain.items() if key != "do"}
+    step: Step = _structure(rest, kind, f"{where}, {kind.do}: ")
+    return step
+
+
+def _structure(plain: dict[str, Any], kind: Any, where: str) -> Any:
+    known = {each.name: each for each in fields(kind) if each.name != "steps"}
+    for key in plain:
+        if key not in known:
+            raise ScenarioError(f"{where}unknown key {key!r}; known are {', '.join(known)}")
+    for key, each in known.items():
+        if each.default is NOTHING and key not in plain:
+            raise ScenarioError(f"{where}{key!r} is missing")
+    values: dict[str, Any] = {}
+    for key, value in plain.items():
+        try:
+            values[key] = _converter().structure(value, _types(kind)[key])
+        except (TypeError, ValueError) as wrong:
+            raise ScenarioError(f"{where}{key}: {wrong}") from None
+    try:
+        return kind(**values)
+    except ScenarioError:
+        raise
+    except (TypeError, ValueError) as wrong:
+        raise ScenarioError(f"{where}{_plainly(wrong)}") from None
+
+
+_types = cache(get_type_hints)
+
+
+def _plainly(wrong: Exception) -> str:
+    """An attrs validator's complaint, without the attribute's representation."""
+    return str(wrong.args[0]) if wrong.args else str(wrong)
+
+
+def _server_first(clients: int) -> Scenario:
+    return Scenario().listen().connect(clients).close("server").restart()
+
+
+def _clients_first(clients: int) -> Scenario:
+    story = Scenario().listen().connect(clients)
+    for number in range(1, min(clients, 3)):
+        story = story.close(f"client-{number}")
+    story = story.close("client" if clients > 3 else f"client-{clients}")
+    return story.close("server").restart()
+
+
+def _simultaneous(clients: int) -> Scenario:
+    return Scenario().listen().connect(clients).close("both").restart()
+
+
+def _half_close(clients: int) -> Scenario:
+    story = Scenario().listen(at_eof="ignore").connect(clients).shutdown("client")
+    return story.send("server", 1000).close("server").restart()
+
+
+def _abort(clients: int) -> Scenario:
+    return Scenario().listen().connect(clients).abort("server").restart()
+
+
+def _unread_data(clients: int) -> Scenario:
+    story = Scenario().listen(reads=False).connect(clients).send("client", 100)
+    return story.close("server").restart()
+
+
+def _orphan(clients: int) -> Scenario:
+    return Scenario().listen().connect(clients, at_eof="ignore").close("server").restart()
+
+
+def _close_wait_leak(clients: int) -> Scenario:
+    return Scenario().listen(at_eof="ignore").connect(clients).close("client").restart()
+
+
+BUILT_IN: Final[dict[str, tuple[str, Callable[[int], Scenario]]]] = {
+    "server-first": (
+        "the server closes first: its side keeps TIME_WAIT and it cannot start again",
+        _server_first,
+    ),
+    "clients-first": (
+        "the clients close first: TIME_WAIT is theirs and the server starts again at once",
+        _clients_first,
+    ),
+    "simultaneous": (
+        "both ends close at the same moment: both keep TIME_WAIT where links take time",
+        _simultaneous,
+    ),
+    "half-close": (
+        "the clients stop sending and read on until the server has said all and closed",
+        _half_close,
+    ),
+    "abort": ("the server resets its connections (SO_LINGER 1, 0): no TIME_WAIT", _abort),
+    "unread-data": (
+        "the server closes with bytes unread: a reset, no TIME_WAIT",
+        _unread_data,
+    ),
+    "orphan": ("the server closes, the clients never do: FIN_WAIT_2", _orphan),
+    "close-wait-leak": (
+        "the clients close, the server forgets to: CLOSE_WAIT until it ends",
+        _close_wait_leak,
+    ),
+}
