@@ -85,6 +85,9 @@ class Stack(Protocol):
     def prepare(self, scenario: Scenario) -> Scenario:
         """The scenario with its port chosen. Raises `ScenarioError` where it cannot run here."""
 
+    def close(self) -> None:
+        """Give back what the stack itself holds."""
+
 
 class StepHung(ScenarioError):
     """A step did not settle within the scenario's time limit.

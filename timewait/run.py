@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import cached_property
 from importlib import import_module
 from ipaddress import ip_address
@@ -19,7 +20,7 @@ from attrs import define, frozen
 
 from timewait import events, report
 from timewait.events import Address, Called, Event, Row, RunStarted, Snapshot, Transition
-from timewait.orchestrator import Orchestrator, Waiting
+from timewait.orchestrator import Orchestrator, Stack, Waiting
 from timewait.scenario import Scenario, ScenarioError
 from timewait.stacks import KernelStack
 from timewait.tcp.states import State
@@ -209,13 +210,7 @@ def _whose(sides: set[Any]) -> Side | None:
     return "both" if len(sides) > 1 else next(iter(sides), None)
 
 
-def _orchestrator(
-    scenario: Scenario,
-    on: str,
-    record: Callable[[Event], object] | None,
-    wait: Waiting | bool,
-    allow_network: bool,
-) -> tuple[Orchestrator, list[Event]]:
+def _stack(scenario: Scenario, on: str, allow_network: bool) -> Stack:
     if on not in scenario.stacks:
         where = " and ".join(f"{stack!r}" for stack in scenario.stacks)
         raise ScenarioError(f"{scenario.name} does not run on {on!r}; it runs on {where}")
@@ -224,8 +219,16 @@ def _orchestrator(
             f"{scenario.host} is beyond loopback: allow it with --allow-network "
             "(allow_network=True)"
         )
-    seen: list[Event] = []
+    return KernelStack()
 
+
+def _orchestrator(
+    scenario: Scenario,
+    stack: Stack,
+    seen: list[Event],
+    record: Callable[[Event], object] | None,
+    wait: Waiting | bool,
+) -> Orchestrator:
     def take(event: Event) -> None:
         seen.append(event)
         events.log(event)
@@ -235,9 +238,7 @@ def _orchestrator(
     def unheard(waited: float, left: float | None) -> None:
         pass
 
-    return Orchestrator(
-        scenario, KernelStack(), take, unheard if wait is True else wait or None
-    ), seen
+    return Orchestrator(scenario, stack, take, unheard if wait is True else wait or None)
 
 
 def _run(seen: list[Event]) -> Run:
@@ -262,8 +263,9 @@ async def run(
     Raises `ScenarioError` where the scenario cannot be run here, `StepHung`
     (one of those) where a step did not settle within the time limit.
     """
-    orchestrator, seen = _orchestrator(scenario, on, record, wait, allow_network)
-    await orchestrator.perform()
+    seen: list[Event] = []
+    with closing(_stack(scenario, on, allow_network)) as stack:
+        await _orchestrator(scenario, stack, seen, record, wait).perform()
     return _run(seen)
 
 
@@ -277,6 +279,8 @@ def run_sync(
     backend: str = "asyncio",
 ) -> Run:
     """As `run`, from ordinary code; `backend` is "asyncio" or "trio"."""
-    orchestrator, seen = _orchestrator(scenario, on, record, wait, allow_network)
-    anyio.run(orchestrator.perform, backend=backend)
+    seen: list[Event] = []
+    with closing(_stack(scenario, on, allow_network)) as stack:
+        orchestrator = _orchestrator(scenario, stack, seen, record, wait)
+        anyio.run(orchestrator.perform, backend=backend)
     return _run(seen)

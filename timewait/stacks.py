@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Final
 
 from attrs import evolve
@@ -35,8 +36,13 @@ class KernelStack:
     profiles: dict[str, str] = {"server": "linux", "client": "linux"}  # noqa: RUF012
 
     def __init__(self) -> None:
-        self.observer, self._table, self.blind = _table()
+        self._opened = ExitStack()
+        self.observer, self._table, self.blind = _table(self._opened)
         self._origin = time.monotonic()
+
+    def close(self) -> None:
+        """Close what it sees with."""
+        self._opened.close()
 
     def now(self) -> float:
         """Seconds since this stack was made, on the machine's monotonic clock."""
@@ -82,12 +88,12 @@ def _descriptors_left() -> int | None:
         return None
 
 
-def _table() -> tuple[str, Callable[[int], list[Row]], tuple[str, ...]]:
+def _table(opened: ExitStack) -> tuple[str, Callable[[int], list[Row]], tuple[str, ...]]:
     """The best table of sockets there is here: its name, a look at it, what it cannot tell."""
     try:
         from timewait.kernel.sock_diag import SockDiag
 
-        diag = SockDiag()
+        diag = opened.enter_context(SockDiag())
         diag.sockets(1)
     except OSError as missing:
         why = f"no sock_diag here ({missing.strerror})"

@@ -1,0 +1,182 @@
+"""The orchestrator on this machine's kernel, under both of anyio's backends."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from timewait import Scenario, ScenarioError, State, StepHung, events
+from timewait.events import Called, Event, Note, Snapshot
+from timewait.kernel.sock_diag import sockets
+from timewait.run import run_sync
+from timewait.scenario import BUILT_IN
+
+both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+@both_backends
+@pytest.mark.parametrize(
+    ("name", "closer", "holder", "count", "error"),
+    [
+        ("server-first", "server", "server", 2, errno.EADDRINUSE),
+        ("clients-first", "client", "client", 2, None),
+        ("half-close", "client", "client", 2, None),
+        ("abort", "server", None, 0, None),
+        ("unread-data", "server", None, 0, None),
+        ("orphan", "server", None, 0, errno.EADDRINUSE),
+        ("close-wait-leak", "client", None, 0, errno.EADDRINUSE),
+    ],
+)
+def test_the_stories_on_the_kernel(
+    name: str, closer: str, holder: str | None, count: int, error: int | None, backend: str
+) -> None:
+    run = Scenario.built_in(name).run_sync(on="kernel", backend=backend)
+    assert run.active_closer == closer
+    assert (run.time_wait.holder, run.time_wait.sockets) == (holder, count)
+    assert run.restart.error == error
+    assert run.restart.ok is (error is None)
+
+
+@both_backends
+def test_a_simultaneous_close_takes_one_of_its_two_courses(backend: str) -> None:
+    run = Scenario.built_in("simultaneous").run_sync(on="kernel", backend=backend)
+    assert run.time_wait.holder in ("server", "client", "both")
+    assert run.active_closer == run.time_wait.holder
+    held = {state for _, state in states(run.snapshots[-1])}
+    assert held <= {State.TIME_WAIT, State.LISTEN}
+
+
+def states(snapshot: Snapshot) -> list[tuple[int, State]]:
+    return [(row.local[1], row.state) for row in snapshot.rows]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1"])
+def test_every_loopback_address_serves(host: str) -> None:
+    run = Scenario(host).listen().connect(2).close("server").restart().run_sync()
+    assert run.snapshots[0].rows[0].local == (host, run.port)
+    assert run.restart.error == errno.EADDRINUSE
+
+
+def test_the_tables_of_server_first_step_by_step() -> None:
+    run = Scenario.built_in("server-first").run_sync()
+    listens, connect, closes, again = (states(snapshot) for snapshot in run.snapshots)
+    port = run.port
+    assert listens == [(port, State.LISTEN)]
+    assert connect[:3] == [(port, State.LISTEN)] + [(port, State.ESTABLISHED)] * 2
+    assert [state for _, state in connect[3:]] == [State.ESTABLISHED] * 2
+    assert closes == again == [(port, State.TIME_WAIT)] * 2
+
+
+def test_reuse_address_on_both_servers_lets_the_second_start() -> None:
+    story = Scenario().listen(reuse_address=True).connect().close("server")
+    assert story.restart().run_sync().restart.ok
+
+
+def test_reuse_address_on_the_second_server_alone_does_not_help() -> None:
+    story = Scenario().listen().connect().close("server")
+    assert story.restart(reuse_address=True).run_sync().restart.error == errno.EADDRINUSE
+
+
+def test_every_call_is_recorded_with_its_outcome() -> None:
+    run = Scenario.built_in("server-first", clients=1).run_sync()
+    calls = [
+        (event.actor, event.call, event.errno) for event in run.events if isinstance(event, Called)
+    ]
+    assert calls[:2] == [("server", "bind", None), ("server", "listen", None)]
+    assert sorted(calls[2:4]) == [("client-1", "connect", None), ("server", "accept", None)]
+    assert calls[4:] == [
+        ("server", "close", None),
+        ("server", "close", None),
+        ("client-1", "recv", None),
+        ("client-1", "close", None),
+        ("server", "bind", "EADDRINUSE"),
+    ]
+    for event in run.events:
+        if isinstance(event, Called):
+            assert event.began is not None
+            assert 0 <= event.began <= event.t
+
+
+def test_a_reset_shows_in_the_clients_read() -> None:
+    run = Scenario.built_in("abort", clients=1).run_sync()
+    reads = [e.errno for e in run.events if isinstance(e, Called) and e.call == "recv"]
+    assert reads == ["ECONNRESET"]
+
+
+def test_what_was_there_before_the_run_is_not_the_runs() -> None:
+    first = Scenario.built_in("clients-first").run_sync()
+    again = Scenario(port=first.port).listen().connect(1).close("client").close("server").restart()
+    assert again.run_sync().time_wait.sockets == 1
+
+
+@both_backends
+def test_a_step_that_never_completes_is_named_with_its_states(backend: str) -> None:
+    seen: list[Event] = []
+    before = descriptors()
+    story = Scenario(time_limit=0.2).listen().connect(2).eof("server")
+    with pytest.raises(StepHung) as hung:
+        run_sync(story, backend=backend, record=seen.append)
+    assert hung.value.step == 3
+    assert hung.value.states == {State.LISTEN: 1, State.ESTABLISHED: 4}
+    assert "step 3 (server sees the end of the stream) hung for 0.2 s" in str(hung.value)
+    assert isinstance(seen[-1], Note)
+    assert descriptors() <= before
+
+
+def test_a_taken_port_says_by_what() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ScenarioError, match=f"port {port} is taken by .*LISTEN"):
+            Scenario(port=port).listen().run_sync()
+
+
+def test_more_clients_than_descriptors_are_refused_before_anything_is_done() -> None:
+    seen: list[Event] = []
+    with pytest.raises(ScenarioError, match="file descriptors"):
+        Scenario().listen().connect(10**7).run_sync(record=seen.append)
+    assert seen == []
+
+
+@both_backends
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_nothing_is_left_open(name: str, backend: str) -> None:
+    before = descriptors()
+    run = Scenario.built_in(name).run_sync(backend=backend)
+    assert descriptors() <= before
+    left = {row.state for row in sockets(run.port)}
+    assert left <= {State.TIME_WAIT}
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_interrupted_it_closes_its_sockets_and_leaves_the_file_whole(
+    tmp_path: Path, backend: str
+) -> None:
+    story, log = tmp_path / "wait.toml", tmp_path / "run.jsonl"
+    Scenario(time_limit=50).listen().connect(2).eof("server").save(story)
+    command = [sys.executable, "-m", "timewait", "run", str(story), "--on", "kernel"]
+    child = subprocess.Popen(
+        [*command, "--events", str(log), "--backend", backend],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (log.exists() and b"clients connect" in log.read_bytes()):
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=20)
+    assert (child.returncode, out, err.strip()) == (130, "", "timewait: interrupted")
+    with log.open("rb") as lines:
+        seen = list(events.read(lines))
+    assert isinstance(seen[-1], Snapshot)
+    assert not [row for row in sockets(seen[-1].rows[0].local[1]) if row.state != State.TIME_WAIT]
