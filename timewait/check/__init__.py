@@ -1,0 +1,8 @@
+"""The check: does TCP allow what was seen, and if not, where did it first go wrong and why?"""
+
+from __future__ import annotations
+
+from timewait.check.checker import Checker, check
+from timewait.check.verdict import Divergence, Evidence, Verdict
+
+__all__ = ["Checker", "Divergence", "Evidence", "Verdict", "check"]

@@ -1,0 +1,447 @@
+"""Follows a stream of events, connection by connection, and says what cannot have been.
+
+A connection costs a small object while it lasts and is forgotten when it has
+ended; what one event costs does not depend on how many others are open. The
+protocol's rules are in the profiles' tables, walked by
+`timewait.check.explanations`; sequence numbers are `timewait.check.sequence`'s;
+here is what ties them to addresses, observers and clocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from attrs import define, field
+
+from timewait.check import explanations as ex
+from timewait.check.explanations import Explanations
+from timewait.check.sequence import Contradiction, Sequence
+from timewait.check.verdict import (
+    Divergence,
+    Evidence,
+    Verdict,
+    address_text,
+    diagram,
+    event_text,
+)
+from timewait.events import (
+    Address,
+    Called,
+    Event,
+    Lost,
+    Row,
+    RunStarted,
+    SegmentSeen,
+    Snapshot,
+    Transition,
+)
+from timewait.tcp.profiles import Profile, profile
+from timewait.tcp.states import State
+
+__all__ = ["Checker", "check"]
+
+Profiles = Mapping[str, "str | Profile"]
+
+_LATE: Final = 0.18  # the shortest retransmission timeout (Linux: TCP_RTO_MIN, less a jiffy)
+_KEPT: Final = 32  # events kept per connection for the story of a divergence
+_DIVERGENCES_KEPT: Final = 1000
+
+
+@define(eq=False)
+class Connection:
+    """What is known of one connection; `ends[0]` is the server's address."""
+
+    ends: tuple[Address, Address]
+    model: Explanations
+    mode: int
+    number: int  # the set of explanations
+    facts: int = 0
+    sequence: Sequence | None = None
+    last: float = 0.0
+    # When an end can have entered TIME_WAIT (or become an orphan) at the earliest, and when it
+    # must have at the latest.
+    since: list[float] = field(factory=lambda: [0.0] * 6)
+    timed: bool = False
+    recent: deque[Event] = field(factory=lambda: deque(maxlen=_KEPT))
+    waiting: tuple[Event, int, int] | None = None  # a look at one end; the other's may follow
+    divergence: Divergence | None = None
+    sees: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{address_text(self.ends[0])} <-> {address_text(self.ends[1])}"
+
+
+class Checker:
+    """Feed it events in the order of their times; ask for the verdict when they end.
+
+    `profiles` names the profile of each role ("server", "client"), or is
+    those profiles; a `RunStarted` in the stream sets those not given.
+    `on_end` is called with each `Connection` that is finished with.
+    """
+
+    def __init__(
+        self,
+        profiles: Profiles | None = None,
+        *,
+        on_end: Callable[[Connection], object] | None = None,
+    ) -> None:
+        self._given = dict(profiles or {})
+        self._on_end = on_end
+        self._ends: dict[tuple[Address, Address], tuple[Connection, int]] = {}
+        self._listening: set[Address] = set()
+        self._profiles: tuple[Profile, Profile]
+        self._model: Explanations
+        self._from_start = False
+        self._declared = 0
+        self._count = 0
+        self._connections = 0
+        self._divergences: list[Divergence] = []
+        self._lost = 0
+        self._problems: list[str] = []
+        self._sources: set[str] = set()
+        self._blind: tuple[str, ...] = ()
+        self._take: dict[type, Callable[[Any], None]] = {
+            Transition: self._transition,
+            SegmentSeen: self._segment,
+            Snapshot: self._snapshot,
+            Called: self._called,
+            RunStarted: self._started,
+            Lost: self._missed,
+        }
+        self._choose_profiles({})
+
+    # The stream.
+
+    def feed(self, event: Event) -> None:
+        """Take the next event."""
+        self._count += 1
+        take = self._take.get(type(event))
+        if take is not None:
+            take(event)
+
+    def verdict(self) -> Verdict:
+        """What the events so far amount to."""
+        for connection in {id(c): c for c, _ in self._ends.values()}.values():
+            self._settle(connection)
+        return Verdict(self._evidence(), tuple(self._divergences))
+
+    def connections(self) -> list[Connection]:
+        """The connections not yet forgotten."""
+        return list({id(c): c for c, _ in self._ends.values()}.values())
+
+    # Events.
+
+    def _started(self, event: RunStarted) -> None:
+        self._choose_profiles(event.profiles)
+        self._blind = event.blind
+        self._from_start = True
+        words = set(event.observer.replace("+", " ").replace(",", " ").split())
+        self._declared = 0
+        if "tracepoint" in words:
+            self._declared = ex.FULL_SOCKETS
+        if event.stack == "model" and "model" in words:
+            self._declared = ex.EVERY
+
+    def _choose_profiles(self, named: Mapping[str, str]) -> None:
+        chosen = {"server": "linux", "client": "linux", **named, **self._given}
+        server, client = (
+            p if isinstance(p, Profile) else profile(p)
+            for p in (chosen["server"], chosen["client"])
+        )
+        self._profiles = (server, client)
+        self._model = _model(server, client)
+
+    def _transition(self, event: Transition) -> None:
+        found = self._ends.get((event.local, event.remote))
+        if found is None:
+            if event.remote[1] == 0 or event.remote[0] in ("*", ""):
+                if event.new is State.LISTEN:
+                    self._listening.add(event.local)
+                return
+            if event.new == event.old or (event.new is State.LISTEN and event.old is State.CLOSED):
+                return
+            found = self._begin(
+                event.local, event.remote, _passive(event.old, event.new, event.source)
+            )
+        connection, end = found
+        if event.sampled or event.source not in _EXACT:
+            self._sources.add("states at instants")
+            self._look(connection, end, event.new, event)
+            return
+        how = _EXACT[event.source]
+        if not connection.mode >> 2 * end & 3:
+            connection.mode |= how << 2 * end
+        connection.recent.append(event)
+        if connection.waiting is not None:
+            self._settle(connection)
+        self._advance(
+            connection,
+            512 | end << 8 | _PEERLESS[event.old] << 4 | _PEERLESS[event.new],
+            event,
+        )
+
+    def _segment(self, event: SegmentSeen) -> None:
+        found = self._ends.get((event.src, event.dst))
+        if found is None:
+            found = self._begin(event.src, event.dst, event.flags & 0x12 == 0x12)
+        connection, end = found
+        sequence = connection.sequence
+        if sequence is None:
+            exact = event.source in ("model", "wire") or _same_host(*connection.ends)
+            sequence = connection.sequence = Sequence(exact)
+            connection.mode |= ex.SEGMENTS
+        connection.recent.append(event)
+        if connection.waiting is not None:
+            self._settle(connection)
+        if connection.divergence is not None:
+            return
+        try:
+            kind = sequence.take(end == 1, event.flags, event.seq, event.ack, event.length, event.t)
+        except Contradiction as wrong:
+            self._diverge(connection, event, str(wrong), wrong.rule)
+            return
+        if event.lost:
+            kind |= 0x80
+        self._advance(connection, kind, event)
+
+    def _snapshot(self, event: Snapshot) -> None:
+        self._sources.add("states at instants")
+        looked: set[int] = set()
+        for row in event.rows:
+            if row.remote[1] == 0:
+                if row.state is State.LISTEN:
+                    self._listening.add(row.local)
+                continue
+            found = self._ends.get((row.local, row.remote))
+            if found is None:
+                found = self._begin(row.local, row.remote, None)
+            connection, end = found
+            self._look(connection, end, row.state, event, row)
+            looked.add(id(connection) << 1 | end)
+        for connection in self.connections():
+            for end in (0, 1):
+                if id(connection) << 1 | end not in looked and self._lists(connection, end):
+                    self._look(connection, end, State.CLOSED, event)
+
+    def _lists(self, connection: Connection, end: int) -> bool:
+        """Whether a table of this machine's sockets would have this end in it."""
+        return bool(connection.sees >> end & 1) or _same_host(*connection.ends)
+
+    def _called(self, event: Called) -> None:
+        if event.local is None or event.remote is None or event.remote[1] == 0:
+            if event.call == "listen" and event.errno is None and event.local:
+                self._listening.add(event.local)
+            return
+        self._sources.add("calls with their results")
+        found = self._ends.get((event.local, event.remote))
+        if found is None:
+            if event.call not in ("connect", "accept") or event.errno:
+                return
+            found = self._begin(event.local, event.remote, event.call == "accept")
+        connection, end = found
+        connection.recent.append(event)
+        what = 0
+        if event.call in ("connect", "accept") and event.errno is None:
+            what = ex.CONNECTED
+        elif event.call in ("recv", "read") and event.errno is None and event.result == 0:
+            what = ex.EOF_READ
+        elif event.errno in ("ECONNRESET", "ETIMEDOUT"):
+            what = ex.RESET_READ
+        if what:
+            self._settle(connection)
+            self._advance(connection, ex.told(end, what), event)
+
+    def _missed(self, event: Lost) -> None:
+        self._lost += event.count
+        if event.count:
+            self._problems.append(
+                f"{event.source} lost {event.count} events before {event.t:.6f} s"
+            )
+
+    # One connection.
+
+    def _begin(
+        self, local: Address, remote: Address, passive: bool | None
+    ) -> tuple[Connection, int]:
+        """A connection not known yet. `passive` is whether `local` is the one that listened."""
+        if passive is None:
+            if local in self._listening or ("0.0.0.0", local[1]) in self._listening:
+                passive = True
+            elif remote in self._listening:
+                passive = False
+            else:
+                passive = local[1] < remote[1]
+        ends = (local, remote) if passive else (remote, local)
+        mode = 0
+        if self._declared and _same_host(*ends):
+            mode = self._declared | self._declared << 2
+        number = self._model.start(mode) if self._from_start else self._model.anywhere(mode)
+        connection = Connection(ends, self._model, mode, number)
+        self._connections += 1
+        self._ends[ends] = (connection, 0)
+        self._ends[ends[1], ends[0]] = (connection, 1)
+        return self._ends[local, remote]
+
+    def _look(
+        self, connection: Connection, end: int, state: State, event: Event, row: Row | None = None
+    ) -> None:
+        """An end was looked at. The other end may have been looked at a moment before or after."""
+        connection.sees |= 1 << end
+        connection.recent.append(event)
+        if row is not None and row.seconds_left is not None and row.timer == "time_wait":
+            self._timer(connection, end, row, event)
+        waiting = connection.waiting
+        if waiting is not None:
+            other, first, was = waiting
+            if first != end and abs(other.t - event.t) < 0.002:
+                connection.waiting = None
+                states = (int(state), was) if end == 0 else (was, int(state))
+                self._advance(connection, ex.both_in(*states), event)
+                return
+            self._settle(connection)
+        connection.waiting = (event, end, int(state))
+
+    def _settle(self, connection: Connection) -> None:
+        """No look at the other end came: take the one that waits by itself."""
+        if connection.waiting is not None:
+            event, end, state = connection.waiting
+            connection.waiting = None
+            self._advance(connection, ex.seen_in(end, state), event)
+
+    def _advance(self, connection: Connection, symbol: int, event: Event) -> None:
+        if connection.divergence is not None:
+            return
+        t = event.t
+        mode = connection.mode
+        model = connection.model
+        number = connection.number
+        if t - connection.last > _LATE:
+            number = model.close(mode | ex.LATE, number)
+        connection.last = t
+        if connection.timed:
+            number = self._clock(connection, number, t)
+            mode = connection.mode
+        after = model.next.get((mode, number, symbol))
+        if after is None:
+            after = model.follow(mode, number, symbol)
+        if not after:
+            self._diverge(connection, event, *self._reason(connection, number, symbol, event))
+            return
+        connection.number = after
+        facts = model.facts(after)
+        if facts != connection.facts:
+            self._note(connection, facts, t)
+
+    def _clock(self, connection: Connection, number: int, t: float) -> int:
+        """Let the timers fire that can have fired by `t`, and those that must have."""
+        since, facts = connection.since, connection.facts
+        mode = connection.mode
+        for end in (0, 1):
+            parameters = self._profiles[end].parameters
+            bits = facts >> 8 * end
+            if bits & ex.MAY_TIME_WAIT and t >= since[end] + parameters.time_wait - 0.005:
+                mode |= ex.TW_OVER_A << end
+            limit = parameters.fin_wait_2
+            if bits & ex.MAY_ORPHAN and limit is not None and t >= since[2 + end] + limit - 0.005:
+                mode |= ex.F2_OVER_A << end
+        if mode != connection.mode:
+            connection.mode = mode
+            number = connection.model.close(mode, number)
+        return number
+
+    def _note(self, connection: Connection, facts: int, t: float) -> None:
+        new = facts & ~connection.facts
+        connection.facts = facts
+        for end in (0, 1):
+            bits = new >> 8 * end
+            if bits & ex.MAY_TIME_WAIT:
+                connection.since[end] = t
+                connection.mode &= ~(ex.TW_OVER_A << end)
+            if bits & ex.MAY_ORPHAN:
+                connection.since[2 + end] = t
+                connection.mode &= ~(ex.F2_OVER_A << end)
+            if bits & ex.MUST_TIME_WAIT:
+                connection.since[4 + end] = t
+        timed = ex.MAY_TIME_WAIT | ex.MAY_ORPHAN
+        connection.timed = bool(facts & (timed | timed << 8))
+
+    def _timer(self, connection: Connection, end: int, row: Row, event: Event) -> None:
+        pass
+
+    # What is said.
+
+    def _reason(
+        self, connection: Connection, number: int, symbol: int, event: Event
+    ) -> tuple[str, str]:
+        return "nothing that TCP allows leads here", "RFC 9293 §3.10.7"
+
+    def _diverge(self, connection: Connection, event: Event, why: str, rule: str) -> None:
+        segments = [e for e in connection.recent if isinstance(e, SegmentSeen)][-8:]
+        connection.divergence = Divergence(
+            event.t,
+            connection.name,
+            event_text(event),
+            why,
+            rule,
+            segments=diagram(
+                connection.ends[1],
+                connection.ends[0],
+                segments,
+                event if isinstance(event, SegmentSeen) else None,
+            ),
+        )
+        if len(self._divergences) < _DIVERGENCES_KEPT:
+            self._divergences.append(connection.divergence)
+
+    def _evidence(self) -> Evidence:
+        return Evidence(
+            "weak",
+            self._connections,
+            self._count,
+            tuple(sorted(self._sources)),
+            (),
+            tuple(self._blind),
+            self._lost,
+            tuple(self._problems),
+        )
+
+
+@lru_cache(maxsize=32)
+def _model(server: Profile, client: Profile) -> Explanations:
+    """What was worked out once serves every later check under the same profiles."""
+    return Explanations(server.table, client.table)
+
+
+_EXACT: Final = {"model": ex.EVERY, "tracepoint": ex.FULL_SOCKETS}
+_PEERLESS: Final = [0 if state is State.LISTEN else int(state) for state in State]
+
+
+def _passive(old: State, new: State, source: str) -> bool | None:
+    if old is State.CLOSED and new is State.SYN_SENT:
+        return False
+    if new is State.SYN_RECEIVED and old in (State.LISTEN, State.CLOSED):
+        return True
+    return None
+
+
+def _same_host(a: Address, b: Address) -> bool:
+    return a[0] == b[0] or (a[0].startswith("127.") and b[0].startswith("127."))
+
+
+def check(events: Iterable[Event], *, profiles: Profiles | None = None) -> Verdict:
+    """Does the model allow these events?
+
+    They are taken in the order of their times. `profiles` names each role's
+    profile, `{"server": "linux", "client": "freebsd"}`; those not given are as
+    the stream's head says, or "linux".
+
+    Raises `ValueError` naming an unknown profile.
+    """
+    checker = Checker(profiles)
+    for event in sorted(events, key=lambda event: event.t):
+        checker.feed(event)
+    return checker.verdict()

@@ -1,0 +1,573 @@
+"""The set of explanations: every pair of endpoint configurations that what was seen allows.
+
+Theory of operation
+===================
+
+Both ends of a connection are followed together. An end's configuration is a
+small whole number: its state, what it has been asked and told (closed by its
+user, FIN queued, FIN acknowledged, peer's FIN received, ...), and what it has
+put on the wire. No sequence number and no time is in it, so that there are few
+(`timewait.check.sequence` and `timewait.check.checker` see to those).
+
+What an end can do next is read from *its profile's transition table*, row by
+row, and from nowhere else: a user's call, the reception of a segment that its
+peer has put on the wire, a timeout. Segments may be lost, delayed and doubled,
+so what is on the wire stays there.
+
+An observer sees some of these steps. A *mode* says which: its bits tell which
+ends' transitions are all reported, whether segments are, and which timeouts
+could have fired by now. A set is always closed under the steps that the mode
+cannot see. An observation keeps, and moves, what agrees with it. An empty set
+is a divergence. Sets are numbered, and every (mode, set, observation) is
+worked out once: what remains is a look-up in a dictionary per event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, NamedTuple, TypeAlias
+
+from timewait.check.sequence import ACKS_FIN, DROPPED, FROM_B, OLD, TEXT
+from timewait.tcp.segment import ACK, FIN, RST, SYN
+from timewait.tcp.states import Event, State
+from timewait.tcp.transitions import Row
+
+__all__ = ["Explanations", "Step", "Table"]
+
+Table: TypeAlias = Mapping[tuple[State, Event], Row]
+Pair: TypeAlias = tuple[int, int]
+
+# An end's configuration: the state in the low four bits, and
+ORPHAN: Final = 1 << 4  # close(2) was called
+FIN_OUT: Final = 1 << 5  # our FIN is queued or sent
+FIN_ACKED: Final = 1 << 6  # and acknowledged
+FIN_IN: Final = 1 << 7  # the peer's FIN was received
+FIN_IN_ACK: Final = 1 << 8  # and its acknowledgment is due or sent
+RST_DUE: Final = 1 << 9  # a RST is to be sent
+FAILED: Final = 1 << 10  # the connection ended by the peer's RST, or by silence
+PASSIVE: Final = 1 << 11
+CHILD: Final = 1 << 12  # Linux has made the socket of a passive open (its third segment came)
+SMALL: Final = 1 << 13  # Linux has replaced the socket by a small one
+HALF: Final = 1 << 14  # in the `via` state of a row that does two things
+# what it has put on the wire:
+W_SYN: Final = 1 << 16
+W_SYN_ACK: Final = 1 << 17
+W_ACK: Final = 1 << 18
+W_FIN: Final = 1 << 19
+W_FIN_ACK: Final = 1 << 20  # a FIN that acknowledges the peer's
+W_ACK_FIN: Final = 1 << 21  # an acknowledgment of the peer's FIN
+W_TEXT: Final = 1 << 22
+W_RST: Final = 1 << 23
+WIRE: Final = 0xFF << 16
+# and what its user was seen to call.
+CALLED_CLOSE: Final = 1 << 24
+CALLED_SHUTDOWN: Final = 1 << 25
+
+CLOSED, LISTEN, SYN_SENT, SYN_RECEIVED = 0, 1, 2, 3
+ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT = range(4, 11)
+_SYNCHRONIZED: Final = frozenset(range(4, 11))
+
+_ENDED: Final = FIN_IN | FIN_ACKED
+# What is still true of an end that has no connection any more.
+_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE | CALLED_CLOSE | CALLED_SHUTDOWN
+
+# Modes. How an end's transitions are reported:
+UNSEEN: Final = 0
+EVERY: Final = 1  # every one, as the model reports them
+FULL_SOCKETS: Final = 2  # as Linux's tracepoint: no embryos, no TIME_WAIT, no small sockets
+SEES_A: Final = 3  # two bits for A,
+SEES_B: Final = 3 << 2  # two for B
+SEGMENTS: Final = 1 << 4  # every segment is reported
+TW_OVER_A: Final = 1 << 5  # 2MSL may have passed
+TW_OVER_B: Final = 1 << 6
+F2_OVER_A: Final = 1 << 7  # an orphan's limit may have passed
+F2_OVER_B: Final = 1 << 8
+LATE: Final = 1 << 9  # a retransmission may have been given up
+ANYTHING: Final = TW_OVER_A | TW_OVER_B | F2_OVER_A | F2_OVER_B | LATE
+
+# Symbols: what was observed, as one number.
+_SEG: Final = 0  # a segment's kind (9 bits)
+_MOVE: Final = 1 << 9  # a transition: end, old, new
+_IS: Final = 2 << 9  # a state at an instant: end, state
+_BOTH: Final = 3 << 9  # both ends' states at about one instant, in either order
+_TOLD: Final = 4 << 9  # what a call's result tells of an end
+
+EOF_READ: Final = 1  # the peer's FIN was received
+RESET_READ: Final = 2  # the peer's RST was received, or the connection timed out
+CONNECTED: Final = 3  # the handshake was completed
+CLOSE_CALLED: Final = 4
+SHUTDOWN_CALLED: Final = 5
+REFUSED: Final = 6
+
+
+def moved(end: int, old: int, new: int) -> int:
+    """The symbol of an end's reported transition (LISTEN is CLOSED here: it has no peer)."""
+    return _MOVE | end << 8 | (0 if old == LISTEN else old) << 4 | (0 if new == LISTEN else new)
+
+
+def seen_in(end: int, state: int) -> int:
+    """The symbol of an end's state at an instant."""
+    return _IS | end << 4 | (0 if state == LISTEN else state)
+
+
+def both_in(a: int, b: int) -> int:
+    """The symbol of both ends' states, looked at one after the other, either first."""
+    return _BOTH | (0 if a == LISTEN else a) << 4 | (0 if b == LISTEN else b)
+
+
+def told(end: int, what: int) -> int:
+    """The symbol of what a call's result tells."""
+    return _TOLD | end << 4 | what
+
+
+class Step(NamedTuple):
+    """One thing that an end can do: `row` is the table's reason, None for Linux's bookkeeping."""
+
+    end: int
+    event: Event | None
+    row: Row | None
+    after: int  # the end's configuration afterwards
+
+
+_CALLS: Final = (Event.SHUTDOWN, Event.CLOSE, Event.CLOSE_UNREAD, Event.ABORT)
+_REPLY: Final = frozenset({"reset_reply", "send_rst"})
+_ACKS: Final = frozenset({"acknowledge_fin", "send_ack", "acknowledge"})
+
+
+class Explanations:
+    """The automaton of one pair of tables, worked out as far as it has been needed.
+
+    `a` and `b` are the transition tables of the two ends. A set of
+    configurations is known by its number; 0 is the empty set.
+    """
+
+    def __init__(self, a: Table, b: Table) -> None:
+        self._tables = (a, b)
+        self._numbers: dict[frozenset[Pair], int] = {frozenset(): 0}
+        self._sets: list[frozenset[Pair]] = [frozenset()]
+        self._facts: list[int] = [0]
+        self.next: dict[tuple[int, int, int], int] = {}
+        self._steps: dict[tuple[int, int, int, int], tuple[Step, ...]] = {}
+        self._closed: dict[tuple[int, int], int] = {}
+
+    # Sets.
+
+    def number(self, pairs: Iterable[Pair]) -> int:
+        """The number of a set of pairs."""
+        key = frozenset(pairs)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self._sets)
+            self._sets.append(key)
+            self._facts.append(_facts(key))
+        return number
+
+    def members(self, number: int) -> frozenset[Pair]:
+        """The pairs of a set."""
+        return self._sets[number]
+
+    def facts(self, number: int) -> int:
+        """What holds of a set, as `FACT_...` bits."""
+        return self._facts[number]
+
+    def start(self, mode: int) -> int:
+        """The set in which neither end has a connection yet."""
+        return self.close(mode, self.number({(CLOSED, CLOSED)}))
+
+    def anywhere(self, mode: int) -> int:
+        """The set of everything that could have happened before the first observation."""
+        return self.close(mode, self.start(ANYTHING))
+
+    def close(self, mode: int, number: int) -> int:
+        """The set and everything that unseen steps make of it."""
+        key = (mode, number)
+        closed = self._closed.get(key)
+        if closed is None:
+            found = set(self._sets[number])
+            queue = list(found)
+            while queue:
+                pair = queue.pop()
+                for after in self._unseen(mode, pair):
+                    if after not in found:
+                        found.add(after)
+                        queue.append(after)
+            closed = self._closed[key] = self.number(found)
+            self._closed[mode, closed] = closed
+        return closed
+
+    def follow(self, mode: int, number: int, symbol: int) -> int:
+        """The set after one observation; 0 if nothing explains it."""
+        key = (mode, number, symbol)
+        after = self.next.get(key)
+        if after is None:
+            what = symbol & 7 << 9
+            pairs: Iterable[Pair]
+            if what == _SEG:
+                pairs = self._after_segment(number, symbol)
+            elif what == _MOVE:
+                pairs = self._after_move(mode, number, symbol)
+            elif what == _IS:
+                pairs = _keep(self._sets[number], symbol >> 4 & 1, symbol & 15)
+            elif what == _BOTH:
+                pairs = self._after_both(mode, number, symbol >> 4 & 15, symbol & 15)
+            else:
+                pairs = _after_told(self._sets[number], symbol >> 4 & 1, symbol & 15)
+            after = self.next[key] = self.close(mode, self.number(pairs))
+        return after
+
+    # Steps.
+
+    def steps(self, mode: int, pair: Pair, end: int) -> tuple[Step, ...]:
+        """Everything that an end can do next, whoever sees it."""
+        x, y = (pair[1], pair[0]) if end else pair
+        # Only these of the mode's bits decide what can be done.
+        timers = mode >> (6 if end else 5) & 1 | (mode >> (8 if end else 7) & 1) << 1
+        context = timers | (mode >> 9 & 1) << 2 | (mode >> 4 & 1) << 3
+        key = (context, end, x, y)
+        known = self._steps.get(key)
+        if known is None:
+            known = self._steps[key] = tuple(self._work_out(context, end, x, y))
+        return known
+
+    def _work_out(self, context: int, end: int, x: int, y: int) -> Iterator[Step]:
+        table = self._tables[end]
+        segments = context & 8
+        state = x & 15
+
+        def by(event: Event, set_bits: int = 0) -> Iterator[Step]:
+            row = table[State(state), event]
+            if row.kind == "go":
+                yield from self._apply(end, event, row, x, set_bits, segments)
+
+        if x & HALF:
+            event = Event.FIN_AND_ACK_OF_FIN if x & FIN_OUT else Event.FIN_AND_ACK_OF_SYN
+            origin = FIN_WAIT_1 if x & FIN_OUT else SYN_RECEIVED
+            row = table[State(origin), event]
+            yield from self._apply(end, event, row, x, FIN_IN, segments)
+            return
+        # The user.
+        if state == CLOSED:
+            yield from self._open(end, table[State.CLOSED, Event.OPEN_ACTIVE], segments)
+            if y & W_SYN and not x & _ENDED:
+                # Perhaps somebody listens. A listener is not followed: it has no peer.
+                listening = table[State.CLOSED, Event.OPEN_PASSIVE].next
+                if listening is not None:
+                    row = table[listening, Event.SYN]
+                    yield from self._apply(end, Event.SYN, row, x & ~WIRE, PASSIVE, segments)
+        else:
+            for event in _CALLS:
+                if x & ORPHAN or (event is Event.SHUTDOWN and x & FIN_OUT):
+                    continue
+                if event is Event.CLOSE_UNREAD and not y & (W_TEXT if segments else W_ACK):
+                    continue
+                yield from by(event)
+        if state == TIME_WAIT:
+            # A new connect() may take the place of an old TIME_WAIT (RFC 6191, tcp_tw_reuse).
+            yield from self._open(end, table[State.CLOSED, Event.OPEN_ACTIVE], segments)
+        # Linux's bookkeeping, which only its tracepoint shows.
+        if state == SYN_RECEIVED and x & PASSIVE and not x & CHILD and y & W_ACK:
+            yield Step(end, None, None, x | CHILD)
+        if state == FIN_WAIT_2 and x & ORPHAN and not x & SMALL:
+            yield Step(end, None, None, x | SMALL)
+        # Timeouts.
+        if context & 1 and state == TIME_WAIT:
+            yield from by(Event.TIME_WAIT_OVER)
+        if context & 2 and state == FIN_WAIT_2 and x & ORPHAN:
+            yield from by(Event.FIN_WAIT_2_OVER)
+        if context & 4 and state in (2, 3, 4, 5, 7, 8, 9):
+            yield from by(Event.GIVE_UP, FAILED)
+        # Segments.
+        for event, bits in _arrivals(x, y, segments, context & 4):
+            yield from by(event, bits)
+
+    def _open(self, end: int, row: Row, segments: int) -> Iterator[Step]:
+        if row.next is not None:
+            sent = W_SYN if "send_syn" in row.actions and not segments else 0
+            yield Step(end, Event.OPEN_ACTIVE, row, int(row.next) | sent)
+
+    def _apply(
+        self, end: int, event: Event, row: Row, x: int, bits: int, segments: int
+    ) -> Iterator[Step]:
+        """The row performed: what the end's configuration is afterwards."""
+        half = x & HALF
+        if row.via is not None and not half:
+            first = x & ~15 | int(row.via) | HALF
+            if event is Event.FIN_AND_ACK_OF_FIN:
+                first |= FIN_ACKED
+            yield Step(end, event, row, first if segments else _send(first))
+        x = (x | bits) & ~HALF
+        if row.next is not None:
+            x = x & ~15 | int(row.next)
+        acts = row.actions
+        if "orphan" in acts:
+            x |= ORPHAN
+        if "queue_fin" in acts:
+            x |= FIN_OUT
+        if bits & FIN_IN and not _ACKS.isdisjoint(acts):
+            x |= FIN_IN_ACK
+        if not _REPLY.isdisjoint(acts):
+            x |= RST_DUE
+        if event is Event.SYN and "send_syn_ack" not in acts:
+            return
+        if x & 15 in (CLOSED, LISTEN):
+            x &= _OUTLIVES
+        elif x & 15 == TIME_WAIT:
+            x &= ~(CHILD | SMALL | PASSIVE)
+        elif x & 15 != SYN_RECEIVED:
+            x &= ~(CHILD | PASSIVE)
+        yield Step(end, event, row, x if segments else _send(x))
+
+    # Observations.
+
+    def _unseen(self, mode: int, pair: Pair) -> Iterator[Pair]:
+        for end in (0, 1):
+            how = mode >> 2 * end & 3
+            before = pair[end]
+            for step in self.steps(mode, pair, end):
+                if how == UNSEEN or None in _reports(how, before, step.after):
+                    yield _after(pair, step)
+
+    def _after_move(self, mode: int, number: int, symbol: int) -> Iterator[Pair]:
+        end = symbol >> 8 & 1
+        what = (symbol >> 4 & 15, symbol & 15)
+        how = mode >> 2 * end & 3 or EVERY
+        for pair in self._sets[number]:
+            for step in self.steps(mode, pair, end):
+                if what in _reports(how, pair[end], step.after):
+                    yield _after(pair, step)
+
+    def _after_segment(self, number: int, symbol: int) -> Iterator[Pair]:
+        end = 1 if symbol & FROM_B else 0
+        for a, b in self._sets[number]:
+            after = _emit(b if end else a, symbol)
+            if after is not None:
+                yield (a, _still_useful(after, a)) if end else (_still_useful(after, b), b)
+
+    def _after_both(self, mode: int, number: int, a: int, b: int) -> Iterator[Pair]:
+        first = self.close(mode, self.number(_keep(self._sets[number], 0, a)))
+        yield from _keep(self._sets[first], 1, b)
+        first = self.close(mode, self.number(_keep(self._sets[number], 1, b)))
+        yield from _keep(self._sets[first], 0, a)
+
+
+def _after(pair: Pair, step: Step) -> Pair:
+    a, b = pair
+    if step.event is Event.OPEN_ACTIVE:
+        # A new connection: what the peer sent in an older one is not for it.
+        peer = a if step.end else b
+        peer = 0 if peer & 15 == CLOSED else peer & ~WIRE
+        return (peer, step.after) if step.end else (step.after, peer)
+    a, b = (a, step.after) if step.end else (step.after, b)
+    return _still_useful(a, b), _still_useful(b, a)
+
+
+def _still_useful(x: int, y: int) -> int:
+    """`x` without what it has on the wire and `y` has already got, or has no use for."""
+    if not y & 15:
+        wire = W_SYN if x & 15 == SYN_SENT and x & W_SYN else 0
+        if x & (WIRE & ~(W_RST | W_SYN)):
+            wire |= W_ACK
+        return x & ~WIRE | wire
+    if y & 15 >= ESTABLISHED:
+        x &= ~W_SYN_ACK if x & 15 == SYN_SENT else ~(W_SYN | W_SYN_ACK)
+        if y & FIN_IN:
+            x &= ~(W_FIN | W_FIN_ACK)
+        if y & FIN_ACKED:
+            x &= ~W_ACK_FIN
+    return x
+
+
+def _send(x: int) -> int:
+    """Put on the wire what is due, where nobody watches the wire."""
+    state = x & 15
+    if state in _SYNCHRONIZED:
+        x |= W_ACK
+    elif state == SYN_RECEIVED:
+        x |= W_SYN_ACK
+    if x & FIN_OUT and not x & FIN_ACKED:
+        x |= W_FIN_ACK if x & FIN_IN_ACK else W_FIN
+    if x & FIN_IN_ACK:
+        x |= W_ACK_FIN
+    if x & RST_DUE:
+        x = x & ~RST_DUE | W_RST
+    return x
+
+
+def _arrivals(x: int, y: int, segments: int, late: int) -> Iterator[tuple[Event, int]]:
+    """What the segments that `y` has put on the wire can amount to for `x`, and what it then
+    knows: RFC 9293 §3.10.7 in terms of what matters here.
+    """
+    state = x & 15
+    if y & W_RST:
+        if state == SYN_RECEIVED and x & PASSIVE:
+            yield Event.RST_TO_PASSIVE, FAILED
+        else:
+            yield Event.RST_EXACT, FAILED
+        if x & FIN_IN:
+            yield Event.RST_AFTER_FIN, FAILED
+    if state == CLOSED:
+        # After an orderly end all of the peer's segments have arrived, and only those that it
+        # sends again later find nobody.
+        if x & RST_DUE or (x & _ENDED == _ENDED and not late):
+            return
+        if y & W_SYN and y & 15 == SYN_SENT:
+            yield Event.NO_ACK, 0
+        if y & (WIRE & ~(W_RST | W_SYN)):
+            yield Event.ACK_OF_UNSENT, 0
+        return
+    if y & W_SYN:
+        if state == SYN_SENT:
+            yield Event.SYN, 0
+        elif state == TIME_WAIT and y & 15 == SYN_SENT:
+            yield Event.SYN_REOPENS, 0
+    if y & W_SYN_ACK:
+        if state == SYN_SENT:
+            yield Event.SYN_ACK, 0
+        elif state == SYN_RECEIVED:
+            yield Event.ACK_OF_SYN, 0
+    if state == SYN_SENT and y & W_ACK and not y & W_SYN_ACK:
+        yield Event.ACK_OF_UNSENT, 0
+    if state == SYN_RECEIVED:
+        if y & W_ACK:
+            yield Event.ACK_OF_SYN, 0
+        if y & (W_FIN | W_FIN_ACK):
+            yield Event.FIN_AND_ACK_OF_SYN, FIN_IN
+    if state not in _SYNCHRONIZED:
+        return
+    waits = x & FIN_OUT and not x & FIN_ACKED
+    if not x & FIN_IN:
+        if y & W_FIN_ACK and waits:
+            yield Event.FIN_AND_ACK_OF_FIN, FIN_IN | FIN_ACKED
+        elif y & (W_FIN | W_FIN_ACK):
+            yield Event.FIN, FIN_IN
+        if y & W_FIN and y & W_FIN_ACK and waits:
+            yield Event.FIN, FIN_IN
+    if waits and y & W_ACK_FIN:
+        yield Event.ACK_OF_FIN, FIN_ACKED
+    if x & ORPHAN and y & (W_TEXT if segments else W_ACK) and state in (FIN_WAIT_1, FIN_WAIT_2):
+        yield Event.TEXT_AFTER_CLOSE, 0
+
+
+def _reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None, ...]:
+    """What an observer may report of a step: transitions, or None for nothing at all."""
+    old, new = before & 15, after & 15
+    old, new = (0 if old == LISTEN else old), (0 if new == LISTEN else new)
+    if how == EVERY:
+        return ((old, new),) if old != new else (None,)
+    # Linux's tracepoint, whose end of a full socket may have been looked up in sock_diag.
+    if after & CHILD and not before & CHILD:
+        return ((CLOSED, SYN_RECEIVED),)
+    if after & SMALL and not before & SMALL:
+        return ((FIN_WAIT_2, CLOSED), (FIN_WAIT_2, FIN_WAIT_2))
+    if old == new:
+        return (None,)
+    if new == SYN_RECEIVED and after & PASSIVE:
+        return (None,)
+    if old == SYN_RECEIVED and before & PASSIVE and not before & CHILD:
+        return (None,) if new == CLOSED else ()
+    if before & SMALL:
+        return (None, (old, new))
+    if old == TIME_WAIT:
+        if new == SYN_SENT:
+            return ((CLOSED, SYN_SENT), (TIME_WAIT, SYN_SENT))
+        return (None, (old, new))
+    if new == TIME_WAIT:
+        return ((old, CLOSED), (old, TIME_WAIT))
+    return ((old, new),)
+
+
+def _emit(x: int, kind: int) -> int | None:
+    """The end after sending a segment of this kind; None if it does not send such a one."""
+    state = x & 15
+    if kind & RST:
+        if not x & RST_DUE:
+            return None
+        x &= ~RST_DUE
+        sent = W_RST
+    elif kind & SYN:
+        if kind & ACK:
+            if state != SYN_RECEIVED and not kind & OLD:
+                return None
+            sent = W_SYN_ACK
+        else:
+            if state != SYN_SENT:
+                return None
+            sent = W_SYN
+    else:
+        if state not in _SYNCHRONIZED and state != SYN_RECEIVED:
+            return None
+        sent = W_ACK
+        if kind & ACKS_FIN:
+            if not x & FIN_IN_ACK:
+                return None
+            sent |= W_ACK_FIN
+        elif x & FIN_IN and not kind & OLD:
+            return None
+        if kind & FIN:
+            if not x & FIN_OUT or x & FIN_ACKED:
+                return None
+            sent |= W_FIN_ACK if kind & ACKS_FIN else W_FIN
+        if kind & TEXT:
+            if state in (SYN_RECEIVED, FIN_WAIT_2, TIME_WAIT):
+                return None
+            sent |= W_TEXT
+    return x if kind & DROPPED else x | sent
+
+
+def _keep(pairs: Iterable[Pair], end: int, state: int) -> Iterator[Pair]:
+    """Those in which a look at this end finds it in this state."""
+    for pair in pairs:
+        is_in = pair[end] & 15
+        if is_in == state or (
+            # A listener has no row of its own for this peer, and a new socket perhaps not yet.
+            state == CLOSED and (is_in == LISTEN or (is_in == SYN_RECEIVED and pair[end] & PASSIVE))
+        ):
+            yield pair
+
+
+def _after_told(pairs: Iterable[Pair], end: int, what: int) -> Iterator[Pair]:
+    for pair in pairs:
+        x = pair[end]
+        state = x & 15
+        if what == EOF_READ:
+            true = bool(x & (FIN_IN | FAILED))
+        elif what == RESET_READ:
+            true = bool(x & FAILED)
+        elif what == CONNECTED:
+            true = state not in (LISTEN, SYN_SENT, SYN_RECEIVED)
+        elif what == REFUSED:
+            true = state == CLOSED
+        else:
+            true = True
+        if true:
+            if what == CLOSE_CALLED:
+                x |= CALLED_CLOSE
+            elif what == SHUTDOWN_CALLED:
+                x |= CALLED_SHUTDOWN
+            yield (pair[0], x) if end else (x, pair[1])
+
+
+# What holds of a set: for A in the low bits, for B the same shifted by 8.
+MAY_TIME_WAIT: Final = 1
+MUST_TIME_WAIT: Final = 2  # and its peer has no FIN left to repeat
+MAY_ORPHAN: Final = 4  # may be an orphan in FIN_WAIT_2
+MUST_GONE: Final = 8
+
+
+def _facts(pairs: frozenset[Pair]) -> int:
+    facts = 0
+    for end in (0, 1):
+        bits = 0
+        if any(p[end] & 15 == TIME_WAIT for p in pairs):
+            bits |= MAY_TIME_WAIT
+        if pairs and all(
+            p[end] & 15 == TIME_WAIT and not (p[1 - end] & FIN_OUT and not p[1 - end] & FIN_ACKED)
+            for p in pairs
+        ):
+            bits |= MUST_TIME_WAIT
+        if any(p[end] & 15 == FIN_WAIT_2 and p[end] & ORPHAN for p in pairs):
+            bits |= MAY_ORPHAN
+        if all(p[end] & 15 in (CLOSED, LISTEN) for p in pairs):
+            bits |= MUST_GONE
+        facts |= bits << 8 * end
+    return facts

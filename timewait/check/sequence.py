@@ -1,0 +1,261 @@
+"""What the sequence numbers of a connection's segments amount to, and when they cannot be true.
+
+Each side's segments are followed against what that side and its peer have
+sent before (RFC 9293 §3.4): where the next octet belongs, where the FIN is,
+what has been acknowledged. A segment comes out as its *kind*, a small number
+without any sequence number in it, which is all that the states depend on.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import define, field
+
+from timewait.tcp.segment import ACK, FIN, RST, SYN, seq_add, seq_diff
+
+__all__ = [
+    "ACKS_FIN",
+    "DROPPED",
+    "FROM_B",
+    "OLD",
+    "TEXT",
+    "Contradiction",
+    "Sequence",
+    "kind_text",
+]
+
+# A kind's bits beside FIN, SYN, RST and ACK. TEXT takes PSH's place.
+TEXT: Final = 0x08
+ACKS_FIN: Final = 0x20  # it acknowledges the peer's FIN
+OLD: Final = 0x40  # nothing in it that its sender had not sent before
+DROPPED: Final = 0x80  # the link lost it after it was seen
+FROM_B: Final = 0x100
+
+# A probe (keep-alive, zero window) repeats the last octet, and only of a connection that has
+# been quiet for the shortest retransmission timeout that anybody uses (Linux: TCP_RTO_MIN).
+PROBE_AFTER: Final = 0.18
+
+_NO_ACK = "RFC 9293 §3.10.7.4: every segment after the SYN carries an acknowledgment"
+_UNSENT = "RFC 9293 §3.4: an acknowledgment is of something sent, SND.UNA < SEG.ACK =< SND.NXT"
+_SEQUENCE = "RFC 9293 §3.4: octets are numbered one after the other from SND.NXT"
+_BACKWARDS = "RFC 9293 §3.4: RCV.NXT never goes back"
+_AFTER_FIN = "RFC 9293 §3.6: nothing follows a FIN"
+_RESET = "RFC 9293 §3.5.2: a reset takes its number from the ACK that caused it, or is at SND.NXT"
+
+
+def kind_text(kind: int) -> str:
+    """A kind in words: `"FIN, acknowledging the peer's FIN"`."""
+    if kind & RST:
+        return "RST"
+    if kind & SYN:
+        return "SYN,ACK" if kind & ACK else "SYN"
+    words = [name for bit, name in ((FIN, "FIN"), (TEXT, "text")) if kind & bit] or ["ACK"]
+    text = " with ".join(words)
+    if kind & OLD:
+        text += " sent again"
+    return text + (", acknowledging the peer's FIN" if kind & ACKS_FIN else "")
+
+
+class Contradiction(Exception):
+    """A segment that no TCP sends after what was seen. Carries the rule it breaks."""
+
+    def __init__(self, why: str, rule: str) -> None:
+        super().__init__(why)
+        self.rule = rule
+
+
+@define(eq=False)
+class Flow:
+    """What one side has been seen to send."""
+
+    isn: int | None = None
+    next: int | None = None  # after the last octet sent, SYN and FIN counted
+    fin: int | None = None  # the FIN's own number
+    ack: int | None = None  # the last acknowledgment it sent
+    acks: tuple[int, ...] = ()  # it and the few before, newest first: resets repeat them
+    gaps: list[tuple[int, int]] = field(factory=list)  # octets that have not been seen
+    text: int = 0  # octets of text seen
+    last: float = -1e9  # when it last sent anything
+    former: Flow | None = None  # the flow that its newest SYN wants to follow
+
+
+class Sequence:
+    """The two flows of one connection, seen together. `exact` is where each side is seen as
+    it sends; elsewhere segments may be lost or overtaken before they are seen.
+    """
+
+    __slots__ = ("a", "b", "exact")
+
+    def __init__(self, exact: bool) -> None:
+        self.a = Flow()
+        self.b = Flow()
+        self.exact = exact
+
+    def forget(self) -> None:
+        """Segments were missed: begin again with whatever comes next."""
+        self.a = Flow(fin=self.a.fin)
+        self.b = Flow(fin=self.b.fin)
+
+    def take(self, from_b: bool, flags: int, seq: int, ack: int, length: int, t: float) -> int:
+        """The kind of this segment. Raises `Contradiction` where it cannot be."""
+        x, y = (self.b, self.a) if from_b else (self.a, self.b)
+        quiet = t - max(x.last, y.last)
+        x.last = t
+        if flags & (SYN | RST):
+            kind = self._reset(x, y, flags, seq, ack) if flags & RST else 0
+            if not kind:
+                kind = self._syn(x, y, flags, seq, ack, from_b)
+            return kind | FROM_B if from_b else kind
+        if not flags & ACK:
+            raise Contradiction("it carries no acknowledgment", _NO_ACK)
+        kind = ACK | FROM_B if from_b else ACK
+        end = seq + length + (flags & FIN) & 0xFFFFFFFF
+        if x.next is None:
+            x.next = end
+        else:
+            new = ((end - x.next + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+            if seq != x.next:
+                new = self._out_of_place(x, y, seq, end, new, length, quiet)
+            if new > 0:
+                x.next = end
+            elif length or flags & FIN or seq != x.next:
+                kind |= OLD
+        if length:
+            kind |= TEXT
+            x.text += length
+            if x.fin is not None and seq_diff(seq + length, x.fin) > 0:
+                raise Contradiction(f"text after the FIN at {x.fin}", _AFTER_FIN)
+        if flags & FIN:
+            kind |= FIN
+            at = end - 1 & 0xFFFFFFFF
+            if x.fin is None:
+                if kind & OLD:
+                    raise Contradiction(
+                        f"a FIN at {at}, where other octets were sent before", _SEQUENCE
+                    )
+                x.fin = at
+            elif x.fin != at:
+                raise Contradiction(f"a FIN at {at}, and one was at {x.fin} already", _SEQUENCE)
+        if ack != x.ack:
+            self._acknowledge(x, y, ack, kind)
+        if y.fin is not None and (ack - y.fin & 0xFFFFFFFF) == 1:
+            kind |= ACKS_FIN
+        return kind
+
+    def _out_of_place(
+        self, x: Flow, y: Flow, seq: int, end: int, new: int, length: int, quiet: float
+    ) -> int:
+        """A segment that does not begin at SND.NXT; how many new octets it brings."""
+        assert x.next is not None
+        gap = seq_diff(seq, x.next)
+        if gap > 0:
+            if self.exact:
+                raise Contradiction(
+                    f"it begins {gap} octet{'s'[: gap != 1]} after the last one sent "
+                    f"(at {seq}, not {x.next})",
+                    _SEQUENCE,
+                )
+            x.gaps.append((x.next, seq))
+            return max(new, 1)
+        if x.gaps:
+            x.gaps = [
+                piece
+                for low, high in x.gaps
+                for piece in ((low, min(high, seq)), (max(low, end), high))
+                if seq_diff(piece[1], piece[0]) > 0
+            ]
+        if end == seq:  # An acknowledgment alone stands at SND.NXT; only a probe goes back.
+            probe = y.ack is not None and seq_diff(seq, y.ack) == -1
+            if self.exact and not (probe and quiet >= PROBE_AFTER):
+                raise Contradiction(
+                    f"an acknowledgment alone at {seq}, {-gap} before SND.NXT {x.next}", _SEQUENCE
+                )
+        elif (
+            self.exact
+            and length
+            and y.ack is not None
+            and seq_diff(seq, y.ack) < 0
+            and seq_diff(end, y.ack) > 0
+            and quiet < PROBE_AFTER
+        ):
+            raise Contradiction(
+                f"it begins at {seq}, inside what was acknowledged up to {y.ack}", _SEQUENCE
+            )
+        return new
+
+    def _acknowledge(self, x: Flow, y: Flow, ack: int, kind: int) -> None:
+        if y.next is None:
+            if y.isn is None and y.former is None:
+                y.next = ack  # Nothing of the peer's has been seen yet.
+        else:
+            ahead = seq_diff(ack, y.next)
+            if ahead > 0 and not (
+                # A half-open side answers a new SYN with what it knows of the former connection.
+                y.former is not None and y.former.next == ack
+            ):
+                raise Contradiction(
+                    f"it acknowledges {ack}, {ahead} octet{'s'[: ahead != 1]} more than was sent",
+                    _UNSENT,
+                )
+            for low, _ in y.gaps:
+                if seq_diff(ack, low) > 0:
+                    raise Contradiction(
+                        f"it acknowledges {ack}, and the octets from {low} were never seen",
+                        _UNSENT,
+                    )
+        if x.ack is not None and seq_diff(ack, x.ack) < 0:
+            if self.exact and not (x.former is not None and x.former.ack == ack):
+                raise Contradiction(
+                    f"it acknowledges {ack}, and {x.ack} was acknowledged already", _BACKWARDS
+                )
+            if not self.exact and not kind & OLD and kind & (FIN | TEXT):
+                raise Contradiction(
+                    f"new octets acknowledge {ack}, and {x.ack} was acknowledged already",
+                    _BACKWARDS,
+                )
+            return
+        x.ack = ack
+        x.acks = (ack, *x.acks[:3])
+
+    def _syn(self, x: Flow, y: Flow, flags: int, seq: int, ack: int, from_b: bool) -> int:
+        kind = SYN
+        if x.isn != seq:
+            fresh = Flow(isn=seq, next=seq_add(seq, 1), last=x.last)
+            if x.next is not None:
+                fresh.former = x
+                x.former = None
+            if from_b:
+                self.b = fresh
+            else:
+                self.a = fresh
+            x = fresh
+        if flags & ACK:
+            kind |= ACK
+            if y.isn is not None and ack != seq_add(y.isn, 1):
+                raise Contradiction(
+                    f"a SYN,ACK acknowledges {ack}, and the SYN is at {y.isn}", _UNSENT
+                )
+            if y.next is None:
+                y.next = ack
+            x.ack = ack
+            x.acks = (ack, *x.acks[:3])
+        return kind
+
+    def _reset(self, x: Flow, y: Flow, flags: int, seq: int, ack: int) -> int:
+        at = [n for n in (x.next, *y.acks) if n is not None]
+        if x.former is not None:
+            at += [n for n in (x.former.next, *x.former.acks) if n is not None]
+        if y.former is not None:
+            at += y.former.acks
+        if flags & ACK:
+            at.append(0)  # an answer to a segment without ACK
+            if y.next is not None and seq_diff(ack, y.next) > 0:
+                raise Contradiction(f"a reset acknowledges {ack}, sent is up to {y.next}", _UNSENT)
+        if at and at != [0] and seq not in at:
+            raise Contradiction(f"a reset at {seq}; {_or(sorted(set(at)))} was due", _RESET)
+        return RST
+
+
+def _or(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
