@@ -82,7 +82,8 @@ def flags_text(flags: int) -> str:
 class Options:
     """The TCP options that matter to a lifecycle (RFC 9293 §3.2, RFC 7323, RFC 2018).
 
-    `None` (or `False`) means that the option is absent.
+    `None` (or `False`, or no `sack` blocks, each its left and right edge)
+    means that the option is absent.
     """
 
     mss: int | None = None
@@ -90,6 +91,7 @@ class Options:
     sack_permitted: bool = False
     ts_val: int | None = None
     ts_ecr: int | None = None
+    sack: tuple[tuple[int, int], ...] = ()
 
 
 @define(unsafe_hash=True)
