@@ -14,9 +14,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import io
 import os
 import pickle
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -137,7 +139,7 @@ class Namespace:
         """What `function(*arguments)` returns (or raises) when called in the namespace.
 
         A function at a module's top level, with arguments and a result that
-        can be pickled; the result may also be a socket. Without root it runs
+        can be pickled; the result may also be a socket or an `io.FileIO`. Without root it runs
         in the helper process.
         """
         if self.how == "user":
@@ -314,9 +316,9 @@ def _serve(fd: int) -> None:
 
 
 def _tell(line: socket.socket, what: tuple[Any, Any]) -> None:
-    """Send a pair; a socket in second place goes as a descriptor."""
+    """Send a pair; a socket or raw file in second place goes as a descriptor."""
     fds = []
-    if isinstance(what[1], socket.socket):
+    if isinstance(what[1], socket.socket | io.FileIO):
         sock = what[1]
         fds = [sock.fileno()]
         what = what[0], None
@@ -345,6 +347,7 @@ def _hear(line: socket.socket) -> tuple[Any, Any]:
         message += part
     first, second = pickle.loads(message)
     if fds:
-        second = socket.socket(fileno=fds[0])
-        second.set_inheritable(False)
+        is_socket = stat.S_ISSOCK(os.fstat(fds[0]).st_mode)
+        second = socket.socket(fileno=fds[0]) if is_socket else io.FileIO(fds[0], "r+")
+        os.set_inheritable(fds[0], False)
     return first, second
