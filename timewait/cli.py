@@ -26,7 +26,9 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     },
     "Ask about a port": {},
     "Check": {},
-    "Laboratory": {},
+    "Laboratory": {
+        "packetdrill": "run packetdrill scripts on the model or the kernel",
+    },
 }
 
 

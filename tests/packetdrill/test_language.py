@@ -1,0 +1,306 @@
+"""The language: what a script's text is read as, and what is refused by name."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from timewait.packetdrill.assertions import check, tcp_info
+from timewait.packetdrill.frames import Frame, decode, encode
+from timewait.packetdrill.runner import show
+from timewait.packetdrill.script import (
+    ANY,
+    Bits,
+    Call,
+    Code,
+    Command,
+    Option,
+    Packet,
+    Script,
+    Struct,
+    Unsupported,
+    When,
+    Word,
+    parse,
+)
+from timewait.packetdrill.settings import Settings, sysctls
+from timewait.tcp.segment import ACK, CWR, ECE, FIN, PSH, RST, SYN, URG
+
+
+def action(text: str) -> Packet | Call | Command | Code:
+    return parse(f"0 {text}").events[0].action
+
+
+def packet(text: str) -> Packet:
+    read = action(text)
+    assert isinstance(read, Packet)
+    return read
+
+
+def call(text: str) -> Call:
+    read = action(text)
+    assert isinstance(read, Call)
+    return read
+
+
+@pytest.mark.parametrize(
+    ("text", "when"),
+    [
+        ("0", When(0.0)),
+        ("0.250", When(0.25)),
+        ("+0", When(0.0, None, True)),
+        ("+.1", When(0.1, None, True)),
+        ("*", When(None)),
+        ("0.1~0.3", When(0.1, 0.3)),
+        ("+0~+.2", When(0.0, 0.2, True)),
+        ("+0.5 ~ +0.6", When(0.5, 0.6, True)),
+    ],
+)
+def test_times(text: str, when: When) -> None:
+    assert parse(f"{text} > . 1:1(0) ack 1").events[0].when == when
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("S 0:0(0)", SYN),
+        ("S. 0:0(0) ack 1", SYN | ACK),
+        ("F. 1:1(0) ack 1", FIN | ACK),
+        ("FP. 1:2(1) ack 1", FIN | PSH | ACK),
+        ("P. 1:2(1) ack 1", PSH | ACK),
+        (". 1:1(0) ack 1", ACK),
+        ("R 1:1(0)", RST),
+        ("R. 1:1(0) ack 1", RST | ACK),
+        ("SEW 0:0(0)", SYN | ECE | CWR),
+        ("SE. 0:0(0) ack 1", SYN | ECE | ACK),
+        ("EP. 1:2(1) ack 1", ECE | PSH | ACK),
+        ("PU. 1:2(1) ack 1", PSH | URG | ACK),
+        ("- 1:1(0)", 0),
+        ("SF 0:0(0)", SYN | FIN),
+        (".5 1:1(0) ack 1", ACK | ECE | 0x100),
+        ("P.5 1:2(1) ack 1", ACK | PSH | ECE | 0x100),
+        ("SEWA 0:0(0)", SYN | ECE | CWR | 0x100),
+    ],
+)
+def test_flags(text: str, flags: int) -> None:
+    assert packet("> " + text).flags == flags
+
+
+def test_a_segment_in_full() -> None:
+    read = packet(
+        "< [ect0] P. 1:1001(1000) ack 5 win 257 urg 3 <nop,nop,TS val 7 ecr 8,sack 1:2 3:4>"
+    )
+    assert (read.inbound, read.ecn, read.flags) == (True, 2, PSH | ACK)
+    assert (read.seq, read.length, read.ack, read.window, read.urgent) == (1, 1000, 5, 257, 3)
+    assert read.options == (
+        Option(1),
+        Option(1),
+        Option(8, struct.pack("!II", 7, 8)),
+        Option(5, struct.pack("!4I", 1, 2, 3, 4)),
+    )
+
+
+def test_what_is_left_out_of_an_outbound_segment_is_not_looked_at() -> None:
+    read = packet("> . 1:1(0) ack 1 <...>")
+    assert (read.window, read.options, read.ecn) == (None, None, None)
+    assert packet("> . 1:1(0) ack 1").options == ()
+
+
+def test_fast_open_and_other_protocols() -> None:
+    assert packet("< S 0:10(10) win 5 <mss 1000,FO 0123abcd,nop>").options == (
+        Option(2, b"\x03\xe8"),
+        Option(34, bytes.fromhex("0123abcd")),
+        Option(1),
+    )
+    assert packet("< S 0:0(0) win 5 <FO,nop,nop>").options == (Option(34), Option(1), Option(1))
+    icmp = packet("< icmp unreachable frag_needed mtu 1200 [1:1461(1460)]")
+    assert (icmp.icmp_type, icmp.icmp_code, icmp.mtu) == ("unreachable", "frag_needed", 1200)
+    assert icmp.echoed == ("tcp", 1, 1460)
+    assert packet("> udp (100)").length == 100
+
+
+def test_calls_and_their_values() -> None:
+    read = call("setsockopt(3, SOL_SOCKET, SO_LINGER, {onoff=1, linger=0}, 8) = 0")
+    assert read.arguments[3] == Struct((("onoff", 1), ("linger", 0)))
+    read = call("write(4, ..., 1000) = -1 EAGAIN (Resource temporarily unavailable)")
+    assert (read.arguments, read.result, read.errno) == ((4, ANY, 1000), -1, "EAGAIN")
+    read = call("fcntl(3, F_SETFL, O_RDWR|O_NONBLOCK) = 0")
+    assert read.arguments[2] == Bits((Word("O_RDWR"), Word("O_NONBLOCK")))
+    read = call("fcntl(3, F_GETFL) = 0x2 (flags O_RDWR)")
+    assert read.result == 2
+    read = call(
+        'bind(3, {sa_family=AF_INET, sin_port=htons(80), sin_addr=inet_addr("1.2.3.4")}, 16) = 0'
+    )
+    assert isinstance(read.arguments[1], Struct)
+    assert read.arguments[1].get("sin_addr") == "1.2.3.4"
+    read = call("poll([{fd=3, events=POLLIN, revents=POLLIN}], 1, 1000) = 1")
+    assert isinstance(read.arguments[0], tuple)
+    read = call('read(3, "ab" "c", 10) = 3')
+    assert read.arguments[1] == "abc"
+    read = call("recvmsg(4, {msg_name(...)=..., msg_iov(1)=[{...,10}], msg_flags=0}, 0) = 10")
+    assert isinstance(read.arguments[1], Struct)
+    assert read.arguments[1].get("msg_iov") == (Struct((("", ANY), ("", 10))),)
+
+
+def test_a_blocking_call_has_an_end() -> None:
+    event = parse("0 socket(..., SOCK_STREAM, 0) = 3\n 0.100...0.250 connect(3, ..., ...) = 0")
+    blocking = event.events[1]
+    assert blocking.when == When(0.1)
+    assert isinstance(blocking.action, Call)
+    assert blocking.action.until == 0.25
+
+
+def test_comments_options_and_commands() -> None:
+    script = parse(
+        """--tolerance_usecs=10000 --ip_version=ipv6
+        --mss=1000
+        // one
+        /* two
+        */
+        # three
+        `../common/defaults.sh`
+        0 `sysctl -q net.ipv4.tcp_sack=0`
+        +0 %{ assert tcpi_state == 1, tcpi_state }%
+        `cleanup`"""
+    )
+    assert script.options[0] == ("tolerance_usecs", "10000")
+    assert [c.text for _, c in script.before] == ["../common/defaults.sh"]
+    assert [c.text for _, c in script.after] == ["cleanup"]
+    assert [event.line for event in script.events] == [8, 9]
+    settings = Settings.of(script)
+    assert (settings.tolerance, settings.ip_version) == (0.01, "ipv6")
+
+
+def test_conditions_and_definitions() -> None:
+    text = "#ifdef A\n0 > . 1:1(0) ack 1\n#else\n0 > F. 1:1(0) ack 1\n#endif\n+0 close(FD) = 0"
+    with_a = parse(text, defines={"A": "", "FD": "4"})
+    assert [e.line for e in with_a.events] == [2, 6]
+    assert isinstance(with_a.events[1].action, Call)
+    assert with_a.events[1].action.arguments == (4,)
+    assert [e.line for e in parse(text).events] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("text", "why", "line"),
+    [
+        ("0 < S 0:1(0)", "does not add up", 1),
+        ("0 > X. 1:1(0)", "TCP flags", 1),
+        ("\n0 > . 1:1(0) <foo>", "TCP option 'foo'", 2),
+        ("0 < gre: . 1:1(0)", "gre", 1),
+        ("* close(3) = 0", "outbound packets only", 1),
+        ("0 close(3 = 0", "expected ','", 1),
+        ("#ifdef X\n0 close(3) = 0", "#ifdef without #endif", 2),
+        ("", "without events", 1),
+        ("0 read(3, 'x') = 0", "value", 1),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_line(text: str, why: str, line: int) -> None:
+    with pytest.raises(Unsupported, match=why) as refused:
+        parse(text)
+    assert refused.value.line == line
+
+
+@given(st.text(alphabet="0123456789+*~.<>[]{}()SFRP. ackwin,=`%\"'\n/#-", max_size=120))
+def test_no_text_is_a_crash(text: str) -> None:
+    with suppress(Unsupported):
+        assert isinstance(parse(text), Script)
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("sysctl -q net.ipv4.tcp_sack=0", {"net.ipv4.tcp_sack": "0"}),
+        ("sysctl -w net.ipv4.tcp_rmem='1 2 3' > /dev/null 2>&1", {"net.ipv4.tcp_rmem": "1 2 3"}),
+        ("./set_sysctls.py /proc/sys/net/ipv4/tcp_ecn=1", {"net.ipv4.tcp_ecn": "1"}),
+        ("echo 5 > /proc/sys/net/ipv4/tcp_fin_timeout", {"net.ipv4.tcp_fin_timeout": "5"}),
+        ("sysctl -q net.ipv4.tcp_sack=0\nsysctl -q net.ipv4.tcp_ecn=0", {
+            "net.ipv4.tcp_sack": "0", "net.ipv4.tcp_ecn": "0"}),
+        ("/tmp/sysctl_restore_${PPID}.sh", {}),
+    ],
+)  # fmt: skip
+def test_known_commands_are_settings(command: str, settings: dict[str, str]) -> None:
+    assert {name: value for name, value, _ in sysctls(command, 1)} == settings
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rm -rf /",
+        "sysctl -q kernel.panic=1",
+        "echo 1 > /etc/passwd",
+        "echo 1 > /proc/sys/net/../kernel/panic",
+        "sysctl -q net.ipv4.tcp_sack=$(reboot)",
+        "iptables -F",
+        "sysctl -q net.ipv4.tcp_sack=0; curl example.com",
+        "set_sysctls.py /proc/sys/kernel/panic=1",
+        "sysctl -p /etc/evil",
+    ],
+)
+def test_every_other_command_is_refused(command: str) -> None:
+    with pytest.raises(Unsupported):
+        list(sysctls(command, 1))
+
+
+def test_code_is_arithmetic_and_nothing_else() -> None:
+    names: dict[str, int] = {}
+    info = {"tcpi_snd_cwnd": 10, "tcpi_state": 1}
+    assert check("assert tcpi_snd_cwnd == 10, tcpi_snd_cwnd", info, names, 1) is None
+    assert check("assert tcpi_state == TCP_ESTABLISHED", info, names, 1) is None
+    assert (
+        check("x = tcpi_snd_cwnd * 2; assert 10 <= x < 21 and x in (20, 21)", info, names, 1)
+        is None
+    )
+    assert check("assert x == 20\nprint(x)", info, names, 1) is None
+    wrong = check("assert tcpi_snd_cwnd == 11, 'no'", info, names, 1)
+    assert wrong == "assert tcpi_snd_cwnd == 11: tcpi_snd_cwnd is 10"
+    for code in ("import os", "assert open('/etc/passwd')", "assert (1).__class__", "9 ** 9 ** 9",
+                 "assert unknown", "assert [x for x in (1,)]", "assert 'a' * 10 ** 9", "(" * 300,
+                 "assert 1 << 10 ** 9"):  # fmt: skip
+        with pytest.raises(Unsupported):
+            check(code, info, {}, 1)
+
+
+def test_tcp_info_is_read_as_far_as_it_goes() -> None:
+    octets = bytes([1, 2, 0, 0, 0, 0, 0x87, 0]) + struct.pack("<I", 200000)
+    info = tcp_info(octets)
+    assert info["tcpi_state"] == 1
+    assert (info["tcpi_snd_wscale"], info["tcpi_rcv_wscale"]) == (7, 8)
+    assert info["tcpi_rto"] == 200000
+    assert "tcpi_ato" not in info
+
+
+@given(
+    six=st.booleans(),
+    flags=st.integers(0, 0x1FF),
+    seq=st.integers(0, 0xFFFFFFFF),
+    ack=st.integers(0, 0xFFFFFFFF),
+    body=st.binary(max_size=40),
+    options=st.lists(st.builds(Option, st.integers(2, 255), st.binary(max_size=6)), max_size=4).map(
+        tuple
+    ),
+)
+def test_a_frame_survives_the_wire(
+    six: bool, flags: int, seq: int, ack: int, body: bytes, options: tuple[Option, ...]
+) -> None:
+    hosts = ("fd00::1", "fd00::2") if six else ("10.0.0.1", "10.0.0.2")
+    sent = Frame(*hosts, "tcp", (1, 2), flags, seq, ack, 3, 4, options, body)
+    came = decode(encode(sent))
+    assert came is not None
+    padding = tuple(o for o in came.options if o.kind == 0)
+    assert came.options == options + padding
+    for name in ("src", "dst", "ports", "flags", "seq", "ack", "window", "urgent", "body"):
+        assert getattr(came, name) == getattr(sent, name)
+
+
+@given(st.binary(max_size=100))
+def test_no_octets_are_a_crash(octets: bytes) -> None:
+    decode(octets)
+
+
+def test_a_packet_is_shown_as_it_is_written() -> None:
+    text = "P. 1:1001(1000) ack 5 win 257 <nop,nop,TS val 7 ecr 8>"
+    assert show(packet("< " + text)) == text

@@ -1,0 +1,55 @@
+"""packetdrill scripts, read and run in pure Python: on the model or on the live kernel.
+
+packetdrill (https://github.com/google/packetdrill) is the language in which
+TCP stacks are tested. `script` reads it to immutable data, `runner` says what
+a script means, `on_kernel` and `on_model` are the two stacks it can mean it to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from timewait.packetdrill.runner import Outcome, TooLate, run
+from timewait.packetdrill.script import Unsupported, parse
+from timewait.packetdrill.settings import Settings
+
+__all__ = ["Outcome", "play"]
+
+_TRIES = 3
+
+
+def play(
+    path: Path | str,
+    *,
+    on: str = "kernel",
+    profile: str = "linux",
+    defines: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Run one script on "model" or "kernel" and say how it ended.
+
+    On the kernel a run in which this process itself missed an event's time
+    says nothing, and is repeated, up to three times in all.
+
+    Raises `OSError` where the file cannot be read, or (on the kernel) there can
+    be no wire.
+    """
+    text = Path(path).read_bytes().decode("utf-8", "replace")
+    try:
+        script = parse(text, str(path), defines)
+        settings = Settings.of(script)
+    except Unsupported as unsupported:
+        return Outcome(str(path), "unsupported", unsupported.line, unsupported.what)
+    except RecursionError:
+        return Outcome(str(path), "unsupported", None, "nested too deeply")
+    from timewait.packetdrill.on_kernel import KernelStack, undisturbed
+
+    late: TooLate | None = None
+    for _ in range(_TRIES):
+        try:
+            with undisturbed(), KernelStack(settings) as stack:
+                return run(script, stack, settings)
+        except TooLate as missed:
+            late = missed
+    assert late is not None
+    return Outcome(str(path), "failed", late.line, str(late))

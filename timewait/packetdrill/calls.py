@@ -1,0 +1,589 @@
+"""System calls of a script: from its words to the sockets API, and the results held against it.
+
+The calls are made on socket objects with Python's Berkeley methods, so the
+same reading of a script drives the kernel's sockets and the modelled ones.
+Only calls that stay on sockets of the script's own are known; every other name
+is unsupported, and no value of a script reaches anything but a socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any as Anything
+from typing import Final
+
+from attrs import define, field, frozen
+
+from timewait.packetdrill.script import ANY, Any, Bits, Call, Struct, Unsupported, Value, Word
+
+__all__ = ["CONSTANTS", "Calls", "Interests", "Result"]
+
+
+def _constants() -> dict[str, int]:
+    found: dict[str, int] = {}
+    for module, prefixes in (
+        (socket, ("AF_", "PF_", "SOCK_", "IPPROTO_", "SOL_", "SO_", "TCP_", "IP_", "IPV6_",
+                  "MSG_", "SHUT_", "SOMAXCONN")),
+        (select, ("POLL", "EPOLL")),
+        (fcntl, ("F_", "FD_")),
+        (os, ("O_",)),
+        (errno, ("E",)),
+    ):  # fmt: skip
+        for name in dir(module):
+            value = getattr(module, name)
+            if name.startswith(prefixes) and isinstance(value, int):
+                found[name] = int(value)
+    return found
+
+
+# Numbers that the kernel's own headers give and Python has no name for
+# (include/uapi/linux/tcp.h, asm-generic/socket.h, in.h, sockios.h, tcp_states.h).
+CONSTANTS: Final[dict[str, int]] = _constants() | {
+    "SHUT_RD": 0, "SHUT_WR": 1, "SHUT_RDWR": 2, "NULL": 0,
+    "SIOCINQ": 0x541B, "FIONREAD": 0x541B, "SIOCOUTQ": 0x5411, "TIOCOUTQ": 0x5411,
+    "SIOCOUTQNSD": 0x894B, "SIOCATMARK": 0x8905, "FIONBIO": 0x5421,
+    "SOL_TCP": 6, "SOL_IP": 0, "SOL_IPV6": 41, "SOL_UDP": 17, "PF_INET": 2, "PF_INET6": 10,
+    "SO_RCVBUFFORCE": 33, "SO_SNDBUFFORCE": 32, "SO_PRIORITY": 12, "SO_MARK": 36,
+    "SO_TIMESTAMP": 29, "SO_TIMESTAMPNS": 35, "SO_TIMESTAMPING": 37, "SO_BUSY_POLL": 46,
+    "SO_MAX_PACING_RATE": 47, "SO_INCOMING_CPU": 49, "SO_ZEROCOPY": 60, "SO_PEEK_OFF": 42,
+    "SO_MEMINFO": 55, "SO_TXTIME": 61, "SO_ACCEPTCONN": 30, "SO_DOMAIN": 39, "SO_PROTOCOL": 38,
+    "TCP_NODELAY": 1, "TCP_MAXSEG": 2, "TCP_CORK": 3, "TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 6, "TCP_SYNCNT": 7, "TCP_LINGER2": 8, "TCP_DEFER_ACCEPT": 9,
+    "TCP_WINDOW_CLAMP": 10, "TCP_INFO": 11, "TCP_QUICKACK": 12, "TCP_CONGESTION": 13,
+    "TCP_MD5SIG": 14, "TCP_THIN_LINEAR_TIMEOUTS": 16, "TCP_THIN_DUPACK": 17,
+    "TCP_USER_TIMEOUT": 18, "TCP_REPAIR": 19, "TCP_REPAIR_QUEUE": 20, "TCP_QUEUE_SEQ": 21,
+    "TCP_REPAIR_OPTIONS": 22, "TCP_FASTOPEN": 23, "TCP_TIMESTAMP": 24, "TCP_NOTSENT_LOWAT": 25,
+    "TCP_CC_INFO": 26, "TCP_SAVE_SYN": 27, "TCP_SAVED_SYN": 28, "TCP_REPAIR_WINDOW": 29,
+    "TCP_FASTOPEN_CONNECT": 30, "TCP_ULP": 31, "TCP_MD5SIG_EXT": 32, "TCP_FASTOPEN_KEY": 33,
+    "TCP_FASTOPEN_NO_COOKIE": 34, "TCP_ZEROCOPY_RECEIVE": 35, "TCP_INQ": 36, "TCP_CM_INQ": 36,
+    "TCP_TX_DELAY": 37, "TCP_RTO_MAX_MS": 44, "TCP_RTO_MIN_US": 45, "TCP_DELACK_MAX_US": 46,
+    "TCP_IS_MPTCP": 43,
+    "IP_MTU_DISCOVER": 10, "IP_RECVERR": 11, "IP_MTU": 14, "IPV6_MTU": 24, "IP_FREEBIND": 15,
+    "IP_TOS": 1, "IP_TTL": 2, "IP_RECVTOS": 13, "IP_RECVTTL": 12, "IP_MINTTL": 21,
+    "IP_TRANSPARENT": 19, "IP_BIND_ADDRESS_NO_PORT": 24, "IP_LOCAL_PORT_RANGE": 51,
+    "IP_PMTUDISC_DONT": 0, "IP_PMTUDISC_WANT": 1, "IP_PMTUDISC_DO": 2, "IP_PMTUDISC_PROBE": 3,
+    "IPV6_V6ONLY": 26, "IPV6_TCLASS": 67, "IPV6_RECVERR": 25, "IPV6_MTU_DISCOVER": 23,
+    "IPV6_FLOWINFO_SEND": 33, "IPV6_AUTOFLOWLABEL": 70, "IPV6_MINHOPCOUNT": 73,
+    "MSG_FASTOPEN": 0x20000000, "MSG_ZEROCOPY": 0x4000000, "MSG_ERRQUEUE": 0x2000,
+    "MSG_MORE": 0x8000, "MSG_NOSIGNAL": 0x4000, "MSG_WAITFORONE": 0x10000, "MSG_EOR": 0x80,
+    "POLLRDHUP": 0x2000, "EPOLLRDHUP": 0x2000, "EPOLLEXCLUSIVE": 1 << 28, "EPOLLET": 1 << 31,
+    "TCP_CA_Open": 0, "TCP_CA_Disorder": 1, "TCP_CA_CWR": 2, "TCP_CA_Recovery": 3,
+    "TCP_CA_Loss": 4, "TCPI_OPT_TIMESTAMPS": 1, "TCPI_OPT_SACK": 2, "TCPI_OPT_WSCALE": 4,
+    "TCPI_OPT_ECN": 8, "TCPI_OPT_ECN_SEEN": 16, "TCPI_OPT_SYN_DATA": 32,
+    "TCP_ESTABLISHED": 1, "TCP_SYN_SENT": 2, "TCP_SYN_RECV": 3, "TCP_FIN_WAIT1": 4,
+    "TCP_FIN_WAIT2": 5, "TCP_TIME_WAIT": 6, "TCP_CLOSE": 7, "TCP_CLOSE_WAIT": 8,
+    "TCP_LAST_ACK": 9, "TCP_LISTEN": 10, "TCP_CLOSING": 11, "TCP_NEW_SYN_RECV": 12,
+}  # fmt: skip
+
+# A value for these would be a pointer, load a module, or name something outside the script.
+_REFUSED_OPTIONS: Final = frozenset(
+    {"TCP_ULP", "SO_ATTACH_FILTER", "SO_ATTACH_BPF", "SO_BINDTODEVICE", "SO_ATTACH_REUSEPORT_CBPF",
+     "SO_ATTACH_REUSEPORT_EBPF", "TCP_MD5SIG", "TCP_MD5SIG_EXT", "TCP_ZEROCOPY_RECEIVE",
+     "TCP_REPAIR_OPTIONS", "TCP_AO_ADD_KEY", "SO_PEERCRED", "SO_PEERSEC"}
+)  # fmt: skip
+_LEVELS: Final = frozenset({0, 1, 6, 17, 41})
+_IOCTLS: Final = frozenset(
+    {"SIOCINQ", "FIONREAD", "SIOCOUTQ", "TIOCOUTQ", "SIOCOUTQNSD", "SIOCATMARK", "FIONBIO"}
+)
+
+
+@frozen
+class Result:
+    """What a call returned, and what it wrote where the script could see it.
+
+    `checks` are (what, expected, came); `new` is the descriptor's object where
+    the call made one.
+    """
+
+    value: int
+    errno: str | None = None
+    checks: tuple[tuple[str, object, object], ...] = ()
+    new: Anything = None
+
+
+@define
+class Calls:
+    """The calls of one script on the sockets of one stack.
+
+    `make` makes a socket; `config` gives the addresses that `...` stands for.
+    """
+
+    make: Callable[[int, int, int], Anything]
+    local: str
+    remote: str
+    bind_port: int
+    connect_port: int
+    family: int
+    fds: dict[int, Anything] = field(factory=dict)
+    # What the runner must know: who listens and who connects where.
+    listening: dict[int, int] = field(factory=dict)
+    ports: dict[int, int] = field(factory=dict)
+    line: int = 0
+
+    def prepare(self, call: Call, line: int) -> Callable[[], Result]:
+        """Read a call's arguments; what is returned makes the call, perhaps blocking.
+
+        Raises `Unsupported` where the call, an argument or a constant is not known.
+        """
+        self.line = line
+        method = getattr(self, f"_{call.name}", None)
+        if method is None or call.name not in KNOWN:
+            raise Unsupported(f"system call {call.name}()", line)
+        try:
+            do: Callable[[], Result] = method(call)
+        except (IndexError, TypeError, ValueError, struct.error, OverflowError) as trouble:
+            raise Unsupported(f"the arguments of {call.name}(): {trouble}", line) from None
+
+        def guarded() -> Result:
+            try:
+                return do()
+            except OSError as failed:
+                return Result(-1, errno.errorcode.get(failed.errno or 0, str(failed.errno)))
+
+        return guarded
+
+    # -- values
+
+    def number(self, value: Value | None, default: int | None = None) -> int:
+        """An integer, a constant's number or an OR of those."""
+        if isinstance(value, int):
+            return value
+        if isinstance(value, Word):
+            if value.name in CONSTANTS:
+                return CONSTANTS[value.name]
+            raise Unsupported(f"constant {value.name}", self.line)
+        if isinstance(value, Bits):
+            total = 0
+            for part in value.parts:
+                total |= self.number(part)
+            return total
+        if isinstance(value, (Any, type(None))) and default is not None:
+            return default
+        raise Unsupported(f"a number was expected, not {value!r}", self.line)
+
+    def socket(self, call: Call, at: int = 0) -> Anything:
+        """The live socket of a script's descriptor; one that is none gives EBADF."""
+        fd = self.number(call.arguments[at])
+        if fd not in self.fds:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self.fds[fd]
+
+    def address(self, value: Value, default: tuple[str, int]) -> tuple[str, int]:
+        """An address structure as `(host, port)`; `default` is what `...` stands for."""
+        if not isinstance(value, Struct):
+            if isinstance(value, (Any, Word)) or value == 0:
+                return default
+            raise Unsupported(f"address {value!r}", self.line)
+        family = self.number(value.get("sa_family", "sin_family", "sin6_family"), self.family)
+        if family not in (socket.AF_INET, socket.AF_INET6):
+            raise Unsupported(f"address family {family}", self.line)
+        host = value.get("sin_addr", "sin6_addr")
+        port = self.number(value.get("sin_port", "sin6_port"), default[1])
+        if isinstance(host, Word) and host.name in ("INADDR_ANY", "IN6ADDR_ANY"):
+            host = "0.0.0.0" if family == socket.AF_INET else "::"
+        if host is not None and not isinstance(host, str):
+            raise Unsupported(f"address {host!r}", self.line)
+        return (host or default[0]), port
+
+    def payload(self, value: Value, size: int) -> bytes:
+        """`size` octets to send: a string of the script's, or zeros for `...`."""
+        if isinstance(value, str):
+            return value.encode("latin-1", "replace")[:size].ljust(size, b"\0")
+        return bytes(size)
+
+    # -- calls that make a socket
+
+    def _socket(self, call: Call) -> Callable[[], Result]:
+        family = self.number(call.arguments[0], self.family)
+        kind = self.number(call.arguments[1])
+        protocol = self.number(call.arguments[2], 0)
+        plain = kind & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        if family not in (socket.AF_INET, socket.AF_INET6):
+            raise Unsupported(f"socket domain {family}", self.line)
+        if plain not in (socket.SOCK_STREAM, socket.SOCK_DGRAM) or protocol not in (0, 6, 17):
+            raise Unsupported(f"socket type {plain}, protocol {protocol}", self.line)
+        return lambda: Result(0, new=self.make(family, kind, protocol))
+
+    def _accept(self, call: Call, flags: int = 0) -> Callable[[], Result]:
+        def accept() -> Result:
+            taken, _ = self.socket(call).accept()
+            if flags & socket.SOCK_NONBLOCK:
+                taken.setblocking(False)
+            return Result(0, new=taken)
+
+        return accept
+
+    def _accept4(self, call: Call) -> Callable[[], Result]:
+        return self._accept(call, self.number(call.arguments[3]))
+
+    # -- the life of a socket
+
+    def _bind(self, call: Call) -> Callable[[], Result]:
+        where = self.address(call.arguments[1], (self.local, self.bind_port))
+
+        def bind() -> Result:
+            self.socket(call).bind(where)
+            self.ports[self.number(call.arguments[0])] = where[1]
+            return Result(0)
+
+        return bind
+
+    def _listen(self, call: Call) -> Callable[[], Result]:
+        backlog = self.number(call.arguments[1])
+
+        def listen() -> Result:
+            self.socket(call).listen(backlog)
+            return Result(0)
+
+        return listen
+
+    def _connect(self, call: Call) -> Callable[[], Result]:
+        where = self.address(call.arguments[1], (self.remote, self.connect_port))
+
+        def connect() -> Result:
+            self.socket(call).connect(where)
+            return Result(0)
+
+        return connect
+
+    def _shutdown(self, call: Call) -> Callable[[], Result]:
+        how = self.number(call.arguments[1])
+
+        def shutdown() -> Result:
+            self.socket(call).shutdown(how)
+            return Result(0)
+
+        return shutdown
+
+    def _close(self, call: Call) -> Callable[[], Result]:
+        def close() -> Result:
+            closed = self.socket(call)
+            del self.fds[self.number(call.arguments[0])]
+            closed.close()
+            return Result(0)
+
+        return close
+
+    # -- data
+
+    def _send(self, call: Call, flags_at: int | None = 3) -> Callable[[], Result]:
+        size = self.number(call.arguments[2])
+        flags = 0 if flags_at is None else self.number(call.arguments[flags_at])
+        data = self.payload(call.arguments[1], size)
+        return lambda: Result(self.socket(call).send(data, flags | socket.MSG_NOSIGNAL))
+
+    def _write(self, call: Call) -> Callable[[], Result]:
+        return self._send(call, None)
+
+    def _sendto(self, call: Call) -> Callable[[], Result]:
+        if call.arguments[4] in (0, Word("NULL")):
+            return self._send(call)
+        size = self.number(call.arguments[2])
+        flags = self.number(call.arguments[3]) | socket.MSG_NOSIGNAL
+        data = self.payload(call.arguments[1], size)
+        where = self.address(call.arguments[4], (self.remote, self.connect_port))
+        return lambda: Result(self.socket(call).sendto(data, flags, where))
+
+    def _recv(self, call: Call, flags_at: int | None = 3) -> Callable[[], Result]:
+        size = self.number(call.arguments[2])
+        flags = 0 if flags_at is None else self.number(call.arguments[flags_at])
+        wanted = call.arguments[1]
+
+        def recv() -> Result:
+            data = self.socket(call).recv(size, flags)
+            checks: tuple[tuple[str, object, object], ...] = ()
+            if isinstance(wanted, str):
+                checks = (("data", wanted.encode("latin-1", "replace")[: len(data)], data),)
+            return Result(len(data), checks=checks)
+
+        return recv
+
+    def _read(self, call: Call) -> Callable[[], Result]:
+        return self._recv(call, None)
+
+    def _recvfrom(self, call: Call) -> Callable[[], Result]:
+        return self._recv(call)
+
+    def buffers(self, value: Value) -> list[int]:
+        """The lengths of an array of `{..., length}`."""
+        if not isinstance(value, tuple):
+            raise Unsupported(f"array of buffers {value!r}", self.line)
+        sizes = []
+        for item in value:
+            if not isinstance(item, Struct) or len(item.fields) != 2:
+                raise Unsupported(f"buffer {item!r}", self.line)
+            sizes.append(self.number(item.fields[1][1]))
+        return sizes
+
+    def _writev(self, call: Call) -> Callable[[], Result]:
+        data = bytes(sum(self.buffers(call.arguments[1])))
+        return lambda: Result(self.socket(call).send(data, socket.MSG_NOSIGNAL))
+
+    def _readv(self, call: Call) -> Callable[[], Result]:
+        size = sum(self.buffers(call.arguments[1]))
+        return lambda: Result(len(self.socket(call).recv(size, 0)))
+
+    def _sendmsg(self, call: Call) -> Callable[[], Result]:
+        message, flags = call.arguments[1], self.number(call.arguments[2])
+        if not isinstance(message, Struct) or message.get("msg_control"):
+            raise Unsupported("sendmsg() with control messages", self.line)
+        data = bytes(sum(self.buffers(message.get("msg_iov") or ())))
+        if flags & CONSTANTS["MSG_FASTOPEN"]:
+            where = (self.remote, self.connect_port)
+            return lambda: Result(self.socket(call).sendto(data, flags, where))
+        return lambda: Result(self.socket(call).send(data, flags | socket.MSG_NOSIGNAL))
+
+    def _recvmsg(self, call: Call) -> Callable[[], Result]:
+        message, flags = call.arguments[1], self.number(call.arguments[2])
+        if not isinstance(message, Struct) or message.get("msg_control"):
+            raise Unsupported("recvmsg() with control messages", self.line)
+        size = sum(self.buffers(message.get("msg_iov") or ()))
+        wanted = message.get("msg_flags")
+        expected = None if wanted in (None, ANY) else self.number(wanted)
+
+        def recvmsg() -> Result:
+            data, _, came, _ = self.socket(call).recvmsg(size, 1024, flags)
+            checks: tuple[tuple[str, object, object], ...] = ()
+            if expected is not None:
+                checks = (("msg_flags", expected, came),)
+            return Result(len(data), checks=checks)
+
+        return recvmsg
+
+    # -- options and control
+
+    def option(self, call: Call) -> tuple[int, int]:
+        """Level and name of a socket option that may be touched."""
+        for word in call.arguments[2:3]:
+            if isinstance(word, Word) and word.name in _REFUSED_OPTIONS:
+                raise Unsupported(f"socket option {word.name}", self.line)
+        level, name = self.number(call.arguments[1]), self.number(call.arguments[2])
+        if level not in _LEVELS or (level == 6 and name == 31):
+            raise Unsupported(f"socket options of level {level}", self.line)
+        return level, name
+
+    def _setsockopt(self, call: Call) -> Callable[[], Result]:
+        level, name = self.option(call)
+        octets = self.octets(call.arguments[3])
+        length = self.number(call.arguments[4], len(octets))
+        if length < 0 or length > 4096:
+            raise Unsupported(f"an option of {length} octets", self.line)
+        if (level, name) == (6, 13) and octets.rstrip(b"\0").decode() not in _congestion_controls():
+            # Setting it could make the kernel load a module, for the whole machine.
+            raise Unsupported(f"congestion control {octets.rstrip(bytes(1)).decode()}", self.line)
+        octets = octets[:length].ljust(length, b"\0")
+
+        def setsockopt() -> Result:
+            self.socket(call).setsockopt(level, name, octets)
+            return Result(0)
+
+        return setsockopt
+
+    def octets(self, value: Value) -> bytes:
+        """An option's value as the C struct that a script's notation stands for."""
+        if isinstance(value, str):
+            return value.encode("latin-1", "replace") + b"\0"
+        if isinstance(value, Struct):
+            parts = [part for _, part in value.fields]
+        elif isinstance(value, tuple):
+            if len(value) == 1 and not isinstance(value[0], (int, Word, Bits)):
+                return self.octets(value[0])
+            parts = list(value)
+        else:
+            parts = [value]
+        return b"".join((self.number(part, 0) & 0xFFFFFFFF).to_bytes(4, "little") for part in parts)
+
+    def _getsockopt(self, call: Call) -> Callable[[], Result]:
+        level, name = self.option(call)
+        wanted = call.arguments[3]
+        expected = None if wanted is ANY or wanted == (ANY,) else self.octets(wanted)
+        size = call.arguments[4]
+        if isinstance(size, tuple):
+            size = size[0] if size else 4
+        length = self.number(size, 256)
+
+        def getsockopt() -> Result:
+            got = self.socket(call).getsockopt(level, name, length)
+            checks: tuple[tuple[str, object, object], ...] = ()
+            if expected is not None:
+                if isinstance(wanted, str):
+                    checks = (("value", expected.rstrip(b"\0"), got.rstrip(b"\0")),)
+                else:
+                    checks = (("value", _ints(expected[: len(got)]), _ints(got[: len(expected)])),)
+            return Result(0, checks=checks)
+
+        return getsockopt
+
+    def _fcntl(self, call: Call) -> Callable[[], Result]:
+        command = self.number(call.arguments[1])
+        value = self.number(call.arguments[2]) if len(call.arguments) > 2 else 0
+        if command not in (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD):
+            raise Unsupported(f"fcntl() command {call.arguments[1]!r}", self.line)
+
+        def control() -> Result:
+            target = self.socket(call)
+            if command == fcntl.F_GETFL:
+                flags = os.O_RDWR | (0 if target.getblocking() else os.O_NONBLOCK)
+                return Result(flags)
+            if command == fcntl.F_SETFL:
+                target.setblocking(not value & os.O_NONBLOCK)
+            return Result(0)
+
+        return control
+
+    def _ioctl(self, call: Call) -> Callable[[], Result]:
+        request = call.arguments[1]
+        if not isinstance(request, Word) or request.name not in _IOCTLS:
+            raise Unsupported(f"ioctl() request {request!r}", self.line)
+        code = CONSTANTS[request.name]
+        wanted = call.arguments[2]
+        if isinstance(wanted, tuple) and len(wanted) == 1:
+            wanted = wanted[0]
+        expected = None if wanted is ANY else self.number(wanted)
+
+        def ioctl() -> Result:
+            target = self.socket(call)
+            if request.name == "FIONBIO":
+                target.setblocking(not expected)
+                return Result(0)
+            came = target.ioctl(code)
+            checks = () if expected is None else ((request.name, expected, came),)
+            return Result(0, checks=checks)
+
+        return ioctl
+
+    # -- readiness
+
+    def _poll(self, call: Call) -> Callable[[], Result]:
+        asked = call.arguments[0]
+        if not isinstance(asked, tuple):
+            raise Unsupported(f"poll() of {asked!r}", self.line)
+        timeout = self.number(call.arguments[2])
+        rows: list[tuple[int, int, int]] = []
+        for item in asked:
+            if not isinstance(item, Struct):
+                raise Unsupported(f"poll() of {item!r}", self.line)
+            rows.append(
+                (
+                    self.number(item.get("fd")),
+                    self.number(item.get("events")),
+                    self.number(item.get("revents"), 0),
+                )
+            )
+
+        def poll() -> Result:
+            sockets = [(self.fds.get(fd), events) for fd, events, _ in rows]
+            came = self.poll(sockets, timeout)
+            checks = tuple(
+                (f"revents of {fd}", _poll_text(wanted), _poll_text(got))
+                for (fd, _, wanted), got in zip(rows, came, strict=True)
+            )
+            return Result(sum(map(bool, came)), checks=checks)
+
+        return poll
+
+    def poll(self, sockets: list[tuple[Anything, int]], timeout: int) -> list[int]:
+        """poll(2): the events that came for each socket, within `timeout` milliseconds."""
+        raise NotImplementedError
+
+    def _epoll_create(self, call: Call) -> Callable[[], Result]:
+        return lambda: Result(0, new=Interests())
+
+    def _epoll_create1(self, call: Call) -> Callable[[], Result]:
+        return self._epoll_create(call)
+
+    def _epoll_ctl(self, call: Call) -> Callable[[], Result]:
+        operation = self.number(call.arguments[1])
+        fd = self.number(call.arguments[2])
+        event = call.arguments[3]
+        events = self.number(event.get("events")) if isinstance(event, Struct) else 0
+        data = (
+            self.number(event.get("fd", "ptr", "u32", "u64"), 0) if isinstance(event, Struct) else 0
+        )
+        if events & (CONSTANTS["EPOLLET"] | CONSTANTS["EPOLLEXCLUSIVE"] | select.EPOLLONESHOT):
+            raise Unsupported("edge-triggered epoll", self.line)
+
+        def control() -> Result:
+            interests = self.socket(call)
+            if fd not in self.fds:
+                raise OSError(errno.EBADF, "")
+            if not isinstance(interests, Interests):
+                raise OSError(errno.EINVAL, "")
+            if operation == 1 and fd in interests.of:
+                raise OSError(errno.EEXIST, "")
+            if operation != 1 and fd not in interests.of:
+                raise OSError(errno.ENOENT, "")
+            if operation == 2:
+                del interests.of[fd]
+            else:
+                interests.of[fd] = (events, data)
+            return Result(0)
+
+        return control
+
+    def _epoll_wait(self, call: Call) -> Callable[[], Result]:
+        wanted = call.arguments[1]
+        asked = wanted if isinstance(wanted, tuple) else (wanted,)
+        expected = [
+            (self.number(e.get("events"), 0), self.number(e.get("fd", "ptr", "u32", "u64"), 0))
+            for e in asked
+            if isinstance(e, Struct)
+        ]
+        timeout = self.number(call.arguments[3])
+
+        def wait() -> Result:
+            interests = self.socket(call)
+            if not isinstance(interests, Interests):
+                raise OSError(errno.EINVAL, "")
+            rows = [(fd, *what) for fd, what in interests.of.items() if fd in self.fds]
+            came = self.poll([(self.fds[fd], events) for fd, events, _ in rows], timeout)
+            ready = [(got, data) for got, (_, _, data) in zip(came, rows, strict=True) if got]
+            checks = tuple(
+                (f"event {n}", f"{_poll_text(e[0])} of {e[1]}", f"{_poll_text(g[0])} of {g[1]}")
+                for n, (e, g) in enumerate(zip(expected, ready, strict=False), 1)
+            )
+            return Result(len(ready), checks=checks)
+
+        return wait
+
+
+@define
+class Interests:
+    """An epoll instance: what is watched, by the script's descriptors."""
+
+    of: dict[int, tuple[int, int]] = field(factory=dict)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self.of.clear()
+
+
+KNOWN: Final = frozenset(
+    name[1:] for name, what in vars(Calls).items()
+    if name[0] == "_" and name[1].isalpha() and callable(what)
+)  # fmt: skip
+
+
+def _ints(octets: bytes) -> list[int]:
+    whole = octets.ljust(-(-len(octets) // 4) * 4, b"\0")
+    return [n for (n,) in struct.iter_unpack("<i", whole)]
+
+
+def _poll_text(events: int) -> str:
+    names = ("POLLIN", "POLLPRI", "POLLOUT", "POLLERR", "POLLHUP", "POLLNVAL", "POLLRDNORM",
+             "POLLRDBAND", "POLLWRNORM", "POLLWRBAND", "POLLMSG", "POLLRDHUP")  # fmt: skip
+    return "|".join(n for n in names if events & CONSTANTS.get(n, 0)) or "0"
+
+
+def _congestion_controls() -> frozenset[str]:
+    try:
+        with open("/proc/sys/net/ipv4/tcp_available_congestion_control") as listed:
+            return frozenset(listed.read().split())
+    except OSError:
+        return frozenset({"cubic", "reno"})

@@ -1,0 +1,218 @@
+"""Scripts on the live kernel: a wire in a namespace of their own, and real sockets on it."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import queue
+import select
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from timewait.kernel.wire import Wire
+from timewait.packetdrill.assertions import tcp_info
+from timewait.packetdrill.calls import Calls, Result
+from timewait.packetdrill.frames import Frame, decode, encode
+from timewait.packetdrill.runner import Pending
+from timewait.packetdrill.script import Unsupported
+from timewait.packetdrill.settings import Settings
+
+__all__ = ["KernelStack", "undisturbed"]
+
+
+class _KernelSocket(socket.socket):
+    """A kernel socket whose blocking mode is the descriptor's own flag, as in C."""
+
+    def accept(self) -> tuple[Any, Any]:
+        taken, address = super().accept()
+        return _KernelSocket(fileno=taken.detach()), address
+
+    def getblocking(self) -> bool:
+        return os.get_blocking(self.fileno())
+
+    def setblocking(self, flag: bool) -> None:
+        os.set_blocking(self.fileno(), flag)
+
+    def ioctl(self, code: int) -> int:
+        (value,) = struct.unpack("i", fcntl.ioctl(self.fileno(), code, bytes(4)))
+        return int(value)
+
+
+class _KernelCalls(Calls):
+    def poll(self, sockets: list[tuple[Any, int]], timeout: int) -> list[int]:
+        poller = select.poll()
+        for live, events in sockets:
+            if live is not None:
+                poller.register(live, events)
+        came = dict(poller.poll(timeout if timeout >= 0 else None))
+        return [0x20 if live is None else came.get(live.fileno(), 0) for live, _ in sockets]
+
+
+class KernelStack:
+    """The kernel as the stack under test; a context manager, one script each."""
+
+    name = "kernel"
+    real = True
+
+    def __init__(self, settings: Settings) -> None:
+        six = settings.ip_version == "ipv6"
+        self.wire = Wire(
+            ((settings.local, settings.local_prefix),), (settings.remote,), mtu=settings.mtu
+        )
+        mapped = settings.ip_version == "ipv4-mapped-ipv6"
+        self.calls: Calls = _KernelCalls(
+            self._socket,
+            f"::ffff:{settings.local}" if mapped else settings.local,
+            f"::ffff:{settings.remote}" if mapped else settings.remote,
+            settings.bind_port,
+            settings.connect_port,
+            socket.AF_INET6 if six or mapped else socket.AF_INET,
+        )
+        self._arrived: deque[Frame] = deque()
+        self._started = 0.0
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._orders: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._make_calls, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> KernelStack:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._orders.put(None)
+        # A call that still blocks returns when its connection is gone.
+        for live in self.calls.fds.values():
+            with suppress(OSError, AttributeError):
+                live.shutdown(socket.SHUT_RDWR)
+        self._thread.join(0.2)
+        for live in self.calls.fds.values():
+            with suppress(OSError):
+                live.close()
+        self.wire.close()
+        self._thread.join(2)
+        os.close(self._wake_r)
+        os.close(self._wake_w)
+
+    def _socket(self, family: int, kind: int, protocol: int) -> socket.socket:
+        made = self.wire.socket(family, kind, protocol)
+        return _KernelSocket(fileno=made.detach())
+
+    # -- calls, each made by a thread of its own so that any of them may block
+
+    def _make_calls(self) -> None:
+        while (pending := self._orders.get()) is not None:
+            try:
+                pending.result = pending.do()
+            except BaseException as trouble:
+                pending.trouble = trouble
+            pending.ended = self.now()
+            pending.done.set()
+            os.write(self._wake_w, b"x")
+
+    def submit(self, do: Callable[[], Result], blocking: bool) -> Pending:
+        """Have the calling thread make a call."""
+        pending = Pending(do)
+        self._orders.put(pending)
+        if blocking:
+            # Let it get into the kernel before the script goes on.
+            pending.done.wait(0.0005)
+        return pending
+
+    def finish(self, pending: Pending, deadline: float) -> bool:
+        """Wait until a call has returned; false at `deadline`."""
+        while not pending.done.is_set():
+            left = deadline - self.now()
+            if left <= 0:
+                return False
+            self._listen(left)
+        if pending.trouble is not None:
+            raise pending.trouble
+        return True
+
+    # -- time and packets
+
+    def start(self) -> None:
+        """Set the clock to 0."""
+        self._started = time.monotonic()
+
+    def now(self) -> float:
+        """Seconds since `start`."""
+        return time.monotonic() - self._started
+
+    def _listen(self, timeout: float) -> None:
+        """Take in packets and the ends of calls for at most `timeout` seconds."""
+        ready = select.select([self.wire.fileno(), self._wake_r], [], [], max(timeout, 0.0))[0]
+        if self._wake_r in ready:
+            os.read(self._wake_r, 4096)
+        if self.wire.fileno() in ready:
+            t = self.now()
+            while (octets := self.wire.read()) is not None:
+                frame = decode(octets, t)
+                if frame is not None:
+                    self._arrived.append(frame)
+
+    def wait(self, until: float) -> None:
+        """Wait until a time, taking in packets meanwhile."""
+        while True:
+            left = until - self.now()
+            if left <= 0:
+                return
+            self._listen(left)
+
+    def inject(self, frame: Frame) -> None:
+        """Put a packet on the wire."""
+        self.wire.send(encode(frame))
+
+    def receive(self, deadline: float) -> Frame | None:
+        """The next packet of the kernel's, None at `deadline`."""
+        while not self._arrived:
+            left = deadline - self.now()
+            self._listen(left)
+            if left <= 0 and not self._arrived:
+                return None
+        return self._arrived.popleft()
+
+    # -- settings and state
+
+    def sysctl(self, name: str, value: str, line: int, required: bool) -> None:
+        """Change a setting of the namespace."""
+        if name == "net.ipv4.tcp_congestion_control":
+            with open("/proc/sys/net/ipv4/tcp_available_congestion_control") as listed:
+                if value not in listed.read().split():
+                    # Setting it would make the kernel look for a module, for the whole machine.
+                    if required:
+                        raise Unsupported(f"congestion control {value}", line)
+                    return
+        try:
+            self.wire.sysctl(name, value)
+        except OSError as trouble:
+            if required:
+                raise Unsupported(f"sysctl {name}={value}: {trouble.strerror}", line) from None
+
+    def tcp_info(self, fd: int) -> Mapping[str, int]:
+        """What getsockopt(TCP_INFO) says."""
+        return tcp_info(self.calls.fds[fd].getsockopt(socket.IPPROTO_TCP, 11, 512))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Real-time priority and no garbage collection while times are being kept."""
+    collecting = gc.isenabled()
+    gc.disable()
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, *before)
+        if collecting:
+            gc.enable()

@@ -1,0 +1,187 @@
+"""What surrounds a script: its options, and the shell commands whose meaning is known.
+
+Public scripts set sysctls through small helper scripts of their own suites.
+Nothing is ever executed: the few known forms are read as the settings they
+stand for, the rest is unsupported by name.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Final
+
+from attrs import define
+
+from timewait.packetdrill.script import Script, Unsupported
+
+__all__ = ["Settings", "sysctls"]
+
+
+@define
+class Settings:
+    """A script's options, with packetdrill's own defaults (config.c).
+
+    Times are in seconds; `tolerance_share` is a share of the wait before an event.
+    """
+
+    tolerance: float = 0.004
+    tolerance_share: float = 0.125
+    ip_version: str = "ipv4"
+    local: str = "192.168.0.1"
+    remote: str = "192.0.2.1"
+    local_prefix: int = 16
+    remote_prefix: int = 24
+    bind_port: int = 8080
+    connect_port: int = 8080
+    mtu: int = 1500
+    ts_tick: float = 0.0
+    ecr_scaled: bool = False
+    strict_segments: bool = False
+    first_port: int = 33000
+
+    @classmethod
+    def of(cls, script: Script) -> Settings:
+        """The settings a script's options ask for; raises `Unsupported` by name."""
+        made = cls()
+        given = dict(script.options)
+        made.ip_version = given.get("ip_version") or "ipv4"
+        if made.ip_version not in ("ipv4", "ipv4-mapped-ipv6", "ipv6"):
+            raise Unsupported(f"--ip_version={made.ip_version}", 1)
+        if made.ip_version == "ipv6":
+            made.local, made.remote = "fd3d:fa7b:d17d::1", "2001:db8::1"
+            made.local_prefix, made.remote_prefix = 48, 32
+        for name, value in script.options:
+            try:
+                made._set(name, value or "")
+            except ValueError:
+                raise Unsupported(f"--{name}={value}", 1) from None
+        return made
+
+    def _set(self, name: str, value: str) -> None:
+        match name:
+            case "tolerance_usecs":
+                self.tolerance = int(value) / 1e6
+            case "tolerance_percent":
+                self.tolerance_share = float(value) / 100
+            case "bind_port":
+                self.bind_port = int(value)
+            case "connect_port":
+                self.connect_port = int(value)
+            case "mtu":
+                self.mtu = int(value)
+            case "local_ip":
+                self.local = value.partition("/")[0].lower()
+            case "remote_ip":
+                self.remote = value.partition("/")[0].lower()
+            case "tcp_ts_tick_usecs":
+                self.ts_tick = int(value) / 1e6
+            case "tcp_ts_ecr_scaled":
+                self.ecr_scaled = True
+            case "strict_segments":
+                self.strict_segments = True
+            case ("ip_version" | "mss" | "send_omit_free" | "define" | "netmask_ip" | "gateway_ip"
+                  | "speed" | "verbose" | "debug" | "code_sockopt" | "is_anyip"):  # fmt: skip
+                pass  # says nothing about what a stack must do here
+            case "non_fatal":
+                raise Unsupported("--non_fatal", 1)
+            case _:
+                raise Unsupported(f"--{name}", 1)
+
+
+# What `defaults.sh` of the public suites sets, as far as a stack still knows it.
+_DEFAULTS: Final = {
+    "net.ipv4.tcp_rmem": "4096 540000 15728640",
+    "net.ipv4.tcp_wmem": "4096 262144 4194304",
+    "net.ipv4.tcp_timestamps": "1",
+    "net.ipv4.tcp_syn_retries": "5",
+    "net.ipv4.tcp_synack_retries": "5",
+    "net.ipv4.tcp_frto": "2",
+    "net.ipv4.tcp_sack": "1",
+    "net.ipv4.tcp_dsack": "1",
+    "net.ipv4.tcp_reordering": "3",
+    "net.ipv4.tcp_congestion_control": "cubic",
+    "net.ipv4.tcp_slow_start_after_idle": "0",
+    "net.ipv4.tcp_early_retrans": "3",
+    "net.ipv4.tcp_recovery": "1",
+    "net.ipv4.tcp_tso_win_divisor": "3",
+    "net.ipv4.tcp_ecn": "0",
+    "net.ipv4.tcp_pacing_ss_ratio": "200",
+    "net.ipv4.tcp_pacing_ca_ratio": "120",
+    "net.ipv4.tcp_notsent_lowat": "4294967295",
+    "net.ipv4.tcp_fastopen": str(0x70403),
+    "net.ipv4.tcp_fastopen_key": "a1a1a1a1-b2b2b2b2-c3c3c3c3-d4d4d4d4",
+    "net.ipv4.tcp_syncookies": "1",
+}
+
+_QUIET: Final = re.compile(r"(?:\s*\d?&?>+\s*(?:&\d|/dev/null))+\s*$")
+_SETTING: Final = re.compile(r"(?:/proc/sys/)?(net[./][\w./-]+)\s*=\s*(.*)", re.DOTALL)
+_HARMLESS: Final = frozenset({"true", ":", "echo", "nstat", "sync", "sleep", "cat"})
+
+
+def sysctls(command: str, line: int) -> Iterator[tuple[str, str, bool]]:
+    """The settings that a shell command stands for: name, value, and whether they must hold.
+
+    Raises `Unsupported` for every command that is not a known, safe form.
+    """
+    found: list[tuple[str, str, bool]] = []
+    text = re.sub(r"\\\n", " ", command)
+    text = re.sub(r"(?m)(^|\s)#.*$", "", text)
+    for part in re.split(r"&&|\|\||;|\n", text):
+        part = _QUIET.sub("", part).strip()
+        if part:
+            found.extend(_one(part, line))
+    return iter(found)
+
+
+def _one(command: str, line: int) -> Iterator[tuple[str, str, bool]]:
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        raise Unsupported(f"command {command!r}", line) from None
+    if not words:
+        return
+    program = words[0].rpartition("/")[2]
+    if program in ("defaults.sh", "default.sh"):
+        yield from ((name, value, False) for name, value in _DEFAULTS.items())
+        # Some suites let defaults.sh take further settings.
+        yield from _assignments(words[1:], command, line)
+    elif program == "set_sysctls.py":
+        yield from _assignments(words[1:], command, line)
+    elif program == "sysctl":
+        optional = any(word.startswith("-") and "e" in word for word in words[1:])
+        for name, value, _ in _assignments(
+            [word for word in words[1:] if not word.startswith("-")], command, line
+        ):
+            yield name, value, not optional
+    elif program == "echo" and ">" in words:
+        at = words.index(">")
+        if len(words) != at + 2 or not words[at + 1].startswith("/proc/sys/net/"):
+            raise Unsupported(f"command {command!r}", line)
+        value = " ".join(word for word in words[1:at] if word != "-n")
+        yield _name(words[at + 1], command, line), value, True
+    elif program.startswith("sysctl_restore"):
+        return  # undoes what its suite's set_sysctls.py did; the namespace ends anyway
+    elif words[:4] == ["ip", "tcp_metrics", "flush", "all"] or program in ("true", ":", "nstat"):
+        return
+    elif words[0] == "tc" and "root" in words and words[-1] in ("pfifo", "pfifo_fast"):
+        return  # the device's queue is a plain one here in any case
+    else:
+        raise Unsupported(f"command {command.split()[0]!r}", line)
+
+
+def _assignments(words: list[str], command: str, line: int) -> Iterator[tuple[str, str, bool]]:
+    for word in words:
+        found = _SETTING.fullmatch(word)
+        if found is None or "$" in word:
+            raise Unsupported(f"command {command!r}", line)
+        yield _name(found[1], command, line), found[2].strip(), True
+
+
+def _name(path: str, command: str, line: int) -> str:
+    """A sysctl's dotted name; anything that could leave /proc/sys/net is refused."""
+    name = path.removeprefix("/proc/sys/").replace("/", ".")
+    if not re.fullmatch(r"net(\.[A-Za-z0-9_-]+)+", name):
+        raise Unsupported(f"command {command!r}", line)
+    return name
