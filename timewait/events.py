@@ -182,7 +182,8 @@ class Restart:
 
     `errno` is the error's name or None; `call` the call that failed ("bind"
     or "listen"); `free_after` in seconds from `t` (0.0 where it bound), None
-    where the observer cannot tell.
+    where the observer cannot tell. Where a refused restart was waited for,
+    `held_until` of the one that succeeded is when the port was last seen held.
     """
 
     kind: ClassVar[str] = "restart"
@@ -191,6 +192,7 @@ class Restart:
     errno: str | None = None
     call: str | None = None
     free_after: float | None = None
+    held_until: float | None = None
 
 
 @frozen

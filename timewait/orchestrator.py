@@ -402,17 +402,19 @@ class Orchestrator:
 
         Gives up at once where nothing says that the port will ever be free.
         """
-        began = self.stack.now()
+        began = held = self.stack.now()
         while self._holders() or self._try_to_listen():
             left = self._free_after()
             if left is None:
                 self.record(Note(self.stack.now(), "no timer will free the port: not waited for"))
                 return
-            wait(self.stack.now() - began, left)
+            held = self.stack.now()
+            wait(held - began, left)
             await anyio.sleep(min(0.25, max(left / 2, 0.005)))
-        wait(self.stack.now() - began, 0.0)
-        self.record(events.Restart(self.stack.now(), ok=True, free_after=0.0))
-        self._snapshot("port is free again")
+        now = self.stack.now()
+        wait(now - began, 0.0)
+        self.record(events.Restart(now, ok=True, free_after=0.0, held_until=held))
+        self._snapshot("the port is free again")
 
     # The applications at the two ends
 

@@ -16,9 +16,20 @@ from timewait.events import Address, Row, Snapshot
 from timewait.tcp.states import State
 
 if TYPE_CHECKING:
+    from timewait.check import Verdict
     from timewait.run import Run
 
-__all__ = ["address", "netstat", "side_by_side", "story", "summary"]
+__all__ = [
+    "address",
+    "agreement",
+    "console",
+    "late",
+    "netstat",
+    "side_by_side",
+    "story",
+    "summary",
+    "verdict",
+]
 
 _COLOURS: Final = {
     State.LISTEN: "blue",
@@ -114,9 +125,9 @@ def summary(runs: Sequence[Run]) -> RenderableType:
     """Who closed first, who holds TIME_WAIT, what the restart did: a line each."""
     grid = Table.grid(padding=(0, 2))
     grid.add_row("", *(Text(run.stack, style="bold") for run in runs))
-    answers = [list(_answers(run)) for run in runs]
-    for lines in zip(*answers, strict=True):
-        grid.add_row(lines[0][0], *(Text(answer) for _, answer in lines))
+    answers = [dict(_answers(run)) for run in runs]
+    for question in max(answers, key=len):
+        grid.add_row(question, *(Text(each.get(question, "")) for each in answers))
     return grid
 
 
@@ -135,9 +146,11 @@ def _answers(run: Run) -> Iterator[tuple[str, str]]:
         free = "no timer says" if again.ok is False else "-"
     else:
         free = "at once" if not again.free_after else f"{again.free_after:.1f} s"
-    if again.waited is not None:
-        free += f" (waited: {again.waited:.2f} s)"
     yield "port is free", free
+    if again.waited is not None and run.wait_allowed:
+        least, most = run.wait_allowed
+        allowed = f"{least:.1f}" if least == most else f"{least:.1f} to {most:.1f}"
+        yield "waited", f"{again.waited:.2f} s (allowed: {allowed})"
 
 
 def _sockets(count: int) -> str:
@@ -180,6 +193,42 @@ def story(run: Run) -> str:
 def _on_port(run: Run) -> bool:
     rows = run.snapshots[-1].rows if run.snapshots else ()
     return any(run.side(row) == "server" and row.state is not State.LISTEN for row in rows)
+
+
+def verdict(run: Run, verdict: Verdict) -> Text:
+    """Whether TCP allows what was seen on the stack, and on what evidence."""
+    head, *rest = verdict.explain().splitlines()
+    told = Text.assemble(
+        (f"{run.stack}: ", "bold"),
+        (head, "green" if verdict else "bold red"),
+        *(f"\n{line}" for line in rest),
+    )
+    if not run.waited_as_allowed:
+        told.append(f"\n{run.stack}: {late(run)}", "bold red")
+    return told
+
+
+def late(run: Run) -> str:
+    """What is wrong with how long the port was held."""
+    again, allowed = run.restart, run.wait_allowed
+    assert allowed and again.waited is not None and again.held is not None
+    if again.waited < allowed[0]:
+        return f"the port was free after {again.waited:.2f} s, {allowed[0]:.2f} s are due"
+    return f"the port was held for {again.held:.2f} s, {allowed[1]:.2f} s are the most"
+
+
+def agreement(kernel: Run, model: Run) -> Text:
+    """Whether the tables of two runs are the same, ephemeral ports and timers aside."""
+    for ours, theirs in zip(kernel.snapshots, model.snapshots, strict=False):
+        if _states(kernel, ours) != _states(model, theirs):
+            return Text(
+                f"the tables differ at {ours.label!r}: each is a course that TCP allows", "yellow"
+            )
+    return Text("the tables of the two are the same, ephemeral ports and timers aside", "green")
+
+
+def _states(run: Run, snapshot: Snapshot) -> Counter[tuple[str, State]]:
+    return Counter((run.side(row), row.state) for row in snapshot.rows)
 
 
 def console(stderr: bool = False) -> Console:

@@ -11,24 +11,28 @@ import errno
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import cached_property
-from importlib import import_module
 from ipaddress import ip_address
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import anyio
 from attrs import define, frozen
 
 from timewait import events, report
 from timewait.events import Address, Called, Event, Row, RunStarted, Snapshot, Transition
+from timewait.kernel.ticks import tick, wheel_step
 from timewait.orchestrator import Orchestrator, Stack, Waiting
 from timewait.scenario import Scenario, ScenarioError
 from timewait.stacks import KernelStack
 from timewait.tcp.states import State
 
+if TYPE_CHECKING:
+    from timewait.check import Verdict
+
 __all__ = ["RestartOutcome", "Run", "Side", "TimeWait", "run", "run_sync"]
 
 Side: TypeAlias = Literal["server", "client", "both"]
 
+_SOFTIRQ = 0.1  # seconds that a busy machine may take to run a timer that is due
 _ACTIVE = frozenset({State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING, State.TIME_WAIT})
 _PASSIVE = frozenset({State.CLOSE_WAIT, State.LAST_ACK})
 
@@ -53,8 +57,9 @@ class RestartOutcome:
     `ok` is None where it was not tried; `error` is the errno (compare with
     `errno.EADDRINUSE`), `name` its name, `call` the call that failed.
     `free_after` is in seconds from the attempt by the kernel's or the model's
-    own timers: 0.0 where it bound, None where nothing says when. `waited` is
-    how long it really took, None where nobody waited.
+    own timers: 0.0 where it bound, None where nothing says when. Where it was
+    waited for, `waited` is how long it really took, and `held` how long the
+    port was seen held at least; both None where nobody waited.
     """
 
     ok: bool | None
@@ -63,6 +68,7 @@ class RestartOutcome:
     call: str | None = None
     free_after: float | None = None
     waited: float | None = None
+    held: float | None = None
 
 
 @define(slots=False)
@@ -121,14 +127,39 @@ class Run:
         if not tries:
             return RestartOutcome(ok=None)
         first, last = tries[0], tries[-1]
+        waited_for = last.held_until is not None
         return RestartOutcome(
             first.ok,
             getattr(errno, first.errno) if first.errno else None,
             first.errno,
             first.call,
             first.free_after,
-            last.t - first.t if last.ok and not first.ok else None,
+            last.t - first.t if waited_for else None,
+            last.held_until - first.t if last.held_until is not None else None,
         )
+
+    @cached_property
+    def wait_allowed(self) -> tuple[float, float] | None:
+        """The least and the most seconds that the wait for the port may take.
+
+        On the model its own timer to the instant; on the kernel never less
+        than its timer said, and up to a step of the timer wheel more. None
+        where nobody waited.
+        """
+        due = self.restart.free_after
+        if self.restart.waited is None or due is None:
+            return None
+        if self.stack == "model":
+            return due, due
+        return due - tick(), due + wheel_step(due) + _SOFTIRQ
+
+    @property
+    def waited_as_allowed(self) -> bool:
+        """Whether the wait for the port took as long as it may; true where nobody waited."""
+        again, allowed = self.restart, self.wait_allowed
+        if allowed is None or again.waited is None or again.held is None:
+            return True
+        return again.waited >= allowed[0] and again.held <= allowed[1]
 
     @cached_property
     def active_closer(self) -> Side | None:
@@ -166,9 +197,10 @@ class Run:
             for snapshot in self.snapshots
         )
 
-    def check(self, profiles: dict[str, Any] | None = None) -> Any:
+    def check(self, profiles: dict[str, Any] | None = None) -> Verdict:
         """Does the model allow what was seen? See `timewait.check.check`."""
-        check = import_module("timewait.check").check
+        from timewait.check import check
+
         return check(self.events, profiles=profiles or self.profiles)
 
     def to_json(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from timewait import report
+from timewait.check import Verdict
 from timewait.events import Writer
 from timewait.orchestrator import Waiting
 from timewait.run import Run, run_sync
@@ -95,11 +96,12 @@ def command(
         raise click.ClickException(str(wrong)) from None
     except OSError as wrong:
         raise click.ClickException(f"{wrong.filename}: {wrong.strerror}") from None
+    verdicts = [run.check() for run in runs]
     if as_json:
-        click.echo(json.dumps({"scenario": chosen.name, "runs": [run.to_json() for run in runs]}))
+        click.echo(json.dumps(_document(chosen, runs, verdicts)))
     else:
-        _show(chosen, runs)
-    return 0
+        _show(chosen, runs, verdicts)
+    return 0 if all(verdicts) and all(run.waited_as_allowed for run in runs) else 1
 
 
 def _chosen(scenario: str, clients: int | None) -> Scenario:
@@ -110,7 +112,23 @@ def _chosen(scenario: str, clients: int | None) -> Scenario:
     return Scenario.built_in(scenario, 2 if clients is None else clients)
 
 
-def _show(scenario: Scenario, runs: list[Run]) -> None:
+def _document(scenario: Scenario, runs: list[Run], verdicts: list[Verdict]) -> dict[str, Any]:
+    """One JSON document; its verdict is that of the first run that diverges, or of the first."""
+    late = next((run for run in runs if not run.waited_as_allowed), None)
+    worst = next((verdict for verdict in verdicts if not verdict), verdicts[0]).to_json()
+    if late and worst["conforms"]:
+        worst |= {"conforms": False, "divergence": {"kind": "wait", "why": report.late(late)}}
+    return {
+        "scenario": scenario.name,
+        "runs": [
+            {**run.to_json(), "verdict": verdict.to_json()}
+            for run, verdict in zip(runs, verdicts, strict=True)
+        ],
+        "verdict": worst,
+    }
+
+
+def _show(scenario: Scenario, runs: list[Run], verdicts: list[Verdict]) -> None:
     out = report.console()
     out.print(
         Text.assemble((scenario.name, "bold"), f": {scenario.about}" if scenario.about else "")
@@ -124,6 +142,11 @@ def _show(scenario: Scenario, runs: list[Run]) -> None:
     out.print(report.summary(runs))
     out.print()
     out.print(report.story(runs[0]))
+    out.print()
+    for run, verdict in zip(runs, verdicts, strict=True):
+        out.print(report.verdict(run, verdict))
+    if len(runs) > 1:
+        out.print(report.agreement(*runs))
 
 
 @contextmanager
