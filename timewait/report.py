@@ -23,7 +23,6 @@ __all__ = [
     "address",
     "agreement",
     "console",
-    "late",
     "netstat",
     "side_by_side",
     "story",
@@ -203,18 +202,9 @@ def verdict(run: Run, verdict: Verdict) -> Text:
         (head, "green" if verdict else "bold red"),
         *(f"\n{line}" for line in rest),
     )
-    if not run.waited_as_allowed:
-        told.append(f"\n{run.stack}: {late(run)}", "bold red")
+    if run.wait_fault:
+        told.append(f"\n{run.stack}: {run.wait_fault}", "bold red")
     return told
-
-
-def late(run: Run) -> str:
-    """What is wrong with how long the port was held."""
-    again, allowed = run.restart, run.wait_allowed
-    assert allowed and again.waited is not None and again.held is not None
-    if again.waited < allowed[0]:
-        return f"the port was free after {again.waited:.2f} s, {allowed[0]:.2f} s are due"
-    return f"the port was held for {again.held:.2f} s, {allowed[1]:.2f} s are the most"
 
 
 def agreement(kernel: Run, model: Run) -> Text:

@@ -154,12 +154,17 @@ class Run:
         return due - tick(), due + wheel_step(due) + _SOFTIRQ
 
     @property
-    def waited_as_allowed(self) -> bool:
-        """Whether the wait for the port took as long as it may; true where nobody waited."""
-        again, allowed = self.restart, self.wait_allowed
-        if allowed is None or again.waited is None or again.held is None:
-            return True
-        return again.waited >= allowed[0] and again.held <= allowed[1]
+    def wait_fault(self) -> str | None:
+        """What is wrong with how long the port was held, in words; None where nothing is."""
+        waited, held = self.restart.waited, self.restart.held
+        if waited is None or held is None or self.wait_allowed is None:
+            return None
+        least, most = self.wait_allowed
+        if waited < least:
+            return f"the port was free after {waited:.2f} s, {least:.2f} s are due"
+        if held > most:
+            return f"the port was held for {held:.2f} s, {most:.2f} s are the most"
+        return None
 
     @cached_property
     def active_closer(self) -> Side | None:

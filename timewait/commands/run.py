@@ -101,7 +101,7 @@ def command(
         click.echo(json.dumps(_document(chosen, runs, verdicts)))
     else:
         _show(chosen, runs, verdicts)
-    return 0 if all(verdicts) and all(run.waited_as_allowed for run in runs) else 1
+    return 0 if all(verdicts) and not any(run.wait_fault for run in runs) else 1
 
 
 def _chosen(scenario: str, clients: int | None) -> Scenario:
@@ -114,10 +114,10 @@ def _chosen(scenario: str, clients: int | None) -> Scenario:
 
 def _document(scenario: Scenario, runs: list[Run], verdicts: list[Verdict]) -> dict[str, Any]:
     """One JSON document; its verdict is that of the first run that diverges, or of the first."""
-    late = next((run for run in runs if not run.waited_as_allowed), None)
+    late = next((run.wait_fault for run in runs if run.wait_fault), None)
     worst = next((verdict for verdict in verdicts if not verdict), verdicts[0]).to_json()
     if late and worst["conforms"]:
-        worst |= {"conforms": False, "divergence": {"kind": "wait", "why": report.late(late)}}
+        worst |= {"conforms": False, "divergence": {"kind": "wait", "why": late}}
     return {
         "scenario": scenario.name,
         "runs": [
