@@ -18,6 +18,8 @@ _HOME: dict[str, str] = {
     "ScenarioError": "timewait.scenario",
     "State": "timewait.tcp.states",
     "StepHung": "timewait.orchestrator",
+    "UnusedPort": "timewait.witness",
+    "Witness": "timewait.witness",
     "hold_port": "timewait.port",
 }
 

@@ -1,0 +1,391 @@
+"""A witness tells who closed first, what is left, and where it was made."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from timewait.ledger import Ledger
+from timewait.port import HeldPort, hold_port
+from timewait.tcp.states import State
+from timewait.witness import UnusedPort, Witness
+
+
+@pytest.fixture
+def port() -> Iterator[HeldPort]:
+    with hold_port() as held:
+        yield held
+
+
+@pytest.fixture
+def seen() -> Iterator[Witness]:
+    with Witness() as witness:
+        yield witness
+
+
+class Pair:
+    """A listener, a client connected to it, and the server's socket of that connection."""
+
+    def __init__(self, port: HeldPort) -> None:
+        self.listener = port.listen()
+        self.client = socket.create_connection(self.listener.getsockname())
+        self.server, _ = self.listener.accept()
+
+    def close(self, *order: str) -> None:
+        for name in order:
+            getattr(self, name).close()
+
+
+def test_server_first(seen: Witness, port: HeldPort) -> None:
+    Pair(port).close("server", "client", "listener")
+    assert seen.active_closer(port) == "server"
+    (connection,) = seen.connections
+    assert (connection.closed_by, connection.how, connection.time_wait) == (
+        "server",
+        "FIN",
+        "server",
+    )
+    assert connection.port == port.number
+    (left,) = seen.time_wait
+    assert left.side == "server"
+    assert left.local[1] == port.number
+    assert left.seconds_left is not None
+    assert 55 < left.seconds_left <= 62.1
+    seen.assert_no_leak()
+    seen.assert_no_reset(port)
+    seen.assert_closed_by("server", port)
+    with pytest.raises(AssertionError) as failure:
+        seen.assert_closed_by("client", port)
+    message = str(failure.value)
+    assert message.startswith("1 connection not closed first by the client\n")
+    assert "the server called close in ESTABLISHED, at tests/test_witness.py:" in message
+    assert "created at tests/test_witness.py:" in message
+    with pytest.raises(AssertionError, match="1 socket left in TIME_WAIT\n"):
+        seen.assert_no_time_wait(port)
+    with pytest.raises(AssertionError, match=r"(?s)without SO_REUSEADDR: EADDRINUSE\n.*TIME_WAIT"):
+        seen.assert_bindable(port)
+
+
+def test_client_first(seen: Witness, port: HeldPort) -> None:
+    Pair(port).close("client", "server", "listener")
+    seen.assert_closed_by("client", port)
+    seen.assert_no_time_wait(port)  # of the server's port: what is left is the client's
+    seen.assert_bindable(port)
+    seen.assert_no_leak()
+    with pytest.raises(AssertionError, match="1 socket left in TIME_WAIT\n  client's side"):
+        seen.assert_no_time_wait()
+    seen.assert_time_wait_within(1)
+    with pytest.raises(AssertionError, match="not closed first by the server"):
+        seen.assert_closed_by("server", port)
+
+
+def test_a_connection_that_the_server_forgot(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    pair.close("client", "listener")
+    with pytest.raises(AssertionError) as failure:
+        seen.assert_no_leak()
+    message = str(failure.value)
+    assert message.startswith("1 socket left open\n  server's side")
+    assert "CLOSE_WAIT for" in message
+    assert f"(pid {os.getpid()})" in message
+    assert "closed first by the client: the client called close" in message
+    pair.server.close()
+    seen.assert_no_leak()
+
+
+def test_both_ends_left_open(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    assert [end.state for end in seen.leaks] == [State.ESTABLISHED] * 2
+    with pytest.raises(AssertionError, match=r"(?s)not closed first by the client\n.*neither side"):
+        seen.assert_closed_by("client", port)
+    pair.close("client", "server", "listener")
+    assert seen.leaks == []
+
+
+def test_half_closed_and_forgotten_on_both_sides(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    pair.client.shutdown(socket.SHUT_WR)
+    seen.settle(0.3)
+    states = {end.side: end.state for end in seen.leaks}
+    assert states == {"client": State.FIN_WAIT_2, "server": State.CLOSE_WAIT}
+    assert seen.active_closer(port) == "client"
+    pair.close("server", "client", "listener")
+    seen.assert_no_leak()
+    seen.assert_no_reset()
+
+
+def test_a_connection_nobody_accepted_is_its_listeners(seen: Witness, port: HeldPort) -> None:
+    with port.listen() as listener:
+        with socket.create_connection(listener.getsockname()):
+            pass
+        with pytest.raises(AssertionError, match="in the listener's backlog: never accepted"):
+            seen.assert_no_leak()
+    seen.assert_no_leak()
+
+
+def test_unread_data_resets(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    pair.client.sendall(b"hello")
+    pair.close("server", "client", "listener")
+    (connection,) = seen.connections
+    assert (connection.closed_by, connection.how, connection.reset_by) == (
+        "server",
+        "RST",
+        "server",
+    )
+    assert seen.time_wait == []
+    with pytest.raises(AssertionError, match="called close with 5 bytes unread, at tests/test_wit"):
+        seen.assert_no_reset(port)
+
+
+def test_linger_of_zero_resets(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    pair.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    pair.close("client", "server", "listener")
+    (connection,) = seen.resets
+    assert connection.reset_by == "client"
+    assert "SO_LINGER of 0 s" in connection.reset_because
+
+
+def test_data_after_the_close_resets(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    pair.server.close()
+    pair.client.sendall(b"too late")
+    pair.close("client", "listener")
+    (connection,) = seen.connections
+    assert (connection.closed_by, connection.how) == ("server", "FIN")
+    assert connection.reset_by == "server"
+    assert "the client's socket was dead" in connection.reset_because
+
+
+def test_shutdown_by_both_then_close_is_no_reset(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    pair.client.shutdown(socket.SHUT_WR)
+    assert pair.server.recv(1) == b""
+    pair.server.shutdown(socket.SHUT_WR)
+    pair.close("server", "client", "listener")
+    seen.assert_no_reset(port)
+    seen.assert_closed_by("client", port)
+
+
+def test_a_refused_connect_is_no_connection(seen: Witness, port: HeldPort) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port.number))
+    assert seen.connections == []
+    seen.assert_no_reset()
+
+
+def test_a_port_the_code_never_used(seen: Witness, port: HeldPort) -> None:
+    with pytest.raises(UnusedPort, match=f"no connection to port {port}; no port was used"):
+        seen.assert_closed_by("client", port)
+    with hold_port() as other:
+        Pair(other).close("client", "server", "listener")
+        for ask in (seen.assert_no_time_wait, seen.assert_bindable, seen.assert_no_reset):
+            with pytest.raises(UnusedPort, match=f"port {port} was never used; .* {other}$"):
+                ask(port)
+    with pytest.raises(ValueError, match=r'"client" or "server", not "nobody"|not .nobody.'):
+        seen.assert_closed_by("nobody", other)  # type: ignore[arg-type]
+
+
+def test_what_was_there_before_is_not_blamed(port: HeldPort) -> None:
+    before = Pair(port)
+    with hold_port() as other, Witness() as seen:
+        Pair(other).close("client", "server", "listener")
+        before.close("server", "client")
+        assert [each.port for each in seen.connections] == [other.number]
+        assert [end.remote[1] for end in seen.time_wait] == [other.number]
+    before.listener.close()
+
+
+def test_another_process_is_not_blamed() -> None:
+    code = (
+        "import socket, os\n"
+        "a = socket.create_server(('127.0.0.1', 0))\n"
+        "b = socket.create_connection(a.getsockname())\n"
+        "print(flush=True); input()"
+    )
+    shell = f'{sys.executable} -c "{code}" & echo started; wait'
+    # Not a child of this process by the time it opens its sockets: its parent has ended.
+    daemon = f"import subprocess; subprocess.Popen(['sh', '-c', {shell!r}], start_new_session=True)"
+    with Witness() as seen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", daemon],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        process.wait()
+        seen._children.clear()
+        assert process.stdout.readline() == "started\n"
+        seen.assert_no_leak()
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdout.close()
+
+
+SERVER = """
+import socket, sys
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+connection, _ = listener.accept()
+if sys.argv[1] == "first":
+    connection.close()
+input()
+"""
+
+
+@pytest.mark.parametrize("who", ["first", "leak"])
+def test_a_server_in_a_child_process(seen: Witness, who: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER, who],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        port = int(child.stdout.readline())
+        client = socket.create_connection(("127.0.0.1", port))
+        if who == "first":
+            assert client.recv(1) == b""
+            client.close()
+            seen.assert_closed_by("server", port)
+            seen.assert_no_leak()
+        else:
+            client.close()
+            with pytest.raises(AssertionError, match=rf"CLOSE_WAIT .*\(pid {child.pid}\)"):
+                seen.assert_no_leak()
+            seen.assert_closed_by("client", port)
+        child.communicate("\n")
+    assert any("child processes" in words for words in seen.blind)
+
+
+def test_asyncio_settles_while_its_loop_runs(port: HeldPort) -> None:
+    async def main() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with Witness() as seen:
+            server = await asyncio.start_server(serve, sock=port.listen())
+            _, writer = await asyncio.open_connection("127.0.0.1", port.number)
+            writer.close()
+            assert await seen.settled()
+            seen.assert_closed_by("client", port)
+            seen.assert_no_leak()
+            seen.assert_no_time_wait(port)
+            server.close()
+            await server.wait_closed()
+
+    asyncio.run(main())
+
+
+def test_a_wrapped_tls_socket_is_still_the_same_entry() -> None:
+    with Ledger() as ledger, ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = socket.create_connection(listener.getsockname())
+        server = stack.enter_context(listener.accept()[0])
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        wrapped = context.wrap_socket(
+            client, server_hostname="localhost", do_handshake_on_connect=False
+        )
+        wrapped.close()
+        assert server.recv(1) == b""
+    clients = [entry for entry in ledger.entries if entry.side == "client"]
+    assert [[end.call for end in entry.ends] for entry in clients] == [["close"]]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_socket_closed_by_the_garbage_collector_is_told_apart(port: HeldPort) -> None:
+    with Ledger() as ledger:
+        pair = Pair(port)
+        pair.close("server", "listener")
+        del pair
+        gc.collect()
+    (client,) = [entry for entry in ledger.entries if entry.side == "client"]
+    assert [end.call for end in client.ends] == ["collected"]
+
+
+def test_the_socket_class_is_as_before_when_the_last_ledger_closes() -> None:
+    before = dict(vars(socket.socket))
+    with Ledger():
+        with Ledger():
+            assert vars(socket.socket)["accept"] is not before["accept"]
+        assert vars(socket.socket)["accept"] is not before["accept"]
+    assert dict(vars(socket.socket)) == before
+
+
+def test_nothing_runs_on_after_the_end() -> None:
+    threads = threading.active_count()
+    fds = set(os.listdir("/proc/self/fd"))
+    with Witness():
+        assert threading.active_count() == threads + 1
+    assert threading.active_count() == threads
+    assert set(os.listdir("/proc/self/fd")) == fds
+
+
+def test_answers_afterwards_are_about_the_moment_it_stopped(port: HeldPort) -> None:
+    pair = Pair(port)
+    with hold_port() as other, Witness() as seen:
+        late = Pair(other)
+    late.close("client", "server", "listener")
+    pair.close("client", "server", "listener")
+    assert [end.state for end in seen.leaks] == [State.ESTABLISHED] * 2
+
+
+def test_stacks_on_request(port: HeldPort) -> None:
+    with Witness(stacks=True) as seen:
+        pair = Pair(port)
+        with pytest.raises(AssertionError) as failure:
+            seen.assert_no_leak()
+        pair.close("client", "server", "listener")
+    assert "in test_stacks_on_request" in str(failure.value)
+    assert "in __init__" in str(failure.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_leaves_the_witness_alone(seen: Witness, port: HeldPort) -> None:
+    before = len(seen._ledger.entries)
+    pid = os.fork()
+    if pid == 0:
+        socket.create_server(("127.0.0.1", 0)).close()
+        os._exit(0 if len(seen._ledger.entries) == before else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    Pair(port).close("client", "server", "listener")
+    seen.assert_closed_by("client", port)
+    assert threading.active_count() >= 2  # it looks on
+
+
+def test_the_same_addresses_connected_twice(seen: Witness, port: HeldPort) -> None:
+    with port.listen(reuse_address=True) as listener:
+        clients = []
+        for _ in range(2):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if clients:
+                client.bind(clients[0])
+            client.connect(listener.getsockname())
+            clients.append(client.getsockname())
+            server, _ = listener.accept()
+            client.sendall(b"x")
+            server.close()  # a reset leaves no TIME_WAIT: the addresses are free again
+            client.close()
+    assert clients[0] == clients[1]
+    assert [each.reset_by for each in seen.connections] == ["server", "server"]
+
+
+def test_what_was_seen_is_what_the_model_allows(seen: Witness, port: HeldPort) -> None:
+    Pair(port).close("client", "server", "listener")
+    verdict = seen.check()
+    assert verdict, verdict.explain()
