@@ -44,6 +44,7 @@ INF: Final = float("inf")
 Hook: TypeAlias = Callable[[State, State, Event, float], None]
 
 _EVENTS = tuple(Event)
+_CONTROL: Final = SYN | RST | ACK
 _TIMERS = ("t_retransmit", "t_ack", "t_probe", "t_keepalive", "t_wait", "t_user")
 
 # Plain ints and module globals: the classification runs for every segment.
@@ -108,6 +109,8 @@ class Status:
     timers: dict[Timer, float]
 
 
+_NO_OPTIONS: Final = Options()
+
 _Action: TypeAlias = Callable[["Connection", Any, float], None]
 # (next state or None, its cells, actions, the row)
 _Cell: TypeAlias = tuple[State | None, Any, tuple[_Action, ...], Row]
@@ -158,14 +161,16 @@ class Connection:
         "_ato",
         "_cells",
         "_fin",
-        "_last_challenge",
+        "_last_text",
         "_out_of_order",
         "_pingpong",
         "_quick",
+        "_rcv_mss",
         "_recover",
         "_rtt_at",
         "_rtt_seq",
         "_rx",
+        "_small",
         "_taken",
         "_tx",
         "_tx_seq",
@@ -174,6 +179,10 @@ class Connection:
         "first_sent",
         "irs",
         "iss",
+        "keepalive",
+        "last_challenge",
+        "last_received",
+        "linger2",
         "max_wnd",
         "mss",
         "nodelay",
@@ -191,6 +200,7 @@ class Connection:
         "retransmits",
         "rto",
         "rttvar",
+        "sack",
         "snd_buf",
         "snd_nxt",
         "snd_scale",
@@ -209,6 +219,7 @@ class Connection:
         "timestamps",
         "ts_offset",
         "ts_recent",
+        "user_timeout",
         "write_shut",
     )
 
@@ -252,8 +263,13 @@ class Connection:
         self.snd_buf = snd_buf
         self.snd_scale = self.rcv_scale = 0
         self.timestamps: bool = parameters.timestamps if timestamps is None else timestamps
+        self.sack = False
         self.ts_recent = self.ts_offset = 0
-        self.nodelay = not parameters.nagle
+        self.nodelay = False
+        self.user_timeout: float | None = None
+        self.linger2: float | None = None
+        self.keepalive: tuple[float, float, int] | None = None
+        self.last_received = 0.0
         self._tx = self._rx = b""
         self._tx_seq = (iss + 1) & MASK
         self._fin = 0  # 1: queued behind the text, 2: sent
@@ -269,9 +285,12 @@ class Connection:
         self.first_sent: float | None = None
         self._ack_due = 0  # 1: by policy, 2: at once
         self._ato = 0.0
-        self._quick = parameters.quick_acks
+        self._quick = 0
         self._pingpong = False
-        self._last_challenge = -INF
+        self._rcv_mss = min(mss, 536)
+        self._last_text = -INF
+        self._small = self._tx_seq  # SND.NXT after the last segment that was not full
+        self.last_challenge = -INF
         self.t_retransmit = self.t_ack = self.t_probe = INF
         self.t_keepalive = self.t_wait = self.t_user = INF
 
@@ -281,11 +300,12 @@ class Connection:
         """Wait for a SYN (RFC 9293 §3.10.1). Raises `TCPError` EINVAL if already connected."""
         self._step(_OPEN_PASSIVE, None, now)
         self.passive = True
+        self.write_shut = False
 
     def open_active(self, now: float) -> None:
         """Send a SYN (RFC 9293 §3.10.1). Raises `TCPError` EALREADY or EISCONN."""
         self._step(_OPEN_ACTIVE, None, now)
-        self.passive = False
+        self.passive = self.write_shut = False
 
     def send(self, data: bytes, now: float) -> int:
         """Queue text and send what the window allows; returns the bytes taken.
@@ -382,6 +402,11 @@ class Connection:
         return number
 
     @property
+    def next_iss(self) -> int:
+        """An initial sequence number for the incarnation after this one (RFC 6191 §2)."""
+        return (self.snd_nxt + 65537) & MASK
+
+    @property
     def readable_bytes(self) -> int:
         """How many bytes `receive` would give."""
         return len(self._rx)
@@ -437,9 +462,10 @@ class Connection:
             # tcp_delack_timer_handler: a delay that was needed is not interactive.
             self._pingpong = False
         elif timer is Timer.PROBE:
-            event = _PROBE
+            event = _PROBE if self.retransmits < self.profile.parameters.probe_retries else _GIVE_UP
         elif timer is Timer.KEEPALIVE:
-            event = _KEEPALIVE
+            most = self.keepalive[2] if self.keepalive is not None else 0
+            event = _KEEPALIVE if self.retransmits < most else _GIVE_UP
         elif timer is Timer.WAIT:
             event = _TIME_WAIT_OVER if self.state is TIME_WAIT else _FIN_WAIT_2_OVER
         else:
@@ -447,6 +473,7 @@ class Connection:
         self._step(event, None, now)
 
     def _given_up(self, now: float) -> bool:
+        """Whether it was retransmitted long enough (R2, RFC 9293 §3.8.3)."""
         parameters = self.profile.parameters
         if self.state is SYN_SENT:
             return self.retransmits >= parameters.syn_retries + parameters.syn_linear
@@ -461,102 +488,175 @@ class Connection:
 
     def segment(self, seg: Segment, now: float) -> None:
         """Take a segment that arrived (RFC 9293 §3.10.7)."""
+        flags = seg.flags
         state = self.state
-        if state is TIME_WAIT:
-            event = self._in_time_wait(seg, now)
-        elif state > SYN_SENT:
-            event = self._in_window(seg, now)
-        elif state is SYN_SENT:
-            event = self._in_syn_sent(seg)
-        else:
-            flags = seg.flags
-            if flags & RST:
-                event = _RST_EXACT
-            elif flags & ACK:
-                event = _ACK_OF_UNSENT
-            elif flags & SYN and not flags & FIN:
-                event = _SYN
+        if self.keepalive is not None:
+            self.last_received = now
+        if state > SYN_SENT:
+            if (
+                seg.seq == self.rcv_nxt
+                and flags & _CONTROL == ACK
+                and state is not TIME_WAIT
+                and (self.rcv_adv != self.rcv_nxt or not (seg.data or flags & FIN))
+                and not (self.timestamps and self._paws(seg, now, 1))
+                and not (self.orphaned and state is FIN_WAIT_2)
+            ):
+                # What nearly every segment is: the first four checks have nothing to find.
+                event = self._contents(seg, flags, now)
+            elif state is TIME_WAIT:
+                event = self._in_time_wait(seg, flags, now)
+            elif state is SYN_RECEIVED and self.passive:
+                event = self._in_passive_syn_received(seg, flags, now)
+            elif self.orphaned and state is FIN_WAIT_2 and self.profile.parameters.small_sockets:
+                event = self._in_small_fin_wait_2(seg, flags, now)
             else:
-                event = _NO_ACK
+                event = self._in_window(seg, flags, now)
+        elif state is SYN_SENT:
+            event = self._in_syn_sent(seg, flags)
+        elif flags & RST:
+            event = _RST_EXACT
+        elif flags & ACK:
+            event = _ACK_OF_UNSENT
+        elif flags & SYN and not (flags & FIN and self.profile.parameters.drop_synfin):
+            event = _SYN
+        else:
+            event = _NO_ACK
         self._step(event, seg, now)
 
-    def _in_syn_sent(self, seg: Segment) -> int:
-        flags = seg.flags
+    def _in_syn_sent(self, seg: Segment, flags: int) -> int:
+        """§3.10.7.3: only an ACK of our SYN tells a segment of this attempt."""
         if flags & ACK:
             acked = (seg.ack - self.snd_una) & MASK
             if not 0 < acked <= (self.snd_nxt - self.snd_una) & MASK:
                 return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
             if flags & RST:
                 return _RST_EXACT
-            return _SYN_ACK if flags & SYN else _NO_ACK
+            if not flags & SYN:
+                return _NO_ACK
+            return _SYN_ACK
         if flags & RST:
             return _RST_OUTSIDE
         return _SYN if flags & SYN else _NO_ACK
 
-    def _in_time_wait(self, seg: Segment, now: float) -> int:
-        """What a segment means to TIME_WAIT, where only sequence numbers are left to tell."""
-        flags = seg.flags
+    def _in_passive_syn_received(self, seg: Segment, flags: int, now: float) -> int:
+        """SYN_RECEIVED after a passive OPEN: nobody has been told of this connection yet."""
+        paws = self._paws(seg, now, 0)
+        if flags & (SYN | RST | ACK) == SYN and seg.seq == self.irs and not paws:
+            return _SYN_AGAIN
+        if not self.profile.parameters.linux_checks:
+            return self._in_window(seg, flags, now)
+        # tcp_check_req looks at the ACK before the window, and takes any RST in the window.
+        if flags & ACK and seg.ack != self.snd_nxt:
+            return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
+        if paws or not self._fits(seg):
+            return _RST_OUTSIDE if flags & RST else _UNACCEPTABLE
+        if flags & RST:
+            return _RST_TO_PASSIVE
+        if flags & SYN and seg.seq != self.irs:
+            return _SYN_TO_PASSIVE
+        if not flags & ACK:
+            return _NO_ACK
+        return self._contents(seg, flags, now)
+
+    def _in_small_fin_wait_2(self, seg: Segment, flags: int, now: float) -> int:
+        """An orphan's FIN_WAIT_2 on Linux: only sequence numbers are left to tell."""
+        if self._paws(seg, now, 0) or not self._fits(seg):
+            return _UNACCEPTABLE
+        if flags & RST:
+            return _RST_EXACT
+        offset = (seg.seq - self.rcv_nxt) & MASK
+        if flags & SYN and not offset & HALF:
+            return _SYN_REOPENS
+        length = seg.length
+        end = (offset + length) & MASK
+        if not flags & ACK:
+            return _NO_ACK
+        if length == 0 or end == 0 or end & HALF:
+            return _SEGMENT
+        if not flags & FIN or end != 1:
+            return _TEXT_AFTER_CLOSE
+        self.rcv_nxt = (self.rcv_nxt + 1) & MASK
+        self._note_timestamp(seg)
+        return _FIN
+
+    def _in_time_wait(self, seg: Segment, flags: int, now: float) -> int:
+        """TIME_WAIT: §3.10.7.4, RFC 6191, or tcp_timewait_state_process."""
         offset = (seg.seq - self.rcv_nxt) & MASK
         length = seg.length
-        old = offset & HALF or self._paws(seg, now)
+        linux = self.profile.parameters.linux_checks
+        paws = self._paws(seg, now, 0)
         if flags & RST:
-            if offset == 0:
+            if offset == 0 and not paws:
                 return _RST_EXACT
             if offset == MASK:
                 return _RST_AFTER_FIN
-            return _RST_IN_WINDOW if self._acceptable(seg) else _RST_OUTSIDE
+            return _RST_IN_WINDOW if self._fits(seg) and not paws else _RST_OUTSIDE
+        if offset == 0 and length == 0 and not paws and (flags & ACK or linux):
+            if self.timestamps:
+                self._note_timestamp(seg)
+            return _SEGMENT
         if flags & SYN:
-            if not flags & ACK and not flags & FIN:
+            if not flags & ACK and not paws:
+                newer = 0 < offset < HALF
                 options = seg.options
                 if self.timestamps and options is not None and options.ts_val is not None:
-                    newer = (self.ts_recent - options.ts_val) & HALF
-                else:
-                    newer = 0
-                if newer or (not old and 0 < offset < HALF):
+                    newer = newer or (self.ts_recent - options.ts_val) & HALF != 0
+                if newer and self.passive:
                     return _SYN_REOPENS
-            return _SYN_UNEXPECTED
-        if flags & FIN and (offset + length) & MASK == 0:
+            return _UNACCEPTABLE if linux and (flags & ACK or paws) else _SYN_UNEXPECTED
+        if flags & FIN and (offset + length) & MASK == 0 and flags & ACK:
             return _FIN_AGAIN
-        if offset == 0 and length == 0 and not old:
-            return _SEGMENT if flags & ACK else _NO_ACK
-        if not flags & ACK:
+        if not flags & ACK and not (linux and paws):
             return _NO_ACK
+        if not linux and not paws and self._fits(seg):
+            return _SEGMENT
         return _UNACCEPTABLE
 
-    def _in_window(self, seg: Segment, now: float) -> int:
-        """§3.10.7.4 for every state from SYN_RECEIVED to LAST_ACK, in its order."""
-        flags = seg.flags
+    def _in_window(self, seg: Segment, flags: int, now: float) -> int:
+        """§3.10.7.4 in its order, from the sequence number to SYN; `_contents` has the rest."""
         offset = (seg.seq - self.rcv_nxt) & MASK
         state = self.state
+        linux = self.profile.parameters.linux_checks
+        if linux and not flags & (ACK | RST | SYN):
+            return _NO_ACK
 
-        # First, the sequence number (and PAWS, RFC 7323 §5.3).
-        if not self._acceptable(seg) or (self._paws(seg, now) and not flags & RST):
+        # First, the sequence number, and PAWS (RFC 7323 §5.3: never for a RST).
+        if not flags & RST and self._paws(seg, now, 1):
+            return _SYN_UNEXPECTED if flags & SYN else _UNACCEPTABLE
+        if not (self._fits_loosely(seg) if linux else self._fits(seg)):
             if flags & RST:
-                if offset == MASK and self.fin_received:
-                    return _RST_AFTER_FIN
-                return _RST_OUTSIDE
+                return _RST_AFTER_FIN if offset == MASK and self.fin_received else _RST_OUTSIDE
             if flags & SYN:
-                if state is SYN_RECEIVED and seg.seq == self.irs and not flags & ACK:
-                    return _SYN_AGAIN
+                if self._completes_simultaneous_open(seg, flags):
+                    return self._contents(seg, flags, now)
                 return _SYN_UNEXPECTED
             if flags & FIN and self.fin_received and (offset + seg.length) & MASK == 0:
-                return _FIN_AGAIN
+                # The peer repeats its FIN; what it acknowledges is news all the same.
+                return self._contents(seg, flags, now)
             return _UNACCEPTABLE
 
-        # Second, RST. Fourth, SYN. (Third is security.)
+        # Second, RST (RFC 5961 §3.2). Third is security. Fourth, SYN (RFC 5961 §4.2).
         if flags & RST:
+            if offset == 0:
+                return _RST_TO_PASSIVE if state is SYN_RECEIVED and self.passive else _RST_EXACT
+            return _RST_AFTER_FIN if offset == MASK and self.fin_received else _RST_IN_WINDOW
+        if flags & SYN and not self._completes_simultaneous_open(seg, flags):
             if state is SYN_RECEIVED and self.passive:
-                return _RST_TO_PASSIVE
-            return _RST_EXACT if offset == 0 else _RST_IN_WINDOW
-        if flags & SYN:
-            if state is SYN_RECEIVED:
-                if seg.seq == self.irs:
-                    return _SYN_AGAIN
-                if self.passive:
-                    return _SYN_TO_PASSIVE
+                return _SYN_TO_PASSIVE
             return _SYN_UNEXPECTED
+        return self._contents(seg, flags, now)
 
-        # Fifth, ACK.
+    def _completes_simultaneous_open(self, seg: Segment, flags: int) -> bool:
+        return (
+            self.state is SYN_RECEIVED
+            and flags & ACK != 0
+            and seg.seq == self.irs
+            and seg.ack == self.snd_nxt
+            and not seg.data
+        )
+
+    def _contents(self, seg: Segment, flags: int, now: float) -> int:
+        """The rest of §3.10.7.4: fifth, ACK; seventh, the text; eighth, FIN."""
         if not flags & ACK:
             return _NO_ACK
         flight = (self.snd_nxt - self.snd_una) & MASK
@@ -565,59 +665,71 @@ class Connection:
         if acked > flight:
             if not acked & HALF:
                 return _ACK_OF_UNSENT
-            if state is SYN_RECEIVED or acked < MASK + 1 - self.max_wnd:
+            if MASK + 1 - acked > self.max_wnd or self.state is SYN_RECEIVED:
                 return _ACK_TOO_OLD
-        else:
-            of_syn = self.snd_una == self.iss and state <= FIN_WAIT_1
-            if of_syn and acked == 0:
-                return _ACK_TOO_OLD
-            if acked:
-                self._acknowledged(seg.ack, acked, flight, now)
-                of_fin = self._fin == 2 and acked == flight
+        elif acked:
+            of_syn = self.snd_una == self.iss
+            of_fin = self._fin == 2 and acked == flight
+            self._acknowledged(seg.ack, acked, flight, now)
+        elif self.state is SYN_RECEIVED:
+            return _ACK_TOO_OLD
         self._update_window(seg)
         if self.timestamps:
             self._note_timestamp(seg)
 
-        # Seventh, the text. Eighth, FIN.
-        if seg.data or flags & FIN:
-            if seg.data and (self.orphaned or self.read_shut) and not self.fin_received:
-                end = (seg.seq + len(seg.data) - self.rcv_nxt) & MASK
-                if (
-                    0 < end < HALF
-                    and self.write_shut
-                    and state is not ESTABLISHED
-                    and state is not SYN_RECEIVED
-                ):
-                    return _TEXT_AFTER_CLOSE
-            if not self.fin_received and self._take(seg):
-                if of_fin:
-                    return _FIN_AND_ACK_OF_FIN
-                return _FIN_AND_ACK_OF_SYN if of_syn else _FIN
+        data = seg.data
+        if flags & FIN or data:
+            if self.fin_received:
+                again = self._after_fin(seg, flags)
+                if again and not of_fin:
+                    return again
+            else:
+                if data and (self.orphaned or self.read_shut):
+                    end = (seg.seq + len(data) - self.rcv_nxt) & MASK
+                    if 0 < end < HALF and self.write_shut and self.state is not SYN_RECEIVED:
+                        return _TEXT_AFTER_CLOSE
+                if self._take(seg, now):
+                    if of_fin:
+                        return _FIN_AND_ACK_OF_FIN
+                    return _FIN_AND_ACK_OF_SYN if of_syn else _FIN
         if of_fin:
             return _ACK_OF_FIN
         return _ACK_OF_SYN if of_syn else _SEGMENT
 
-    def _acceptable(self, seg: Segment) -> bool:
-        """The test of RFC 9293 §3.10.7.4, or Linux's own (tcp_sequence)."""
+    def _after_fin(self, seg: Segment, flags: int) -> int:
+        """Text or a FIN after the peer's FIN: it is told again that all had arrived."""
+        past = (self.rcv_nxt - seg.seq) & MASK
+        if past == 0 or past & HALF:
+            return 0  # beyond the FIN: not this connection's, ignored
+        if self.profile.parameters.linux_checks and len(seg.data) > past:
+            return _TEXT_AFTER_CLOSE
+        if flags & FIN and seg.length == past:
+            return _FIN_AGAIN
+        self._ack_due = 2
+        return 0
+
+    def _fits(self, seg: Segment) -> bool:
+        """The four cases of RFC 9293 §3.10.7.4: does it overlap the window?"""
         window = (self.rcv_adv - self.rcv_nxt) & MASK
         offset = (seg.seq - self.rcv_nxt) & MASK
-        length = len(seg.data) + (seg.flags & FIN) + ((seg.flags & SYN) >> 1)
-        if self.profile.parameters.linux_checks and self.state is not SYN_RECEIVED:
-            return not (seg.seq + length - self.rcv_wup) & HALF and (
-                offset <= window or offset & HALF != 0
-            )
-        if length == 0:
-            return offset < window or offset == 0
-        if window == 0:
-            return False
-        return offset < window or (offset + length - 1) & MASK < window
+        if offset == 0:
+            return window != 0 or not (seg.data or seg.flags & FIN)
+        return offset < window or 0 < (offset + seg.length) & MASK <= window
 
-    def _paws(self, seg: Segment, now: float) -> bool:
+    def _fits_loosely(self, seg: Segment) -> bool:
+        """Linux's test (tcp_sequence): it may also touch either edge of the window."""
+        end = seg.seq + seg.length
+        offset = (seg.seq - self.rcv_nxt) & MASK
+        return not (end - self.rcv_wup) & HALF and (
+            offset & HALF != 0 or offset <= (self.rcv_adv - self.rcv_nxt) & MASK
+        )
+
+    def _paws(self, seg: Segment, now: float, tolerance: int) -> bool:
         """Whether the segment's timestamp is older than the last one (RFC 7323 §5)."""
         options = seg.options
         if not self.timestamps or options is None or options.ts_val is None or not self.ts_recent:
             return False
-        return (options.ts_val - self.ts_recent) & HALF != 0
+        return 0 < (self.ts_recent - tolerance - options.ts_val) & MASK < HALF
 
     def _note_timestamp(self, seg: Segment) -> None:
         options = seg.options
@@ -634,110 +746,148 @@ class Connection:
     def _acknowledged(self, ack: int, acked: int, flight: int, now: float) -> None:
         """`acked` of `flight` octets are acknowledged: free them, measure, retime."""
         self.snd_una = ack
-        text = (ack - self._tx_seq) & MASK
-        if self._tx and text and not text & HALF:
-            self._tx = self._tx[text:]
-            self._tx_seq = (ack - (1 if self._fin == 2 and acked == flight else 0)) & MASK
+        if self._tx:
+            text = (ack - self._tx_seq) & MASK
+            if text and not text & HALF:
+                if self._fin == 2 and acked == flight:
+                    text -= 1
+                self._tx = self._tx[text:]
+                self._tx_seq = (self._tx_seq + text) & MASK
         if self._rtt_seq is not None and not (ack - self._rtt_seq) & HALF:
             self._measured(now - self._rtt_at)
             self._rtt_seq = None
+        elif self.srtt is not None and self.retransmits:
+            self._set_rto()  # new data acknowledged ends the backoff
         self.retransmits = 0
-        self.first_sent = now
         if acked == flight:
-            self.t_retransmit = INF
+            self.first_sent = None
             self._recover = None
+            self.t_retransmit = self.t_user = INF
         else:
+            self.first_sent = now
             self.t_retransmit = now + self.rto
             if self._recover is not None:
-                if (self._recover - ack) & HALF or ack == self._recover:
-                    self._recover = None
-                else:
+                if (ack - self._recover) & HALF:
                     self._send_oldest(now)
+                else:
+                    self._recover = None
 
     def _measured(self, rtt: float) -> None:
         """A round trip was measured: RFC 6298 §2."""
-        if self.srtt is None:
+        srtt = self.srtt
+        if srtt is None:
             self.srtt, self.rttvar = rtt, rtt / 2
         else:
-            self.rttvar += (abs(self.srtt - rtt) - self.rttvar) / 4
-            self.srtt += (rtt - self.srtt) / 8
+            self.rttvar += (abs(srtt - rtt) - self.rttvar) / 4
+            self.srtt = srtt + (rtt - srtt) / 8
+        self._set_rto()
+
+    def _set_rto(self) -> None:
         parameters = self.profile.parameters
+        srtt = self.srtt or 0.0
+        variance = 4 * self.rttvar
         if parameters.rto_floor_on_variance:
-            rto = self.srtt + max(parameters.rto_min, 4 * self.rttvar)
+            rto = srtt + (variance if variance > parameters.rto_min else parameters.rto_min)
         else:
-            rto = max(parameters.rto_min, self.srtt + 4 * self.rttvar)
-        self.rto = min(rto, parameters.rto_max)
+            rto = srtt + variance
+            if rto < parameters.rto_min:
+                rto = parameters.rto_min
+        self.rto = rto if rto < parameters.rto_max else parameters.rto_max
 
     def _update_window(self, seg: Segment) -> None:
         """SND.WND, unless the segment is older than the last that told it (§3.10.7.4)."""
-        newer = (seg.seq - self.snd_wl1) & MASK
-        if newer == 0:
-            newer = (seg.ack - self.snd_wl2) & MASK
+        newer = (seg.seq - self.snd_wl1) & MASK or (seg.ack - self.snd_wl2) & MASK
         if not newer & HALF:
-            window = seg.window << self.snd_scale
-            self.snd_wnd = window
+            self.snd_wnd = window = seg.window << self.snd_scale
             self.snd_wl1 = seg.seq
             self.snd_wl2 = seg.ack
             if window > self.max_wnd:
                 self.max_wnd = window
-            if window:
-                self.t_probe = INF
+            if self.t_probe != INF:
+                self.retransmits = 0
+                if window:
+                    self.t_probe = INF
 
-    def _take(self, seg: Segment) -> bool:
+    def _take(self, seg: Segment, now: float) -> bool:
         """Take the segment's text; whether the peer's FIN is now in order."""
         data = seg.data
         fin = seg.flags & FIN != 0
         offset = (seg.seq - self.rcv_nxt) & MASK
-        room = (self.rcv_adv - self.rcv_nxt) & MASK
+        if offset or self._out_of_order:
+            return self._take_out_of_order(seg.seq, data, fin, now)
+        if data:
+            room = (self.rcv_adv - self.rcv_nxt) & MASK
+            if len(data) > room:
+                data = data[:room]
+                fin = False
+                self._ack_due = 2
+            self._accept(data, now)
+        if fin:
+            self.rcv_nxt = (self.rcv_nxt + 1) & MASK
+        return fin
+
+    def _take_out_of_order(self, seq: int, data: bytes, fin: bool, now: float) -> bool:
+        """Text left of RCV.NXT is trimmed; text to the right waits for what is missing."""
+        self._ack_due = 2
+        nxt = self.rcv_nxt
+        offset = (seq - nxt) & MASK
+        room = (self.rcv_adv - nxt) & MASK
         if offset & HALF:
             past = MASK + 1 - offset
             if past > len(data) or (past == len(data) and not fin):
-                self._ack_due = 2  # all of it was here before
+                self._quicken()  # all of it was here before
                 return False
-            data = data[past:]
-            offset = 0
+            seq, data, offset = nxt, data[past:], 0
         if offset + len(data) > room:
-            data = data[: room - offset]
-            fin = False
-            self._ack_due = 2
-        if offset:
-            self._ack_due = 2
-            kept = {(s, f): d for s, d, f in self._out_of_order}
-            kept[(seg.seq, fin)] = data
-            self._out_of_order = tuple(
-                sorted(
-                    ((s, d, f) for (s, f), d in kept.items()),
-                    key=lambda piece: (piece[0] - self.rcv_nxt) & MASK,
-                )
-            )
-            return False
-        self._accept(data)
-        while self._out_of_order and not fin:
-            seq, data, fin = self._out_of_order[0]
+            if offset >= room:
+                return False
+            data, fin = data[: room - offset], False
+        waiting = {*self._out_of_order, (seq, data, fin)}
+        pieces = sorted(waiting, key=lambda piece: ((piece[0] - nxt) & MASK, -len(piece[1])))
+        while pieces:
+            seq, data, fin = pieces[0]
             past = (self.rcv_nxt - seq) & MASK
             if past & HALF:
-                fin = False
                 break
-            self._out_of_order = self._out_of_order[1:]
-            self._ack_due = 2
-            if past > len(data):
-                fin = False
-            else:
-                self._accept(data[past:])
-        if fin:
-            self.rcv_nxt = (self.rcv_nxt + 1) & MASK
-            self._out_of_order = ()
-        return fin
+            del pieces[0]
+            if past <= len(data):
+                if past < len(data):
+                    self._accept(data[past:], now)
+                if fin:
+                    self._out_of_order = ()
+                    self.rcv_nxt = (self.rcv_nxt + 1) & MASK
+                    return True
+        self._out_of_order = tuple(pieces)
+        return False
 
-    def _accept(self, data: bytes) -> None:
-        if data:
-            self.rcv_nxt = (self.rcv_nxt + len(data)) & MASK
-            if not (self.orphaned or self.read_shut):
-                self._rx += data
-            if self._ack_due == 0:
-                self._ack_due = 1
-            if self._ato == 0.0:
-                self._ato = self.profile.parameters.delayed_ack
+    def _accept(self, data: bytes, now: float) -> None:
+        """Text in order: into the receive buffer, and something to acknowledge."""
+        n = len(data)
+        self.rcv_nxt = (self.rcv_nxt + n) & MASK
+        if not self.orphaned:
+            self._rx = self._rx + data if self._rx else data
+        if not self._ack_due:
+            self._ack_due = 1
+        if self._ato == 0.0:
+            # tcp_event_data_recv: the first text starts the delayed-ACK engine, quickly.
+            self._ato = self.profile.parameters.delayed_ack
+            self._quicken(stay_interactive=True)
+        elif now - self._last_text > self.rto:
+            self._quicken(stay_interactive=True)
+        self._last_text = now
+        if n > self._rcv_mss:
+            self._rcv_mss = min(n, self.mss)
+
+    def _quicken(self, *, stay_interactive: bool = False) -> None:
+        """Acknowledge the next few segments at once (tcp_enter_quickack_mode)."""
+        most = self.profile.parameters.quick_acks
+        window = (self.rcv_adv - self.rcv_nxt) & MASK
+        quick = min(window // (2 * self._rcv_mss) or 2, most)
+        if quick > self._quick:
+            self._quick = quick
+        if not stay_interactive:
+            self._pingpong = False
+            self._ato = self.profile.parameters.delayed_ack
 
     # --- The table -------------------------------------------------------------------------
 
@@ -758,38 +908,43 @@ class Connection:
                 old = row.via
             self.on_transition(old, new, _EVENTS[event], now)
 
+    def become(self, state: State) -> None:
+        """Be in that state, whatever was before (for those who restore a connection)."""
+        self.state = state
+        self._cells = self.profile.compiled[state]
+
     # --- Actions: each is named in the table -----------------------------------------------
 
     def _send_syn(self, _seg: None, now: float) -> None:
         self.snd_nxt = (self.iss + 1) & MASK
         self._rtt_seq, self._rtt_at = self.snd_nxt, now
-        self.first_sent = now
+        self._start_retransmitting(now)
         self._emit_syn(SYN, now)
+
+    def _start_retransmitting(self, now: float) -> None:
+        self.first_sent = now
         self.t_retransmit = now + self.rto
+        if self.user_timeout is not None:
+            self.t_user = now + self.user_timeout
 
     def _emit_syn(self, flags: int, now: float) -> None:
+        """Our SYN, or SYN,ACK: the window unscaled, all options offered or answered."""
         parameters = self.profile.parameters
-        again = flags & ACK
-        window = min(self.rcv_buf, 0xFFFF)
-        self.out.append(
-            Segment(
-                self.iss,
-                self.rcv_nxt if again else 0,
-                flags,
-                window,
-                b"",
-                Options(
-                    self.mss,
-                    parameters.window_scale if not again or self.rcv_scale else None,
-                    parameters.sack,
-                    self._tsval(now) if self.timestamps else None,
-                    self.ts_recent if self.timestamps else None,
-                ),
-            )
-        )
-        if again:
+        answer = flags & ACK
+        window = self.rcv_buf if self.rcv_buf < 0xFFFF else 0xFFFF
+        self.rcv_adv = (self.rcv_nxt + window) & MASK
+        scale: int | None = parameters.window_scale
+        if answer:
             self.rcv_wup = self.rcv_nxt
-            self.rcv_adv = (self.rcv_nxt + window) & MASK
+            if not self.rcv_scale:
+                scale = None
+        options = Options(self.mss, scale, parameters.sack and (not answer or self.sack))
+        if self.timestamps:
+            options.ts_val = self._tsval(now)
+            options.ts_ecr = self.ts_recent
+        self.out.append(
+            Segment(self.iss, self.rcv_nxt if answer else 0, flags, window, b"", options)
+        )
 
     def _tsval(self, now: float) -> int:
         return (int(now * 1000) + self.ts_offset) & MASK
@@ -802,11 +957,14 @@ class Connection:
         self.snd_wl1, self.snd_wl2 = seg.seq, seg.ack
         options = seg.options
         if options is None:
-            self.timestamps = False
-            self.mss = min(self.mss, 536)
-            return
-        self.mss = min(self.mss, options.mss or 536)
-        if options.window_scale is not None:
+            options = _NO_OPTIONS
+        theirs = options.mss or 536
+        if theirs < self.mss:
+            self.mss = theirs
+        self.sack = options.sack_permitted and self.profile.parameters.sack
+        if options.window_scale is None:
+            self.snd_scale = self.rcv_scale = 0
+        else:
             self.snd_scale = min(options.window_scale, 14)
             self.rcv_scale = self.profile.parameters.window_scale
         if options.ts_val is None:
@@ -818,32 +976,51 @@ class Connection:
         self._note_syn(seg)
         self.snd_nxt = (self.iss + 1) & MASK
         self._rtt_seq, self._rtt_at = self.snd_nxt, now
-        self.first_sent = now
+        self.rto = self.profile.parameters.rto_initial
+        self.retransmits = 0
+        self._start_retransmitting(now)
         self._emit_syn(SYN | ACK, now)
-        self.t_retransmit = now + self.rto
 
     def _send_syn_ack_again(self, _seg: Segment, now: float) -> None:
-        self._rtt_seq = None
-        self._emit_syn(SYN | ACK, now)
+        if self._may_challenge(now):
+            self._rtt_seq = None
+            self._emit_syn(SYN | ACK, now)
 
     def _synchronize(self, seg: Segment, now: float) -> None:
         self._note_syn(seg)
         self.rcv_adv = (self.rcv_nxt + min(self.rcv_buf, 0xFFFF)) & MASK
         self._acknowledged(seg.ack, 1, 1, now)
-        self.rto = max(self.rto, self.profile.parameters.rto_min)
-        if seg.data or seg.flags & FIN:
-            self._take(Segment((seg.seq + 1) & MASK, seg.ack, seg.flags & ~SYN, 0, seg.data))
+        self._establish(seg, now)
+        self.snd_wnd = seg.window  # in a SYN it is not scaled
 
     def _establish(self, seg: Segment, now: float) -> None:
-        self.snd_wnd = seg.window << self.snd_scale
-        self.max_wnd = max(self.max_wnd, self.snd_wnd)
-        self.snd_wl1, self.snd_wl2 = seg.seq, seg.ack
+        self.retransmits = 0
+        self._last_text = now
+        if self.srtt is None:
+            self._set_rto()
+        if self.keepalive is not None:
+            self.t_keepalive = now + self.keepalive[0]
 
     def _return_to_listen(self, _seg: Segment, now: float) -> None:
         self._stop()
         self.snd_una = self.snd_nxt = self.iss
         self.rcv_nxt = self.irs = 0
         self.retransmits = 0
+
+    def _reopen(self, _seg: Segment, now: float) -> None:
+        """TIME_WAIT ends in a new incarnation, above every sequence number of the old."""
+        again = Connection(
+            self.profile,
+            iss=self.next_iss,
+            mss=self.mss,
+            rcv_buf=self.rcv_buf,
+            snd_buf=self.snd_buf,
+            outbox=self.out,
+        )
+        for name in _STATEFUL:
+            if name not in ("state", "ts_offset"):
+                setattr(self, name, getattr(again, name))
+        self.passive = True
 
     def _take_text(self, data: bytes, now: float) -> None:
         room = self.snd_buf - len(self._tx)
@@ -855,40 +1032,63 @@ class Connection:
         if not self._tx and self._fin != 1:
             return
         sent = (self.snd_nxt - self._tx_seq) & MASK
-        if self._fin == 2 or sent & HALF or self.state is SYN_SENT or self.state is SYN_RECEIVED:
-            return
-        mss = self.mss - 12 if self.timestamps else self.mss
+        if self._fin == 2 or sent & HALF or self.snd_una == self.iss:
+            return  # all sent, or our SYN is not acknowledged yet
+        tx = self._tx
+        mss = self._effective_mss() if tx else 1
+        end = self.snd_una + self.snd_wnd
+        left = len(tx) - sent
         while True:
-            left = len(self._tx) - sent
-            usable = (self.snd_una + self.snd_wnd - self.snd_nxt) & MASK
+            usable = (end - self.snd_nxt) & MASK
             if usable & HALF:
                 usable = 0
-            n = min(left, mss, usable)
-            fin = self._fin == 1 and n == left and n < usable
-            if not fin:
-                if n == 0:
+            n = left if left < mss else mss
+            last = n == left
+            fin = self._fin == 1 and last
+            if not (n or fin) or n + fin > usable:
+                if n and usable >= n:
+                    fin = False  # room for the text only
+                else:
                     break
-                small = n < mss
-                if small and n < left and self.snd_una != self.snd_nxt:
-                    break  # the window would cut it short: wait (RFC 9293 §3.8.6.2.1)
-                if small and not self.nodelay and self._fin == 0 and self.snd_una != self.snd_nxt:
-                    break  # Nagle (RFC 9293 §3.7.4)
-            flags = ACK | (FIN if fin else 0) | (PSH if n and n == left else 0)
+            if n < mss and not fin and not self.nodelay and self._held_by_nagle():
+                break
             seq = self.snd_nxt
             self.snd_nxt = (seq + n + fin) & MASK
+            if n < mss:
+                self._small = self.snd_nxt
             if self._rtt_seq is None and self._recover is None:
                 self._rtt_seq, self._rtt_at = self.snd_nxt, now
             if self.t_retransmit == INF:
-                self.first_sent = now
-                self.t_retransmit = now + self.rto
-            self._emit(flags, now, seq, self._tx[sent : sent + n])
-            sent += n
+                self._start_retransmitting(now)
+            if n:
+                if now - self._last_text < self._ato:
+                    self._pingpong = True
+                self._emit(
+                    ACK | (FIN if fin else 0) | (PSH if last else 0), now, seq, tx[sent : sent + n]
+                )
+            else:
+                self._emit(ACK | FIN, now, seq)
             if fin:
                 self._fin = 2
                 return
-            self._pingpong = True
+            sent += n
+            left -= n
         if (left or self._fin == 1) and self.snd_una == self.snd_nxt and self.t_probe == INF:
             self.t_probe = now + self.rto
+
+    def _effective_mss(self) -> int:
+        """The text a segment may carry: less its options, and at most half the peer's window."""
+        mss = self.mss - 12 if self.timestamps else self.mss
+        most = self.max_wnd >> 1 if self.max_wnd > 536 else self.max_wnd
+        return mss if mss <= most or not most else max(most, 48)
+
+    def _held_by_nagle(self) -> bool:
+        """RFC 9293 §3.7.4; Linux waits only for a segment that was itself small."""
+        if self.snd_una == self.snd_nxt:
+            return False
+        if self.profile.parameters.linux_checks:
+            return (self.snd_una - self._small) & HALF != 0
+        return True
 
     def _queue_fin(self, _seg: None, now: float) -> None:
         self.write_shut = True
@@ -904,8 +1104,8 @@ class Connection:
             self._emit(ACK, now)
 
     def _orphan(self, _seg: None, now: float) -> None:
-        self.orphaned = True
-        self.write_shut = True
+        self.orphaned = self.write_shut = True
+        self._rx = b""
         if self.state is FIN_WAIT_2:
             self._start_fin_wait_2(None, now)
 
@@ -916,37 +1116,49 @@ class Connection:
         due = self._ack_due
         if not due:
             return
-        parameters = self.profile.parameters
+        delay = self.profile.parameters.delayed_ack
         if (
             due == 2
-            or not parameters.delayed_ack
+            or not delay
             or (self._quick and not self._pingpong)
-            or (self.rcv_nxt - self.rcv_wup) & MASK > min(self.mss, 536)
+            or (self.rcv_nxt - self.rcv_wup) & MASK > self._rcv_mss
         ):
             self._emit(ACK, now)
         elif self.t_ack == INF:
             self.t_ack = now + self._ato
 
     def _acknowledge_fin(self, seg: Segment, now: float) -> None:
-        parameters = self.profile.parameters
+        at_once = self.profile.parameters.first_ack_delay
+        if not at_once or self._ack_due == 2:
+            self._emit(ACK, now)
+            return
         self._pingpong = True
-        if not parameters.first_ack_delay or self._ack_due == 2:
+        self._ack_due = 1
+        if (self.rcv_nxt - self.rcv_wup) & MASK > self._rcv_mss:
             self._emit(ACK, now)
         else:
-            self._ack_due = 1
-            self.t_ack = min(self.t_ack, now + (self._ato or parameters.first_ack_delay))
+            due = now + (self._ato or at_once)
+            if due < self.t_ack:
+                self.t_ack = due
 
     def _ack_unacceptable(self, seg: Segment, now: float) -> None:
-        # Linux answers retransmitted text and FINs without limit (tcp_oow_rate_limited).
-        if seg.length and not seg.flags & SYN:
+        # Text without a SYN is no part of a loop of ACKs: no limit (tcp_oow_rate_limited).
+        if (seg.data or seg.flags & FIN) and not seg.flags & SYN:
+            if seg.seq != self.rcv_nxt and self.state is not TIME_WAIT:
+                self._quicken()
             self._emit(ACK, now)
-        else:
-            self._challenge_ack(seg, now)
+        elif self._may_challenge(now):
+            self._emit(ACK, now)
 
     def _challenge_ack(self, seg: Segment, now: float) -> None:
-        if now - self._last_challenge >= self.profile.parameters.challenge_interval:
-            self._last_challenge = now
+        if self._may_challenge(now):
             self._emit(ACK, now)
+
+    def _may_challenge(self, now: float) -> bool:
+        if now - self.last_challenge < self.profile.parameters.challenge_interval:
+            return False
+        self.last_challenge = now
+        return True
 
     def _reset_reply(self, seg: Segment, now: float) -> None:
         if seg.flags & ACK:
@@ -985,6 +1197,7 @@ class Connection:
 
     def _start_time_wait(self, _seg: Any, now: float) -> None:
         self._stop()
+        self.last_challenge = -INF
         self.t_wait = now + self.profile.parameters.time_wait
 
     def _restart_time_wait(self, _seg: Segment, now: float) -> None:
@@ -993,6 +1206,11 @@ class Connection:
     def _start_fin_wait_2(self, _seg: Any, now: float) -> None:
         limit = self.profile.parameters.fin_wait_2
         if self.orphaned and limit is not None:
+            if self.linger2:
+                limit = self.linger2
+            if self.profile.parameters.small_sockets:
+                limit = max(limit, 3.5 * self.rto)  # tcp_fin_time
+                self.last_challenge = -INF
             self.t_wait = now + limit
 
     def _retransmit(self, _seg: None, now: float) -> None:
@@ -1014,47 +1232,69 @@ class Connection:
         self.t_retransmit = now + self.rto
 
     def _send_oldest(self, now: float) -> None:
-        mss = self.mss - 12 if self.timestamps else self.mss
-        text = (self.snd_nxt - self.snd_una - (1 if self._fin == 2 else 0)) & MASK
-        n = min(text, mss)
-        fin = self._fin == 2 and n == text
-        flags = ACK | (FIN if fin else 0) | (PSH if n and n == text else 0)
+        """Retransmit one segment from SND.UNA, the FIN with it where it fits."""
+        text = (self.snd_nxt - self.snd_una - (self._fin == 2)) & MASK
+        n = min(text, self._effective_mss())
+        last = n == text
+        flags = ACK | (FIN if last and self._fin == 2 else 0) | (PSH if n and last else 0)
         self._emit(flags, now, self.snd_una, self._tx[:n])
 
     def _probe(self, _seg: None, now: float) -> None:
-        """A segment below the window, which must be answered (RFC 9293 §3.8.6.1)."""
+        """A segment that must be answered: what fits the window, else one below it."""
         self.retransmits += 1
+        sent = (self.snd_nxt - self._tx_seq) & MASK
+        n = min(len(self._tx) - sent, self.snd_wnd, self._effective_mss()) if self._tx else 0
+        if n > 0 and self.snd_una == self.snd_nxt:
+            seq, self.snd_nxt = self.snd_nxt, (self.snd_nxt + n) & MASK
+            self._start_retransmitting(now)
+            self._emit(ACK | PSH, now, seq, self._tx[sent : sent + n])
+            return
         self._emit(ACK, now, (self.snd_una - 1) & MASK)
         self.rto = min(2 * self.rto, self.profile.parameters.rto_max)
         self.t_probe = now + self.rto
 
+    def _ask(self, _seg: None, now: float) -> None:
+        """Keep-alive (RFC 9293 §3.8.4): only when nothing was heard for long enough."""
+        if self.keepalive is None:
+            return
+        idle, interval, _ = self.keepalive
+        quiet = now - self.last_received
+        if quiet < idle:
+            self.retransmits = 0
+            self.t_keepalive = self.last_received + idle
+            return
+        self.retransmits += 1
+        self._emit(ACK, now, (self.snd_una - 1) & MASK)
+        self.t_keepalive = now + interval
+
     def _emit(self, flags: int, now: float, seq: int | None = None, data: bytes = b"") -> None:
         """Send a segment that carries the current acknowledgment and window."""
+        nxt = self.rcv_nxt
+        window = (self.rcv_adv - nxt) & MASK
         space = self.rcv_buf - len(self._rx)
-        told = (self.rcv_adv - self.rcv_nxt) & MASK
-        if told & HALF:
-            told = 0
-        if told > space:
-            space = told
+        if space > window or window & HALF:
+            window = space
         scale = self.rcv_scale
-        window = (space + (1 << scale) - 1) >> scale
+        if scale:
+            window = (window + (1 << scale) - 1) >> scale
         if window > 0xFFFF:
             window = 0xFFFF
-        self.rcv_adv = (self.rcv_nxt + (window << scale)) & MASK
+        self.rcv_adv = (nxt + (window << scale)) & MASK
         self.out.append(
             Segment(
                 self.snd_nxt if seq is None else seq,
-                self.rcv_nxt,
+                nxt,
                 flags,
                 window,
                 data,
-                Options(ts_val=self._tsval(now), ts_ecr=self.ts_recent)
+                Options(None, None, False, self._tsval(now), self.ts_recent)
                 if self.timestamps
                 else None,
             )
         )
-        self.rcv_wup = self.rcv_nxt
-        self.t_ack = INF
+        self.rcv_wup = nxt
+        if self.t_ack != INF:
+            self.t_ack = INF
         if self._ack_due:
             self._ack_due = 0
             if self._quick:
@@ -1079,7 +1319,7 @@ class Connection:
         connection.on_transition = None
         if not profile.compiled:
             profile.compiled.extend(_compile(profile))
-        connection._cells = profile.compiled[connection.state]
+        connection.become(connection.state)
         return connection
 
 

@@ -1,192 +1,559 @@
-"""What differs between stacks: parameters and rows, each with its source.
+"""What differs between stacks: settings and rows, each with its source.
 
-A `Profile` is the RFC's table with some rows replaced, and a set of named
-parameters. `profile("linux", tcp_fin_timeout=5)` gives one with parameters of
-your own; they carry the names their stack gives them.
+A `Profile` is the RFC's table with some rows replaced (`differences`), and the
+`Parameters` the machine runs with. They follow from its `settings`, which carry
+the names their own stack gives them; `profile("linux", tcp_fin_timeout=5)`
+gives a profile with settings of your own.
+
+Where nobody measured a value or read it in a stack's source for this project,
+its `Setting` says so (`verified` is false): believe the rest more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from attrs import evolve, field, frozen
+from attrs import Factory, field, fields, frozen
 
 from timewait.tcp.states import Event, State
-from timewait.tcp.transitions import (
-    SYNCHRONIZED,
-    TABLE,
-    Row,
-    Table,
-    error,
-    go,
-    ignored,
-    stay,
-)
+from timewait.tcp.transitions import TABLE, Row, Table, error, go, ignored, stay
 
-__all__ = ["PROFILES", "Parameters", "Profile", "profile"]
+__all__ = ["PROFILES", "Parameters", "Profile", "Setting", "profile"]
 
 
 @frozen
 class Parameters:
-    """What the machine reads while it runs. Times in seconds, sizes in bytes."""
+    """What the machine reads while it runs. Times in seconds."""
 
     time_wait: float = 240.0
     fin_wait_2: float | None = None  # for an orphan; None: no limit
     rto_initial: float = 1.0
     rto_min: float = 1.0
     rto_max: float = 60.0
-    rto_floor_on_variance: bool = False  # Linux: RTO = SRTT + max(rto_min, 4 RTTVAR)
+    rto_floor_on_variance: bool = False  # RTO = SRTT + max(rto_min, 4 RTTVAR)
     syn_retries: int = 6
     syn_linear: int = 0  # so many SYN timeouts pass before they double
     synack_retries: int = 5
     give_up_after: float = 100.0  # R2, from the first transmission
-    orphan_give_up_after: float = 100.0
-    delayed_ack: float = 0.0  # 0: every segment is acknowledged at once
+    orphan_give_up_after: float = 100.0  # the same when nobody waits any more
+    probe_retries: int = 15  # unanswered zero-window probes
+    delayed_ack: float = 0.0  # 0: text is acknowledged at once
+    first_ack_delay: float = 0.0  # 0: a FIN is acknowledged at once; else so late before any text
     quick_acks: int = 0  # so many ACKs are sent at once before they are delayed
-    first_ack_delay: float = 0.0  # 0: a FIN is acknowledged at once; Linux: by the next jiffy
     challenge_interval: float = 0.0  # at most one challenge ACK in so long, per connection
     timestamps: bool = True
     sack: bool = True
     window_scale: int = 7
-    linux_checks: bool = False  # tcp_sequence, tcp_ack, tcp_check_req instead of §3.10.7.4's
-    small_sockets: bool = False  # TIME_WAIT and orphaned FIN_WAIT_2 as small objects
-    rst_after_fin: bool = False
-    rfc1337: bool = False
-    reset_text_after_close: bool = True
-    nagle: bool = True
+    drop_synfin: bool = False  # a SYN with a FIN opens nothing
+    linux_checks: bool = False  # tcp_sequence, tcp_check_req, ... instead of §3.10.7.4's order
+    small_sockets: bool = False  # an orphan's FIN_WAIT_2 knows only sequence numbers
+
+
+Rows: TypeAlias = Mapping[tuple[State, Event], Row]
+_Effect: TypeAlias = Callable[[Any, dict[str, Any], dict[tuple[State, Event], Row]], None]
+
+
+@frozen
+class Setting:
+    """A value that a stack's administrator can (or cannot) change, under the stack's name.
+
+    `verified` is false where the value is neither measured nor read in the
+    stack's own source or documentation by this project. `for_host` says that
+    it concerns ports and sockets, not a connection: the host reads it.
+    """
+
+    name: str
+    value: Any
+    source: str
+    meaning: str
+    verified: bool = True
+    for_host: bool = False
+    effect: _Effect | None = field(default=None, eq=False, repr=False)
 
 
 @frozen
 class Profile:
-    """A stack: its name, its parameters, its table."""
+    """A stack: its name, its settings, and what follows from them.
+
+    `differences` are the rows that replace the RFC's; `table` is the whole.
+    """
 
     name: str
+    settings: Mapping[str, Setting] = field(factory=dict, eq=False, repr=False)
     parameters: Parameters = Parameters()
-    differences: Mapping[tuple[State, Event], Row] = MappingProxyType({})
-    settings: Mapping[str, Any] = MappingProxyType({})
-    table: Table = field(init=False, eq=False, repr=False)
-    # The machine's own form of the table, made once (see Connection).
+    differences: Rows = field(factory=dict, eq=False, repr=False)
+    # What `profile()` was given beyond the stack's own values.
+    changed: tuple[tuple[str, Any], ...] = ()
+    table: Table = field(
+        init=False,
+        eq=False,
+        repr=False,
+        default=Factory(
+            lambda self: MappingProxyType({**TABLE, **self.differences}), takes_self=True
+        ),
+    )
+    # The machine's own form of the table, made once (see `Connection`).
     compiled: list[Any] = field(init=False, eq=False, repr=False, factory=list)
 
-    @table.default
-    def _merge(self) -> Table:
-        return MappingProxyType({**TABLE, **self.differences})
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.parameters))
+    def __getitem__(self, name: str) -> Any:
+        """A setting's value by its stack's name for it. Raises `KeyError`."""
+        return self.settings[name].value
 
 
 S, E = State, Event
 
-_LINUX_ROWS: dict[tuple[State, Event], Row] = {
+
+def _to(*names: str) -> _Effect:
+    """A setting that is a parameter."""
+
+    def effect(
+        value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+    ) -> None:
+        for name in names:
+            parameters[name] = value
+
+    return effect
+
+
+def _times(factor: float, name: str) -> _Effect:
+    def effect(
+        value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+    ) -> None:
+        parameters[name] = factor * value
+
+    return effect
+
+
+def _rows_if(wanted: bool, changes: Rows) -> _Effect:
+    """A setting that changes rows when it is `wanted`."""
+
+    def effect(
+        value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+    ) -> None:
+        if bool(value) is wanted:
+            rows.update(changes)
+
+    return effect
+
+
+def _build(
+    name: str, settings: list[Setting], rows: Rows, fixed: Mapping[str, Any], **own: Any
+) -> Profile:
+    known = {setting.name: setting for setting in settings}
+    general = {attribute.name for attribute in fields(Parameters)}
+    unknown = [key for key in own if key not in known and key not in general]
+    if unknown:
+        raise ValueError(
+            f"{name} has no setting {unknown[0]!r} (it has {', '.join(known) or 'none'})"
+        )
+    parameters = dict(fixed)
+    replaced = dict(rows)
+    for key, setting in known.items():
+        if key in own:
+            setting = Setting(
+                **{a.name: getattr(setting, a.name) for a in fields(Setting)} | {"value": own[key]}
+            )
+            known[key] = setting
+        if setting.effect is not None:
+            setting.effect(setting.value, parameters, replaced)
+    parameters.update({key: value for key, value in own.items() if key not in known})
+    return Profile(
+        name,
+        MappingProxyType(known),
+        Parameters(**parameters),
+        MappingProxyType(replaced),
+        tuple(sorted(own.items())),
+    )
+
+
+# --- RFC 9293 ---------------------------------------------------------------------------------
+
+_RFC_SETTINGS = [
+    Setting(
+        "msl", 120.0, "RFC 9293 §3.4.2", "maximum segment lifetime", effect=_times(2, "time_wait")
+    ),
+    Setting(
+        "rto_initial",
+        1.0,
+        "RFC 6298 §2.1",
+        "first retransmission timeout",
+        effect=_to("rto_initial"),
+    ),
+    Setting("rto_min", 1.0, "RFC 6298 §2.4", "least retransmission timeout", effect=_to("rto_min")),
+    Setting("rto_max", 60.0, "RFC 6298 §2.5", "greatest, at least 60 s", effect=_to("rto_max")),
+    Setting(
+        "r2",
+        100.0,
+        "RFC 9293 §3.8.3",
+        "giving up, at least 100 s",
+        effect=_to("give_up_after", "orphan_give_up_after"),
+    ),
+]
+
+# --- Linux ------------------------------------------------------------------------------------
+
+
+def _linux_time_of(retries: int, first: float = 0.2, most: float = 120.0) -> float:
+    """How long so many retransmissions take (tcp_model_timeout)."""
+    total, timeout = 0.0, first
+    for _ in range(retries + 1):
+        total += timeout
+        timeout = min(2 * timeout, most)
+    return total
+
+
+def _retries2(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]) -> None:
+    parameters["give_up_after"] = _linux_time_of(value)
+    parameters["probe_retries"] = value
+
+
+def _orphan_retries(
+    value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+) -> None:
+    parameters["orphan_give_up_after"] = _linux_time_of(value or 8)
+
+
+def _rmem_max(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]) -> None:
+    parameters["window_scale"] = min(max(int(value).bit_length() - 1 - 15, 0), 14)
+
+
+_LINUX_SETTINGS = [
+    Setting(
+        "TCP_TIMEWAIT_LEN",
+        60.0,
+        "include/net/tcp.h; measured 60.02 to 62.07 s",
+        "TIME_WAIT, fixed when the kernel is compiled",
+        effect=_to("time_wait"),
+    ),
+    Setting(
+        "tcp_fin_timeout",
+        60.0,
+        "Documentation/networking/ip-sysctl.rst, tcp_fin_time; measured",
+        "an orphan's FIN_WAIT_2 (not TIME_WAIT)",
+        effect=_to("fin_wait_2"),
+    ),
+    Setting(
+        "tcp_rfc1337",
+        0,
+        "tcp_timewait_state_process",
+        "1: a RST does not end TIME_WAIT",
+        effect=_rows_if(
+            True,
+            {
+                (S.TIME_WAIT, E.RST_EXACT): ignored(
+                    "tcp_timewait_state_process, RFC 1337 §3", "tcp_rfc1337=1"
+                )
+            },
+        ),
+    ),
+    Setting(
+        "tcp_tw_reuse",
+        2,
+        "Documentation/networking/ip-sysctl.rst; measured",
+        "connect() over TIME_WAIT: 0 never, 1 yes, 2 on loopback only",
+        for_host=True,
+    ),
+    Setting(
+        "tcp_tw_reuse_delay",
+        1000,
+        "Documentation/networking/ip-sysctl.rst; measured",
+        "milliseconds that a TIME_WAIT must be old for tcp_tw_reuse",
+        for_host=True,
+    ),
+    Setting(
+        "tcp_max_tw_buckets",
+        131072,
+        "Documentation/networking/ip-sysctl.rst; measured",
+        "beyond so many, the newest skips TIME_WAIT",
+        for_host=True,
+    ),
+    Setting(
+        "tcp_orphan_retries",
+        0,
+        "tcp_orphan_retries",
+        "retransmissions for an orphan; 0 means 8",
+        effect=_orphan_retries,
+    ),
+    Setting(
+        "tcp_retries2",
+        15,
+        "retransmits_timed_out",
+        "retransmissions before giving up: 924.6 s",
+        effect=_retries2,
+    ),
+    Setting("tcp_syn_retries", 6, "tcp_write_timeout", "of a SYN", effect=_to("syn_retries")),
+    Setting(
+        "tcp_syn_linear_timeouts",
+        4,
+        "tcp_retransmit_timer (since 6.5)",
+        "SYN timeouts that do not double, beside tcp_syn_retries",
+        effect=_to("syn_linear"),
+    ),
+    Setting(
+        "tcp_synack_retries", 5, "reqsk_timer_handler", "of a SYN,ACK", effect=_to("synack_retries")
+    ),
+    Setting(
+        "tcp_invalid_ratelimit",
+        500,
+        "tcp_oow_rate_limited",
+        "milliseconds between answers to segments that are out of place",
+        effect=_times(0.001, "challenge_interval"),
+    ),
+    Setting("tcp_timestamps", 1, "ip-sysctl.rst", "RFC 7323", effect=_to("timestamps")),
+    Setting("tcp_sack", 1, "ip-sysctl.rst", "RFC 2018", effect=_to("sack")),
+    Setting(
+        "tcp_rmem_max",
+        33554432,
+        "tcp_select_initial_window; the third of tcp_rmem, 6 MiB before 6.17",
+        "decides the window scale",
+        effect=_rmem_max,
+    ),
+]
+_LINUX_FIXED = {
+    "rto_min": 0.2,
+    "rto_max": 120.0,
+    "rto_floor_on_variance": True,
+    "delayed_ack": 0.04,
+    "first_ack_delay": 0.004,
+    "quick_acks": 16,
+    "drop_synfin": True,
+    "linux_checks": True,
+    "small_sockets": True,
+}
+_reset_check = "tcp_reset_check (since 4.11)"
+_state_process = "tcp_rcv_state_process"
+_tw = "tcp_timewait_state_process"
+_LINUX_ROWS: Rows = {
+    # Calls.
     (S.LISTEN, E.OPEN_ACTIVE): error("EISCONN", "inet_stream_connect"),
     (S.CLOSED, E.SEND): error("EPIPE", "sk_stream_wait_connect"),
     (S.LISTEN, E.SEND): error("EPIPE", "sk_stream_wait_connect"),
-    (S.LISTEN, E.SHUTDOWN): stay(source="inet_shutdown: only SHUT_RD ends a listener"),
-    (S.TIME_WAIT, E.SHUTDOWN): error("ENOTCONN", "inet_shutdown: the full socket is gone"),
-    (S.SYN_SENT, E.SEND): stay(source="sk_stream_wait_connect: EAGAIN"),
+    (S.SYN_SENT, E.SEND): stay(source="sk_stream_wait_connect", why="EAGAIN: nothing is taken"),
+    (S.SYN_RECEIVED, E.SEND): stay(source="sk_stream_wait_connect", why="EAGAIN"),
+    (S.LISTEN, E.SHUTDOWN): stay(source="inet_shutdown", why="only SHUT_RD ends a listener"),
+    (S.TIME_WAIT, E.SHUTDOWN): error("ENOTCONN", "inet_shutdown", "the full socket is gone"),
+    (S.TIME_WAIT, E.ABORT): stay("orphan", source="tcp_disconnect", why="the full socket is gone"),
+    # SYN_RECEIVED after a passive open is only a request there.
     (S.SYN_RECEIVED, E.RST_TO_PASSIVE): go(S.CLOSED, "forget", source="tcp_check_req"),
     (S.SYN_RECEIVED, E.SYN_TO_PASSIVE): go(
         S.CLOSED, "reset_reply", "forget", source="tcp_check_req"
     ),
     (S.SYN_RECEIVED, E.RST_EXACT): go(S.CLOSED, "report_reset", "forget", source="tcp_reset"),
+    # RST.
     (S.CLOSE_WAIT, E.RST_EXACT): go(S.CLOSED, "report_pipe", "forget", source="tcp_reset"),
     (S.CLOSING, E.RST_EXACT): go(S.CLOSED, "report_reset", "forget", source="tcp_reset"),
     (S.LAST_ACK, E.RST_EXACT): go(S.CLOSED, "report_reset", "forget", source="tcp_reset"),
-    (S.CLOSE_WAIT, E.RST_AFTER_FIN): go(
-        S.CLOSED, "report_pipe", "forget", source="tcp_reset_check (since 4.11)"
-    ),
-    (S.CLOSING, E.RST_AFTER_FIN): go(
-        S.CLOSED, "report_reset", "forget", source="tcp_reset_check (since 4.11)"
-    ),
-    (S.LAST_ACK, E.RST_AFTER_FIN): go(
-        S.CLOSED, "report_reset", "forget", source="tcp_reset_check (since 4.11)"
-    ),
-    (S.TIME_WAIT, E.RST_IN_WINDOW): ignored("tcp_timewait_state_process"),
-    (S.ESTABLISHED, E.ACK_OF_UNSENT): ignored("tcp_rcv_established: discarded"),
+    (S.CLOSE_WAIT, E.RST_AFTER_FIN): go(S.CLOSED, "report_pipe", "forget", source=_reset_check),
+    (S.CLOSING, E.RST_AFTER_FIN): go(S.CLOSED, "report_reset", "forget", source=_reset_check),
+    (S.LAST_ACK, E.RST_AFTER_FIN): go(S.CLOSED, "report_reset", "forget", source=_reset_check),
+    (S.TIME_WAIT, E.RST_IN_WINDOW): ignored(_tw, "only a RST at RCV.NXT counts"),
+    # Acknowledgments of what was never sent.
+    (S.ESTABLISHED, E.ACK_OF_UNSENT): ignored("tcp_rcv_established", "discarded"),
     **{
-        (s, E.ACK_OF_UNSENT): stay("challenge_ack", source="tcp_rcv_state_process")
-        for s in SYNCHRONIZED
-        if s not in (S.ESTABLISHED, S.TIME_WAIT)
+        (state, E.ACK_OF_UNSENT): stay("challenge_ack", source=_state_process)
+        for state in (S.FIN_WAIT_1, S.FIN_WAIT_2, S.CLOSE_WAIT, S.CLOSING, S.LAST_ACK)
     },
-    (S.TIME_WAIT, E.SYN_UNEXPECTED): stay("ack_unacceptable", source="tcp_timewait_state_process"),
-    (S.TIME_WAIT, E.SEGMENT): stay("restart_time_wait", source="tcp_timewait_state_process"),
+    # Text that nobody will read.
+    **{
+        (state, E.TEXT_AFTER_CLOSE): go(
+            S.CLOSED, "report_reset", "reset_reply", "forget", source=_state_process
+        )
+        for state in (S.FIN_WAIT_1, S.FIN_WAIT_2, S.CLOSE_WAIT, S.CLOSING, S.LAST_ACK)
+    },
+    # An orphan in FIN_WAIT_2, and TIME_WAIT, are small sockets.
+    (S.FIN_WAIT_2, E.SYN_REOPENS): go(
+        S.CLOSED, "reset_reply", "forget", source=_tw, why="an orphan's"
+    ),
+    (S.TIME_WAIT, E.SEGMENT): stay("restart_time_wait", source=_tw),
+    (S.TIME_WAIT, E.UNACCEPTABLE): stay("ack_unacceptable", "restart_time_wait", source=_tw),
+    (S.TIME_WAIT, E.SYN_UNEXPECTED): stay("ack_unacceptable", source=_tw),
+    (S.TIME_WAIT, E.NO_ACK): stay("ack_unacceptable", source=_tw),
+}
+
+# --- FreeBSD, and macOS, which shares its ancestry ----------------------------------------------
+
+_insecure_rst = "net.inet.tcp.insecure_rst, tcp(4)"
+_BSD_ROWS: Rows = {
+    (S.SYN_RECEIVED, E.RST_TO_PASSIVE): go(S.CLOSED, "forget", source="syncache_chkrst"),
+    (S.SYN_RECEIVED, E.SYN_TO_PASSIVE): stay("challenge_ack", source="syncache_add"),
+    (S.TIME_WAIT, E.RST_EXACT): ignored("tcp_twcheck", "RFC 1337 §3"),
+    (S.TIME_WAIT, E.RST_IN_WINDOW): ignored("tcp_twcheck", "RFC 1337 §3"),
+    (S.TIME_WAIT, E.SYN_UNEXPECTED): ignored("tcp_twcheck", "dropped in silence"),
 }
 
 
-def _linux() -> Profile:
-    return Profile(
-        "linux",
-        Parameters(
-            time_wait=60.0,
-            fin_wait_2=60.0,
-            rto_min=0.2,
-            rto_max=120.0,
-            rto_floor_on_variance=True,
-            syn_retries=6,
-            syn_linear=4,
-            synack_retries=5,
-            give_up_after=924.6,
-            orphan_give_up_after=102.2,
-            delayed_ack=0.04,
-            quick_acks=16,
-            first_ack_delay=0.004,
-            challenge_interval=0.5,
-            window_scale=10,
-            linux_checks=True,
-            small_sockets=True,
-            rst_after_fin=True,
+def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool) -> list[Setting]:
+    man = "tcp(4)" if verified else "from tcp(4) of its ancestor"
+    return [
+        Setting("msl", msl, man, "seconds; TIME_WAIT is twice that", effect=_times(2, "time_wait")),
+        Setting(
+            "finwait2_timeout",
+            finwait2,
+            man,
+            "an orphan's FIN_WAIT_2, in seconds",
+            verified,
+            effect=_to("fin_wait_2"),
         ),
-        _LINUX_ROWS,
-    )
+        Setting(
+            "insecure_rst",
+            0,
+            man,
+            "1: any RST in the window resets (RFC 793)",
+            verified,
+            effect=_rows_if(
+                True,
+                {
+                    (state, E.RST_IN_WINDOW): go(
+                        S.CLOSED, "report_reset", "forget", source=_insecure_rst
+                    )
+                    for state in (
+                        S.ESTABLISHED,
+                        S.FIN_WAIT_1,
+                        S.FIN_WAIT_2,
+                        S.CLOSE_WAIT,
+                        S.CLOSING,
+                        S.LAST_ACK,
+                    )
+                },
+            ),
+        ),
+        Setting(
+            "insecure_syn",
+            0,
+            man,
+            "1: a SYN in the window resets (RFC 793)",
+            verified,
+            effect=_rows_if(
+                True,
+                {
+                    (state, E.SYN_UNEXPECTED): go(
+                        S.CLOSED,
+                        "report_reset",
+                        "reset_reply",
+                        "forget",
+                        source="net.inet.tcp.insecure_syn, tcp(4)",
+                    )
+                    for state in (
+                        S.ESTABLISHED,
+                        S.FIN_WAIT_1,
+                        S.FIN_WAIT_2,
+                        S.CLOSE_WAIT,
+                        S.CLOSING,
+                        S.LAST_ACK,
+                    )
+                },
+            ),
+        ),
+        Setting(
+            "drop_synfin",
+            0,
+            man,
+            "1: a SYN with a FIN is dropped",
+            verified,
+            effect=_to("drop_synfin"),
+        ),
+        Setting(
+            "nolocaltimewait",
+            0,
+            man,
+            "1: no TIME_WAIT between addresses of this host",
+            verified,
+            for_host=True,
+        ),
+        Setting(
+            "delacktime",
+            delacktime,
+            man,
+            "an ACK of text waits so long, or for a second segment",
+            False,
+            effect=_to("delayed_ack"),
+        ),
+        Setting(
+            "rexmit_min",
+            0.23,
+            man,
+            "least retransmission timeout (30 ms, and a slop of 200 ms)",
+            False,
+            effect=_to("rto_min"),
+        ),
+    ]
 
 
-_FREEBSD_ROWS: dict[tuple[State, Event], Row] = {
-    (S.SYN_RECEIVED, E.RST_TO_PASSIVE): go(S.CLOSED, "forget", source="syncache_chkrst"),
-    (S.SYN_RECEIVED, E.SYN_TO_PASSIVE): go(S.CLOSED, "forget", source="syncache"),
-    (S.TIME_WAIT, E.RST_EXACT): ignored("tcp_twcheck"),
-    (S.TIME_WAIT, E.RST_IN_WINDOW): ignored("tcp_twcheck"),
-    (S.TIME_WAIT, E.SYN_UNEXPECTED): ignored("tcp_twcheck"),
+# --- Windows ----------------------------------------------------------------------------------
+
+_WINDOWS_SETTINGS = [
+    Setting(
+        "TcpTimedWaitDelay",
+        120.0,
+        "observed on Server 2019; documented as 240 s in 2003",
+        "TIME_WAIT, in seconds",
+        False,
+        effect=_to("time_wait"),
+    ),
+    Setting(
+        "TcpFinWait2Delay",
+        120.0,
+        "documented for Windows Server 2003 (TcpFinWait2Delay)",
+        "an orphan's FIN_WAIT_2, in seconds",
+        False,
+        effect=_to("fin_wait_2"),
+    ),
+    Setting(
+        "InitialRto",
+        1.0,
+        "netsh interface tcp show global",
+        "first retransmission timeout",
+        False,
+        effect=_to("rto_initial"),
+    ),
+    Setting("MinRto", 0.3, "Get-NetTCPSetting", "least", False, effect=_to("rto_min")),
+    Setting(
+        "MaxSynRetransmissions",
+        4,
+        "netsh interface tcp show global",
+        "of a SYN",
+        False,
+        effect=_to("syn_retries"),
+    ),
+    Setting(
+        "DelayedAckTimeout",
+        0.04,
+        "Get-NetTCPSetting",
+        "an ACK of text waits so long, or for a second segment",
+        False,
+        effect=_to("delayed_ack"),
+    ),
+    Setting(
+        "Timestamps",
+        0,
+        "netsh interface tcp show global: disabled unless asked for",
+        "RFC 7323",
+        False,
+        effect=_to("timestamps"),
+    ),
+]
+
+_STACKS: dict[str, tuple[list[Setting], Rows, Mapping[str, Any]]] = {
+    "rfc9293": (_RFC_SETTINGS, {}, {}),
+    "linux": (_LINUX_SETTINGS, _LINUX_ROWS, _LINUX_FIXED),
+    "freebsd": (_bsd_settings(30.0, 60.0, 0.04, True), _BSD_ROWS, {}),
+    "macos": (_bsd_settings(15.0, 60.0, 0.1, False), _BSD_ROWS, {}),
+    "windows": (_WINDOWS_SETTINGS, {}, {}),
 }
 
 PROFILES: Final[Mapping[str, Profile]] = MappingProxyType(
-    {
-        "rfc9293": Profile("rfc9293"),
-        "linux": _linux(),
-        "freebsd": Profile(
-            "freebsd",
-            Parameters(time_wait=60.0, fin_wait_2=60.0, rto_min=0.23, delayed_ack=0.04),
-            _FREEBSD_ROWS,
-        ),
-        "macos": Profile(
-            "macos",
-            Parameters(time_wait=30.0, fin_wait_2=60.0, rto_min=0.23, delayed_ack=0.1),
-            _FREEBSD_ROWS,
-        ),
-        "windows": Profile(
-            "windows", Parameters(time_wait=120.0, fin_wait_2=120.0, rto_min=0.3, delayed_ack=0.04)
-        ),
-    }
+    {name: _build(name, *stack) for name, stack in _STACKS.items()}
 )
 
 
 def profile(name: str, **settings: Any) -> Profile:
-    """The profile of that name, with settings of your own.
+    """The stack of that name, with settings of your own.
 
-    Raises `ValueError` naming an unknown profile or setting.
+    Settings go by their stack's names (`Profile.settings`), or by those of
+    `Parameters`. Raises `ValueError` naming an unknown stack or setting.
     """
-    try:
-        base = PROFILES[name]
-    except KeyError:
-        raise ValueError(f"no such profile: {name!r} (there are {', '.join(PROFILES)})") from None
-    if not settings:
-        return base
-    renamed = {"tcp_fin_timeout": "fin_wait_2", "tcp_rfc1337": "rfc1337"}
-    values = {renamed.get(key, key): value for key, value in settings.items()}
-    try:
-        parameters = evolve(base.parameters, **values)
-    except TypeError:
-        raise ValueError(f"{name} has no such setting: {', '.join(settings)}") from None
-    return evolve(base, parameters=parameters, settings=MappingProxyType(dict(settings)))
+    if name not in PROFILES:
+        raise ValueError(f"no such profile: {name!r} (there are {', '.join(PROFILES)})")
+    return _build(name, *_STACKS[name], **settings) if settings else PROFILES[name]

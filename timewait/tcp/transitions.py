@@ -79,7 +79,9 @@ ACTIONS: Final[Mapping[str, str]] = MappingProxyType(
         "restart_time_wait": "start 2MSL again",
         "start_fin_wait_2": "stop retransmitting; an orphan starts its limit",
         "retransmit": "send the oldest unacknowledged thing again, double the timeout",
-        "probe": "send a segment that must be answered",
+        "probe": "send what the window allows, or a segment below it, to be answered",
+        "ask": "send a keep-alive, unless something was heard of late",
+        "reopen": "begin a new incarnation, its sequence numbers above the old one's",
     }
 )
 
@@ -350,7 +352,13 @@ _on(
     [
         (
             TIME_WAIT,
-            go(CLOSED, "forget", source=f"{_74}, RFC 6191 §2", why="the owner opens it anew"),
+            go(
+                SYN_RECEIVED,
+                "reopen",
+                "send_syn_ack",
+                source=f"{_74}, RFC 6191 §2",
+                why="somebody still listens",
+            ),
         )
     ],
     never("only in TIME_WAIT"),
@@ -403,8 +411,10 @@ _on(
             (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2),
             stay("acknowledge", "send_text", source=_74),
         ),
-        (CLOSE_WAIT, stay("send_text", source=_74, why="text after a FIN is ignored")),
-        ((CLOSING, LAST_ACK), stay("send_text", source=_74, why="text after a FIN is ignored")),
+        (
+            (CLOSE_WAIT, CLOSING, LAST_ACK),
+            stay("acknowledge", "send_text", source=_74, why="text after a FIN is ignored"),
+        ),
     ],
     ignored(_74, "only the peer's FIN matters here"),
 )
@@ -494,8 +504,8 @@ _on(
             go(CLOSED, "reset_reply", "forget", source="RFC 9293 §3.6.1, RFC 1122 §4.2.2.13"),
         ),
         (
-            (CLOSING, LAST_ACK, TIME_WAIT),
-            stay("ack_unacceptable", source=_74, why="text after a FIN is ignored"),
+            (CLOSE_WAIT, CLOSING, LAST_ACK),
+            ignored(_74, "text after a FIN"),
         ),
     ],
     never("somebody is left to read"),
@@ -538,7 +548,7 @@ _on(
     [
         (
             (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK),
-            stay("probe", source="RFC 9293 §3.8.4"),
+            stay("ask", source="RFC 9293 §3.8.4"),
         )
     ],
     _no_timer,
