@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from attrs import define, field
 
 from timewait.check import explanations as ex
+from timewait.check import reasons
 from timewait.check.explanations import Explanations
 from timewait.check.sequence import Contradiction, Sequence
 from timewait.check.verdict import (
@@ -47,7 +48,18 @@ Profiles = Mapping[str, "str | Profile"]
 
 _LATE: Final = 0.18  # the shortest retransmission timeout (Linux: TCP_RTO_MIN, less a jiffy)
 _KEPT: Final = 32  # events kept per connection for the story of a divergence
+# Linux's timer wheel fires up to a step late: 512 ticks of 4 ms for 60 s at HZ=250.
+_TIMER_STEP: Final = 0.05
+_WHEEL: Final = 2.2
+_CLOCKS: Final = 0.05  # how far two observers' clocks and looks may be apart
 _DIVERGENCES_KEPT: Final = 1000
+
+
+class _Begun(NamedTuple):
+    """A call at the time when it was made."""
+
+    t: float
+    call: Called
 
 
 @define(eq=False)
@@ -69,6 +81,8 @@ class Connection:
     waiting: tuple[Event, int, int] | None = None  # a look at one end; the other's may follow
     divergence: Divergence | None = None
     sees: int = 0
+    sent: list[int] = field(factory=lambda: [0, 0])
+    read: list[int] = field(factory=lambda: [0, 0])
 
     @property
     def name(self) -> str:
@@ -87,8 +101,12 @@ class Checker:
         self,
         profiles: Profiles | None = None,
         *,
+        window: float = 1.0,
         on_end: Callable[[Connection], object] | None = None,
     ) -> None:
+        self._window = window
+        self._waiting: deque[tuple[float, Event | _Begun]] = deque()
+        self._done = float("-inf")
         self._given = dict(profiles or {})
         self._on_end = on_end
         self._ends: dict[tuple[Address, Address], tuple[Connection, int]] = {}
@@ -109,6 +127,7 @@ class Checker:
             SegmentSeen: self._segment,
             Snapshot: self._snapshot,
             Called: self._called,
+            _Begun: self._begun,
             RunStarted: self._started,
             Lost: self._missed,
         }
@@ -117,15 +136,49 @@ class Checker:
     # The stream.
 
     def feed(self, event: Event) -> None:
-        """Take the next event."""
+        """Take the next event. Observers may report up to a second late (`window`)."""
         self._count += 1
+        t = event.t
+        waiting = self._waiting
+        if type(event) is Called and event.began is not None and event.remote is not None:
+            self._insert(event.began, _Begun(event.began, event))
+        if not waiting or t >= waiting[-1][0]:
+            waiting.append((t, event))
+        else:
+            self._insert(t, event)
+        before = waiting[-1][0] - self._window
+        while waiting[0][0] < before:
+            self._dispatch(waiting.popleft()[1])
+
+    def _insert(self, t: float, event: Event | _Begun) -> None:
+        """Put an event where its time is, behind those of the same time."""
+        waiting = self._waiting
+        if t < self._done:
+            what = event.call if isinstance(event, _Begun) else event
+            self._late(what)
+            return
+        place = len(waiting)
+        while place and waiting[place - 1][0] > t:
+            place -= 1
+        waiting.insert(place, (t, event))
+
+    def _late(self, event: Event) -> None:
+        self._problems.append(
+            f"{event_text(event)} at {event.t:.6f} s comes after events of {self._done:.6f} s: "
+            "out of order, left out"
+        )
+
+    def _dispatch(self, event: Event | _Begun) -> None:
+        self._done = event.t
         take = self._take.get(type(event))
         if take is not None:
             take(event)
 
     def verdict(self) -> Verdict:
         """What the events so far amount to."""
-        for connection in {id(c): c for c, _ in self._ends.values()}.values():
+        while self._waiting:
+            self._dispatch(self._waiting.popleft()[1])
+        for connection in self.connections():
             self._settle(connection)
         return Verdict(self._evidence(), tuple(self._divergences))
 
@@ -231,6 +284,35 @@ class Checker:
         """Whether a table of this machine's sockets would have this end in it."""
         return bool(connection.sees >> end & 1) or _same_host(*connection.ends)
 
+    def _begun(self, begun: _Begun) -> None:
+        """A call was made: from now on what it does may happen."""
+        event = begun.call
+        assert event.local is not None
+        assert event.remote is not None
+        found = self._ends.get((event.local, event.remote))
+        if found is None:
+            return
+        connection, end = found
+        what = 0
+        match event.call:
+            case "send" | "write" | "sendall" if type(event.result) is int:
+                connection.sent[end] += event.result
+            case "setsockopt" if event.result == {"SO_LINGER": [1, 0]}:
+                what = ex.LINGER_BEGUN
+            case "shutdown":
+                what = ex.SHUTDOWN_BEGUN
+            case "close":
+                both = ex.CALLS_A | ex.CALLS_B
+                read_all = connection.read[end] == connection.sent[1 - end]
+                what = (
+                    ex.CLOSE_BEGUN_ALL_READ
+                    if read_all and connection.mode & both == both
+                    else ex.CLOSE_BEGUN
+                )
+        if what and connection.mode & ex.CALLS_A << end:
+            self._settle(connection)
+            self._advance(connection, ex.told(end, what), begun)
+
     def _called(self, event: Called) -> None:
         if event.local is None or event.remote is None or event.remote[1] == 0:
             if event.call == "listen" and event.errno is None and event.local:
@@ -245,15 +327,23 @@ class Checker:
         connection, end = found
         connection.recent.append(event)
         what = 0
-        if event.call in ("connect", "accept") and event.errno is None:
-            what = ex.CONNECTED
-        elif event.call in ("recv", "read") and event.errno is None and event.result == 0:
-            what = ex.EOF_READ
-        elif event.errno in ("ECONNRESET", "ETIMEDOUT"):
+        if event.errno in ("ECONNRESET", "ETIMEDOUT"):
             what = ex.RESET_READ
+        elif event.errno is None:
+            what = _TELLS.get(event.call, 0)
+            if event.call in ("recv", "read") and type(event.result) is int:
+                connection.read[end] += event.result
+                what = 0 if event.result else ex.EOF_READ
+        if what in (ex.CLOSED_BY_CALL, ex.SHUT_DOWN_BY_CALL) and (
+            not connection.mode & ex.CALLS_A << end
+        ):
+            return
         if what:
             self._settle(connection)
             self._advance(connection, ex.told(end, what), event)
+            if what == ex.CONNECTED and event.began is not None and connection.divergence is None:
+                connection.mode |= ex.CALLS_A << end
+                connection.number = self._model.close(connection.mode, connection.number)
 
     def _missed(self, event: Lost) -> None:
         self._lost += event.count
@@ -312,7 +402,7 @@ class Checker:
             connection.waiting = None
             self._advance(connection, ex.seen_in(end, state), event)
 
-    def _advance(self, connection: Connection, symbol: int, event: Event) -> None:
+    def _advance(self, connection: Connection, symbol: int, event: Event | _Begun) -> None:
         if connection.divergence is not None:
             return
         t = event.t
@@ -329,7 +419,7 @@ class Checker:
         if after is None:
             after = model.follow(mode, number, symbol)
         if not after:
-            self._diverge(connection, event, *self._reason(connection, number, symbol, event))
+            self._explain(connection, number, symbol, event)
             return
         connection.number = after
         facts = model.facts(after)
@@ -351,6 +441,10 @@ class Checker:
         if mode != connection.mode:
             connection.mode = mode
             number = connection.model.close(mode, number)
+        for end in (0, 1):
+            over = since[4 + end] + self._profiles[end].parameters.time_wait + _WHEEL + _CLOCKS
+            if facts >> 8 * end & ex.MUST_TIME_WAIT and t > over:
+                number = connection.model.follow(mode, number, ex.told(end, ex.NOT_TIME_WAIT))
         return number
 
     def _note(self, connection: Connection, facts: int, t: float) -> None:
@@ -370,16 +464,62 @@ class Checker:
         connection.timed = bool(facts & (timed | timed << 8))
 
     def _timer(self, connection: Connection, end: int, row: Row, event: Event) -> None:
-        pass
+        """The time a small socket has left must agree with when it can have come to be."""
+        left = row.seconds_left
+        parameters = self._profiles[end].parameters
+        limit = parameters.time_wait if row.state is State.TIME_WAIT else parameters.fin_wait_2
+        if left is None or limit is None or connection.divergence is not None:
+            return
+        over = event.t + left
+        if left > limit + _TIMER_STEP:
+            why = f"{row.state} has {left:.3f} s left, and lasts {limit:g} s"
+        elif row.state is not State.TIME_WAIT or not connection.facts >> 8 * end & ex.MAY_TIME_WAIT:
+            return
+        elif over < connection.since[end] + limit - _CLOCKS:
+            why = (
+                f"TIME_WAIT would be over at {over:.3f} s, and began at "
+                f"{connection.since[end]:.3f} s at the earliest"
+            )
+        else:
+            return
+        self._diverge(connection, event, why, self._time_wait_rule(end))
+
+    def _time_wait_rule(self, end: int) -> str:
+        chosen = self._profiles[end]
+        return (
+            f"{chosen.name} profile, TIME_WAIT lasts {chosen.parameters.time_wait:g} s "
+            "(RFC 9293 §3.6.1: 2MSL)"
+        )
 
     # What is said.
 
-    def _reason(
-        self, connection: Connection, number: int, symbol: int, event: Event
-    ) -> tuple[str, str]:
-        return "nothing that TCP allows leads here", "RFC 9293 §3.10.7"
+    def _explain(
+        self, connection: Connection, number: int, symbol: int, event: Event | _Begun
+    ) -> None:
+        """Nothing explains the observation: say why not, and what would."""
+        event = event.call if isinstance(event, _Begun) else event
+        model, mode = connection.model, connection.mode
+        why, rule = reasons.reason(
+            model, number, symbol, (self._profiles[0].name, self._profiles[1].name)
+        )
+        self._diverge(
+            connection,
+            event,
+            why,
+            rule,
+            reasons.allowed(model, mode, number, symbol),
+            reasons.story(model, mode, number, symbol),
+        )
 
-    def _diverge(self, connection: Connection, event: Event, why: str, rule: str) -> None:
+    def _diverge(
+        self,
+        connection: Connection,
+        event: Event,
+        why: str,
+        rule: str,
+        allowed: tuple[str, ...] = (),
+        story: tuple[str, ...] = (),
+    ) -> None:
         segments = [e for e in connection.recent if isinstance(e, SegmentSeen)][-8:]
         connection.divergence = Divergence(
             event.t,
@@ -387,7 +527,9 @@ class Checker:
             event_text(event),
             why,
             rule,
-            segments=diagram(
+            allowed,
+            story,
+            diagram(
                 connection.ends[1],
                 connection.ends[0],
                 segments,
@@ -417,6 +559,12 @@ def _model(server: Profile, client: Profile) -> Explanations:
 
 
 _EXACT: Final = {"model": ex.EVERY, "tracepoint": ex.FULL_SOCKETS}
+_TELLS: Final = {
+    "connect": ex.CONNECTED,
+    "accept": ex.CONNECTED,
+    "shutdown": ex.SHUT_DOWN_BY_CALL,
+    "close": ex.CLOSED_BY_CALL,
+}
 _PEERLESS: Final = [0 if state is State.LISTEN else int(state) for state in State]
 
 
@@ -441,7 +589,7 @@ def check(events: Iterable[Event], *, profiles: Profiles | None = None) -> Verdi
 
     Raises `ValueError` naming an unknown profile.
     """
-    checker = Checker(profiles)
-    for event in sorted(events, key=lambda event: event.t):
+    checker = Checker(profiles, window=float("inf"))
+    for event in events:
         checker.feed(event)
     return checker.verdict()

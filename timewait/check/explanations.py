@@ -59,17 +59,19 @@ W_ACK_FIN: Final = 1 << 21  # an acknowledgment of the peer's FIN
 W_TEXT: Final = 1 << 22
 W_RST: Final = 1 << 23
 WIRE: Final = 0xFF << 16
-# and what its user was seen to call.
-CALLED_CLOSE: Final = 1 << 24
-CALLED_SHUTDOWN: Final = 1 << 25
+# and what its user may do, having begun a call that does it.
+MAY_CLOSE: Final = 1 << 24
+MAY_CLOSE_ALL_READ: Final = 1 << 25  # and nothing can be left unread
+MAY_SHUT_DOWN: Final = 1 << 26
+LINGER: Final = 1 << 27  # SO_LINGER {1, 0} is set
+_MAY: Final = MAY_CLOSE | MAY_CLOSE_ALL_READ | MAY_SHUT_DOWN | LINGER
 
 CLOSED, LISTEN, SYN_SENT, SYN_RECEIVED = 0, 1, 2, 3
 ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT = range(4, 11)
 _SYNCHRONIZED: Final = frozenset(range(4, 11))
-
 _ENDED: Final = FIN_IN | FIN_ACKED
 # What is still true of an end that has no connection any more.
-_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE | CALLED_CLOSE | CALLED_SHUTDOWN
+_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE
 
 # Modes. How an end's transitions are reported:
 UNSEEN: Final = 0
@@ -83,6 +85,8 @@ TW_OVER_B: Final = 1 << 6
 F2_OVER_A: Final = 1 << 7  # an orphan's limit may have passed
 F2_OVER_B: Final = 1 << 8
 LATE: Final = 1 << 9  # a retransmission may have been given up
+CALLS_A: Final = 1 << 10  # every call of A's user is reported, as it is made and as it returns
+CALLS_B: Final = 1 << 11
 ANYTHING: Final = TW_OVER_A | TW_OVER_B | F2_OVER_A | F2_OVER_B | LATE
 
 # Symbols: what was observed, as one number.
@@ -95,9 +99,13 @@ _TOLD: Final = 4 << 9  # what a call's result tells of an end
 EOF_READ: Final = 1  # the peer's FIN was received
 RESET_READ: Final = 2  # the peer's RST was received, or the connection timed out
 CONNECTED: Final = 3  # the handshake was completed
-CLOSE_CALLED: Final = 4
-SHUTDOWN_CALLED: Final = 5
-REFUSED: Final = 6
+CLOSE_BEGUN: Final = 4
+CLOSE_BEGUN_ALL_READ: Final = 5
+SHUTDOWN_BEGUN: Final = 6
+LINGER_BEGUN: Final = 7
+CLOSED_BY_CALL: Final = 8
+SHUT_DOWN_BY_CALL: Final = 9
+NOT_TIME_WAIT: Final = 10
 
 
 def moved(end: int, old: int, new: int) -> int:
@@ -187,10 +195,10 @@ class Explanations:
             queue = list(found)
             while queue:
                 pair = queue.pop()
-                for after in self._unseen(mode, pair):
-                    if after not in found:
-                        found.add(after)
-                        queue.append(after)
+                for reached in self._unseen(mode, pair):
+                    if reached not in found:
+                        found.add(reached)
+                        queue.append(reached)
             closed = self._closed[key] = self.number(found)
             self._closed[mode, closed] = closed
         return closed
@@ -198,22 +206,19 @@ class Explanations:
     def follow(self, mode: int, number: int, symbol: int) -> int:
         """The set after one observation; 0 if nothing explains it."""
         key = (mode, number, symbol)
-        after = self.next.get(key)
-        if after is None:
-            what = symbol & 7 << 9
-            pairs: Iterable[Pair]
-            if what == _SEG:
-                pairs = self._after_segment(number, symbol)
-            elif what == _MOVE:
-                pairs = self._after_move(mode, number, symbol)
-            elif what == _IS:
-                pairs = _keep(self._sets[number], symbol >> 4 & 1, symbol & 15)
-            elif what == _BOTH:
-                pairs = self._after_both(mode, number, symbol >> 4 & 15, symbol & 15)
-            else:
-                pairs = _after_told(self._sets[number], symbol >> 4 & 1, symbol & 15)
-            after = self.next[key] = self.close(mode, self.number(pairs))
-        return after
+        number_after = self.next.get(key)
+        if number_after is None:
+            pairs = self._after(mode, self._sets[number], symbol)
+            number_after = self.next[key] = self.close(mode, self.number(pairs))
+        return number_after
+
+    def agrees(self, mode: int, pair: Pair, symbol: int) -> bool:
+        """Whether an observation can be of this pair, or of its next step."""
+        return any(True for _ in self._after(mode, frozenset({pair}), symbol))
+
+    def table(self, end: int) -> Table:
+        """The transition table of an end."""
+        return self._tables[end]
 
     # Steps.
 
@@ -222,7 +227,8 @@ class Explanations:
         x, y = (pair[1], pair[0]) if end else pair
         # Only these of the mode's bits decide what can be done.
         timers = mode >> (6 if end else 5) & 1 | (mode >> (8 if end else 7) & 1) << 1
-        context = timers | (mode >> 9 & 1) << 2 | (mode >> 4 & 1) << 3
+        calls = mode >> (11 if end else 10) & 1
+        context = timers | (mode >> 9 & 1) << 2 | (mode >> 4 & 1) << 3 | calls << 4
         key = (context, end, x, y)
         known = self._steps.get(key)
         if known is None:
@@ -260,6 +266,8 @@ class Explanations:
                     continue
                 if event is Event.CLOSE_UNREAD and not y & (W_TEXT if segments else W_ACK):
                     continue
+                if context & 16 and not _licensed(x, event):
+                    continue
                 yield from by(event)
         if state == TIME_WAIT:
             # A new connect() may take the place of an old TIME_WAIT (RFC 6191, tcp_tw_reuse).
@@ -294,13 +302,15 @@ class Explanations:
             first = x & ~15 | int(row.via) | HALF
             if event is Event.FIN_AND_ACK_OF_FIN:
                 first |= FIN_ACKED
-            yield Step(end, event, row, first if segments else _send(first))
+            yield Step(end, event, row, first if segments else send(first))
         x = (x | bits) & ~HALF
         if row.next is not None:
             x = x & ~15 | int(row.next)
         acts = row.actions
         if "orphan" in acts:
-            x |= ORPHAN
+            x = (x | ORPHAN) & ~_MAY
+        if event is Event.SHUTDOWN:
+            x &= ~MAY_SHUT_DOWN
         if "queue_fin" in acts:
             x |= FIN_OUT
         if bits & FIN_IN and not _ACKS.isdisjoint(acts):
@@ -315,7 +325,7 @@ class Explanations:
             x &= ~(CHILD | SMALL | PASSIVE)
         elif x & 15 != SYN_RECEIVED:
             x &= ~(CHILD | PASSIVE)
-        yield Step(end, event, row, x if segments else _send(x))
+        yield Step(end, event, row, x if segments else send(x))
 
     # Observations.
 
@@ -324,33 +334,45 @@ class Explanations:
             how = mode >> 2 * end & 3
             before = pair[end]
             for step in self.steps(mode, pair, end):
-                if how == UNSEEN or None in _reports(how, before, step.after):
-                    yield _after(pair, step)
+                if how == UNSEEN or None in reports(how, before, step.after):
+                    yield after(pair, step)
 
-    def _after_move(self, mode: int, number: int, symbol: int) -> Iterator[Pair]:
+    def _after(self, mode: int, pairs: frozenset[Pair], symbol: int) -> Iterator[Pair]:
+        what = symbol & 7 << 9
+        end = symbol >> 4 & 1
+        if what == _SEG:
+            yield from _after_segment(pairs, symbol)
+        elif what == _MOVE:
+            yield from self._after_move(mode, pairs, symbol)
+        elif what == _IS:
+            yield from _keep(pairs, end, symbol & 15)
+        elif what == _TOLD:
+            yield from _after_told(pairs, end, symbol & 15)
+        else:
+            for first, then in ((0, 1), (1, 0)):
+                states = (symbol >> 4 & 15, symbol & 15)
+                seen = self.close(mode, self.number(_keep(pairs, first, states[first])))
+                yield from _keep(self._sets[seen], then, states[then])
+
+    def _after_move(self, mode: int, pairs: frozenset[Pair], symbol: int) -> Iterator[Pair]:
         end = symbol >> 8 & 1
         what = (symbol >> 4 & 15, symbol & 15)
         how = mode >> 2 * end & 3 or EVERY
-        for pair in self._sets[number]:
+        for pair in pairs:
             for step in self.steps(mode, pair, end):
-                if what in _reports(how, pair[end], step.after):
-                    yield _after(pair, step)
-
-    def _after_segment(self, number: int, symbol: int) -> Iterator[Pair]:
-        end = 1 if symbol & FROM_B else 0
-        for a, b in self._sets[number]:
-            after = _emit(b if end else a, symbol)
-            if after is not None:
-                yield (a, _still_useful(after, a)) if end else (_still_useful(after, b), b)
-
-    def _after_both(self, mode: int, number: int, a: int, b: int) -> Iterator[Pair]:
-        first = self.close(mode, self.number(_keep(self._sets[number], 0, a)))
-        yield from _keep(self._sets[first], 1, b)
-        first = self.close(mode, self.number(_keep(self._sets[number], 1, b)))
-        yield from _keep(self._sets[first], 0, a)
+                if what in reports(how, pair[end], step.after):
+                    yield after(pair, step)
 
 
-def _after(pair: Pair, step: Step) -> Pair:
+def _after_segment(pairs: frozenset[Pair], symbol: int) -> Iterator[Pair]:
+    end = 1 if symbol & FROM_B else 0
+    for a, b in pairs:
+        sender = emit(b if end else a, symbol)
+        if sender is not None:
+            yield (a, _still_useful(sender, a)) if end else (_still_useful(sender, b), b)
+
+
+def after(pair: Pair, step: Step) -> Pair:
     a, b = pair
     if step.event is Event.OPEN_ACTIVE:
         # A new connection: what the peer sent in an older one is not for it.
@@ -377,7 +399,7 @@ def _still_useful(x: int, y: int) -> int:
     return x
 
 
-def _send(x: int) -> int:
+def send(x: int) -> int:
     """Put on the wire what is due, where nobody watches the wire."""
     state = x & 15
     if state in _SYNCHRONIZED:
@@ -448,7 +470,7 @@ def _arrivals(x: int, y: int, segments: int, late: int) -> Iterator[tuple[Event,
         yield Event.TEXT_AFTER_CLOSE, 0
 
 
-def _reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None, ...]:
+def reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None, ...]:
     """What an observer may report of a step: transitions, or None for nothing at all."""
     old, new = before & 15, after & 15
     old, new = (0 if old == LISTEN else old), (0 if new == LISTEN else new)
@@ -476,7 +498,7 @@ def _reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None,
     return ((old, new),)
 
 
-def _emit(x: int, kind: int) -> int | None:
+def emit(x: int, kind: int) -> int | None:
     """The end after sending a segment of this kind; None if it does not send such a one."""
     state = x & 15
     if kind & RST:
@@ -529,22 +551,48 @@ def _after_told(pairs: Iterable[Pair], end: int, what: int) -> Iterator[Pair]:
     for pair in pairs:
         x = pair[end]
         state = x & 15
+        gone = state in (CLOSED, TIME_WAIT)
         if what == EOF_READ:
             true = bool(x & (FIN_IN | FAILED))
         elif what == RESET_READ:
             true = bool(x & FAILED)
         elif what == CONNECTED:
-            true = state not in (LISTEN, SYN_SENT, SYN_RECEIVED)
-        elif what == REFUSED:
-            true = state == CLOSED
+            # The user has the socket now, and cannot have closed it yet.
+            true = (
+                state not in (SYN_SENT, SYN_RECEIVED)
+                and not x & (ORPHAN | FIN_OUT)
+                and bool(state or x & FAILED)
+            )
+        elif what == CLOSED_BY_CALL:
+            true = bool(x & ORPHAN or gone)
+            x &= ~_MAY
+        elif what == SHUT_DOWN_BY_CALL:
+            true = bool(x & FIN_OUT or gone)
+            x &= ~MAY_SHUT_DOWN
+        elif what == NOT_TIME_WAIT:
+            true = state != TIME_WAIT
         else:
             true = True
+            x |= _LICENCE[what]
         if true:
-            if what == CLOSE_CALLED:
-                x |= CALLED_CLOSE
-            elif what == SHUTDOWN_CALLED:
-                x |= CALLED_SHUTDOWN
             yield (pair[0], x) if end else (x, pair[1])
+
+
+_LICENCE: Final = {
+    CLOSE_BEGUN: MAY_CLOSE,
+    CLOSE_BEGUN_ALL_READ: MAY_CLOSE_ALL_READ,
+    SHUTDOWN_BEGUN: MAY_SHUT_DOWN,
+    LINGER_BEGUN: LINGER,
+}
+
+
+def _licensed(x: int, event: Event) -> bool:
+    """Whether the calls that this end's user is in allow this."""
+    if event is Event.SHUTDOWN:
+        return bool(x & MAY_SHUT_DOWN)
+    if not x & (MAY_CLOSE | MAY_CLOSE_ALL_READ) or (event is Event.ABORT) != bool(x & LINGER):
+        return False
+    return event is not Event.CLOSE_UNREAD or bool(x & MAY_CLOSE)
 
 
 # What holds of a set: for A in the low bits, for B the same shifted by 8.
