@@ -72,6 +72,7 @@ CONSTANTS: Final[dict[str, int]] = _constants() | {
     "IPV6_FLOWINFO_SEND": 33, "IPV6_AUTOFLOWLABEL": 70, "IPV6_MINHOPCOUNT": 73,
     "MSG_FASTOPEN": 0x20000000, "MSG_ZEROCOPY": 0x4000000, "MSG_ERRQUEUE": 0x2000,
     "MSG_MORE": 0x8000, "MSG_NOSIGNAL": 0x4000, "MSG_WAITFORONE": 0x10000, "MSG_EOR": 0x80,
+    "EPOLL_CTL_ADD": 1, "EPOLL_CTL_DEL": 2, "EPOLL_CTL_MOD": 3,
     "POLLRDHUP": 0x2000, "EPOLLRDHUP": 0x2000, "EPOLLEXCLUSIVE": 1 << 28, "EPOLLET": 1 << 31,
     "TCP_CA_Open": 0, "TCP_CA_Disorder": 1, "TCP_CA_CWR": 2, "TCP_CA_Recovery": 3,
     "TCP_CA_Loss": 4, "TCPI_OPT_TIMESTAMPS": 1, "TCPI_OPT_SACK": 2, "TCPI_OPT_WSCALE": 4,
@@ -105,6 +106,21 @@ class Result:
     errno: str | None = None
     checks: tuple[tuple[str, object, object], ...] = ()
     new: Anything = None
+
+
+class Interests:
+    """An epoll instance of a stack."""
+
+    def change(self, operation: int, live: Anything, events: int, data: int) -> None:
+        """epoll_ctl(2): 1 adds, 2 removes, 3 changes."""
+        raise Unsupported("epoll on the model")
+
+    def wait(self, timeout: int) -> list[tuple[int, int]]:
+        """epoll_wait(2): (events, data) of what is ready within `timeout` milliseconds."""
+        raise Unsupported("epoll on the model")
+
+    def close(self) -> None:
+        """Forget everything."""
 
 
 @define
@@ -331,30 +347,66 @@ class Calls:
 
     def _sendmsg(self, call: Call) -> Callable[[], Result]:
         message, flags = call.arguments[1], self.number(call.arguments[2])
-        if not isinstance(message, Struct) or message.get("msg_control"):
-            raise Unsupported("sendmsg() with control messages", self.line)
+        if not isinstance(message, Struct):
+            raise Unsupported(f"message {message!r}", self.line)
         data = bytes(sum(self.buffers(message.get("msg_iov") or ())))
+        control = [
+            (level, kind, self.octets(value))
+            for level, kind, value in self.control(message.get("msg_control"))
+        ]
+        flags |= socket.MSG_NOSIGNAL
         if flags & CONSTANTS["MSG_FASTOPEN"]:
             where = (self.remote, self.connect_port)
             return lambda: Result(self.socket(call).sendto(data, flags, where))
-        return lambda: Result(self.socket(call).send(data, flags | socket.MSG_NOSIGNAL))
+        if control:
+            return lambda: Result(self.socket(call).sendmsg([data], control, flags))
+        return lambda: Result(self.socket(call).send(data, flags))
+
+    def control(self, value: Value | None) -> list[tuple[int, int, Value]]:
+        """Control messages as (level, type, data)."""
+        found = []
+        for item in value if isinstance(value, tuple) else ():
+            if not isinstance(item, Struct):
+                raise Unsupported(f"control message {item!r}", self.line)
+            level, kind = item.get("cmsg_level"), item.get("cmsg_type")
+            found.append((self.number(level), self.number(kind), item.get("cmsg_data") or 0))
+        return found
 
     def _recvmsg(self, call: Call) -> Callable[[], Result]:
         message, flags = call.arguments[1], self.number(call.arguments[2])
-        if not isinstance(message, Struct) or message.get("msg_control"):
-            raise Unsupported("recvmsg() with control messages", self.line)
+        if not isinstance(message, Struct):
+            raise Unsupported(f"message {message!r}", self.line)
         size = sum(self.buffers(message.get("msg_iov") or ()))
         wanted = message.get("msg_flags")
         expected = None if wanted in (None, ANY) else self.number(wanted)
+        control = self.control(message.get("msg_control"))
 
         def recvmsg() -> Result:
-            data, _, came, _ = self.socket(call).recvmsg(size, 1024, flags)
-            checks: tuple[tuple[str, object, object], ...] = ()
+            data, ancillary, came, _ = self.socket(call).recvmsg(size, 1024, flags)
+            checks: list[tuple[str, object, object]] = []
             if expected is not None:
-                checks = (("msg_flags", expected, came),)
-            return Result(len(data), checks=checks)
+                checks.append(("msg_flags", expected, came & ~socket.MSG_CMSG_CLOEXEC))
+            if control:
+                got = [(level, kind, self.content(what)) for level, kind, what in ancillary]
+                want = [(level, kind, self.wanted(what)) for level, kind, what in control]
+                checks.append(("msg_control", want, got[: len(want)]))
+            return Result(len(data), checks=tuple(checks))
 
         return recvmsg
+
+    def wanted(self, value: Value) -> tuple[int, ...]:
+        """A control message's data as numbers."""
+        if isinstance(value, Struct):
+            if any(name.startswith("scm_") for name, _ in value.fields):
+                raise Unsupported("timestamps of messages", self.line)
+            return tuple(self.number(part, 0) for _, part in value.fields)
+        return (self.number(value, 0),)
+
+    def content(self, octets: bytes) -> tuple[int, ...]:
+        """What came as a control message: an integer, or a `struct sock_extended_err`."""
+        if len(octets) >= 16:
+            return struct.unpack_from("=IBBBxII", octets)
+        return (int.from_bytes(octets[:4], "little"),)
 
     # -- options and control
 
@@ -492,8 +544,12 @@ class Calls:
         """poll(2): the events that came for each socket, within `timeout` milliseconds."""
         raise NotImplementedError
 
+    def interests(self) -> Interests:
+        """A new epoll instance."""
+        return Interests()
+
     def _epoll_create(self, call: Call) -> Callable[[], Result]:
-        return lambda: Result(0, new=Interests())
+        return lambda: Result(0, new=self.interests())
 
     def _epoll_create1(self, call: Call) -> Callable[[], Result]:
         return self._epoll_create(call)
@@ -506,23 +562,14 @@ class Calls:
         data = (
             self.number(event.get("fd", "ptr", "u32", "u64"), 0) if isinstance(event, Struct) else 0
         )
-        if events & (CONSTANTS["EPOLLET"] | CONSTANTS["EPOLLEXCLUSIVE"] | select.EPOLLONESHOT):
-            raise Unsupported("edge-triggered epoll", self.line)
 
         def control() -> Result:
             interests = self.socket(call)
             if fd not in self.fds:
-                raise OSError(errno.EBADF, "")
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             if not isinstance(interests, Interests):
-                raise OSError(errno.EINVAL, "")
-            if operation == 1 and fd in interests.of:
-                raise OSError(errno.EEXIST, "")
-            if operation != 1 and fd not in interests.of:
-                raise OSError(errno.ENOENT, "")
-            if operation == 2:
-                del interests.of[fd]
-            else:
-                interests.of[fd] = (events, data)
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            interests.change(operation, self.fds[fd], events, data)
             return Result(0)
 
         return control
@@ -540,10 +587,8 @@ class Calls:
         def wait() -> Result:
             interests = self.socket(call)
             if not isinstance(interests, Interests):
-                raise OSError(errno.EINVAL, "")
-            rows = [(fd, *what) for fd, what in interests.of.items() if fd in self.fds]
-            came = self.poll([(self.fds[fd], events) for fd, events, _ in rows], timeout)
-            ready = [(got, data) for got, (_, _, data) in zip(came, rows, strict=True) if got]
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            ready = interests.wait(timeout)
             checks = tuple(
                 (f"event {n}", f"{_poll_text(e[0])} of {e[1]}", f"{_poll_text(g[0])} of {g[1]}")
                 for n, (e, g) in enumerate(zip(expected, ready, strict=False), 1)
@@ -551,17 +596,6 @@ class Calls:
             return Result(len(ready), checks=checks)
 
         return wait
-
-
-@define
-class Interests:
-    """An epoll instance: what is watched, by the script's descriptors."""
-
-    of: dict[int, tuple[int, int]] = field(factory=dict)
-
-    def close(self) -> None:
-        """Forget everything."""
-        self.of.clear()
 
 
 KNOWN: Final = frozenset(

@@ -18,7 +18,7 @@ from typing import Any
 
 from timewait.kernel.wire import Wire
 from timewait.packetdrill.assertions import tcp_info
-from timewait.packetdrill.calls import Calls, Result
+from timewait.packetdrill.calls import Calls, Interests, Result
 from timewait.packetdrill.frames import Frame, decode, encode
 from timewait.packetdrill.runner import Pending
 from timewait.packetdrill.script import Unsupported
@@ -45,7 +45,33 @@ class _KernelSocket(socket.socket):
         return int(value)
 
 
+class _KernelInterests(Interests):
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._data: dict[int, int] = {}
+
+    def change(self, operation: int, live: Any, events: int, data: int) -> None:
+        fd = live.fileno()
+        if operation == 1:
+            self._epoll.register(fd, events)
+        elif operation == 2:
+            self._epoll.unregister(fd)
+        else:
+            self._epoll.modify(fd, events)
+        self._data[fd] = data
+
+    def wait(self, timeout: int) -> list[tuple[int, int]]:
+        ready = self._epoll.poll(timeout / 1000 if timeout >= 0 else None)
+        return [(events, self._data[fd]) for fd, events in ready]
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
 class _KernelCalls(Calls):
+    def interests(self) -> Interests:
+        return _KernelInterests()
+
     def poll(self, sockets: list[tuple[Any, int]], timeout: int) -> list[int]:
         poller = select.poll()
         for live, events in sockets:

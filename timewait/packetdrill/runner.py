@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Final, Protocol
 
 from attrs import define, field, frozen
@@ -199,6 +200,7 @@ def run(script: Script, stack: Stack, settings: Settings) -> Outcome:
 class _Runner:
     def __init__(self, script: Script, stack: Stack, settings: Settings) -> None:
         self.script = script
+        self.folder = Path(script.path).parent
         self.stack = stack
         self.settings = settings
         self.connection: _Connection | None = None
@@ -217,7 +219,7 @@ class _Runner:
             self.command(command, line)
         for event in self.script.events:
             if isinstance(event.action, Command):
-                sysctls(event.action.text, event.line)  # say at once what is not known
+                sysctls(event.action.text, event.line, self.folder)  # say at once what is not known
         self.stack.start()
         for event in self.script.events:
             self.event(event)
@@ -274,7 +276,7 @@ class _Runner:
     # -- commands and code
 
     def command(self, command: Command, line: int) -> None:
-        for name, value, required in sysctls(command.text, line):
+        for name, value, required in sysctls(command.text, line, self.folder):
             self.stack.sysctl(name, value, line, required)
 
     def code(self, event: Event, code: Code) -> None:

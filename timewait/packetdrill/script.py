@@ -22,6 +22,7 @@ from timewait.tcp.segment import ACK, CWR, ECE, FIN, PSH, RST, SYN, URG
 
 __all__ = [
     "ANY",
+    "DEFINES",
     "Bits",
     "Call",
     "Code",
@@ -281,6 +282,23 @@ _ECN: Final[dict[str, int | str]] = {"noecn": 0, "ect1": 1, "ect0": 2, "ce": 3, 
 _ENCAPSULATIONS: Final = frozenset({"ipv4", "ipv6", "gre", "GREv0", "mpls"})
 
 
+# What the public suites' runners define for a script, by IP version.
+DEFINES: Final = {
+    "ipv4": {
+        "TFO_COOKIE": "3021b9d889017eeb",
+        "TFO_COOKIE_ZERO": "b7c12350a90dc8f5",
+        "CMSG_LEVEL_IP": "SOL_IP",
+        "CMSG_TYPE_RECVERR": "IP_RECVERR",
+    },
+    "ipv6": {
+        "TFO_COOKIE": "c1d1e9742a47a9bc",
+        "TFO_COOKIE_ZERO": "82af1a8f9a205c34",
+        "CMSG_LEVEL_IP": "SOL_IPV6",
+        "CMSG_TYPE_RECVERR": "IPV6_RECVERR",
+    },
+}
+
+
 def parse(text: str, path: str = "<script>", defines: Mapping[str, str] | None = None) -> Script:
     """Read a script. `defines` are the names given with `-D`, as text.
 
@@ -356,6 +374,8 @@ class _Parser:
                 symbol, _, meaning = value.partition("=")
                 self.defines[symbol] = meaning
             options.append((name, value.strip('"') if given else None))
+        version = "ipv6" if ("ip_version", "ipv6") in options else "ipv4"
+        self.defines = {**DEFINES[version], **self.defines}
         before = self.commands()
         events: list[Event] = []
         after: tuple[tuple[int, Command], ...] = ()
@@ -585,7 +605,7 @@ class _Parser:
         if self.token.kind not in ("word", "int"):
             return b""
         try:
-            return bytes.fromhex(self.token.text)
+            return bytes.fromhex(self.defines.get(self.token.text, self.token.text))
         except ValueError:
             raise self.error(f"not octets in hexadecimal: {self.token.text!r}") from None
         finally:

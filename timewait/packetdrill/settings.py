@@ -7,9 +7,11 @@ stand for, the rest is unsupported by name.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from attrs import define
@@ -120,22 +122,49 @@ _SETTING: Final = re.compile(r"(?:/proc/sys/)?(net[./][\w./-]+)\s*=\s*(.*)", re.
 _HARMLESS: Final = frozenset({"true", ":", "echo", "nstat", "sync", "sleep", "cat"})
 
 
-def sysctls(command: str, line: int) -> Iterator[tuple[str, str, bool]]:
+def sysctls(command: str, line: int, folder: Path | None = None) -> Iterator[tuple[str, str, bool]]:
     """The settings that a shell command stands for: name, value, and whether they must hold.
 
-    Raises `Unsupported` for every command that is not a known, safe form.
+    A `defaults.sh` that lies beside the script (`folder`) is read, not run, for
+    the settings in it. Raises `Unsupported` for every command that is not a
+    known, safe form.
     """
     found: list[tuple[str, str, bool]] = []
     text = re.sub(r"\\\n", " ", command)
     text = re.sub(r"(?m)(^|\s)#.*$", "", text)
+    text = re.sub(r"\$\(\(([\d\s*]+)\)\)", _product, text)
     for part in re.split(r"&&|\|\||;|\n", text):
         part = _QUIET.sub("", part).strip()
         if part:
-            found.extend(_one(part, line))
+            found.extend(_one(part, line, folder))
     return iter(found)
 
 
-def _one(command: str, line: int) -> Iterator[tuple[str, str, bool]]:
+def _product(found: re.Match[str]) -> str:
+    """`$((15*1024*1024))` as a number."""
+    try:
+        return str(math.prod(int(factor) for factor in found[1].split("*")) % (1 << 63))
+    except ValueError:
+        return found[0]
+
+
+def _defaults(path: str, folder: Path | None) -> Iterator[tuple[str, str, bool]]:
+    """The settings of a suite's `defaults.sh`, its own if it is there to be read."""
+    yield from ((name, value, False) for name, value in _DEFAULTS.items())
+    if folder is None:
+        return
+    try:
+        text = (folder / path).read_text(errors="replace")
+    except (OSError, ValueError):
+        return
+    for line in text.splitlines():
+        try:
+            yield from ((name, value, False) for name, value, _ in sysctls(line, 0))
+        except Unsupported:
+            continue  # what is not a setting has no meaning here
+
+
+def _one(command: str, line: int, folder: Path | None) -> Iterator[tuple[str, str, bool]]:
     try:
         words = shlex.split(command)
     except ValueError:
@@ -144,7 +173,7 @@ def _one(command: str, line: int) -> Iterator[tuple[str, str, bool]]:
         return
     program = words[0].rpartition("/")[2]
     if program in ("defaults.sh", "default.sh"):
-        yield from ((name, value, False) for name, value in _DEFAULTS.items())
+        yield from _defaults(words[0], folder)
         # Some suites let defaults.sh take further settings.
         yield from _assignments(words[1:], command, line)
     elif program == "set_sysctls.py":
