@@ -1,0 +1,1007 @@
+"""One host's kernel: its sockets, their timers, and who gets what arrives.
+
+`Sock` is the kernel's side of a socket (Linux's `struct sock` and `struct
+socket` in one). It outlives the file that named it: an orphan goes on closing
+when nobody can see it any more, and a TIME_WAIT is what is left of it. The
+protocol is `timewait.tcp.connection`'s; what is decided here is what Linux
+decides outside the protocol: addresses, ports, the accept queue, who is
+reset when a listener goes, and which error a call reports.
+
+Errors are raised as `OSError` with Linux's errno. A call that would have to
+wait raises `BlockingIOError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import Counter, deque
+from collections.abc import Iterable
+from ipaddress import ip_address
+from random import Random
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+from zlib import crc32
+
+from timewait.events import Row, Transition
+from timewait.sim.network import Key, canonical
+from timewait.sim.ports import ANY4, ANY6, PortTable, is_v4
+from timewait.tcp.connection import Connection
+from timewait.tcp.profiles import Profile, profile
+from timewait.tcp.segment import ACK, FIN, RST, SYN, Segment, seq_add
+from timewait.tcp.states import Event, State
+
+if TYPE_CHECKING:
+    from timewait.sim.network import Network
+
+__all__ = ["Host", "Sock", "fail"]
+
+AF_INET: Final = socket.AF_INET
+AF_INET6: Final = socket.AF_INET6
+
+# What the file, not the protocol, remembers (Linux's socket_state).
+UNCONNECTED, CONNECTING, CONNECTED = range(3)
+
+_LOOPBACK_MSS: Final = 32741  # lo's MTU of 65536, halved by Linux's window rule, less timestamps
+_MSS: Final = 1448
+_SOMAXCONN: Final = 4096
+_RMEM_MAX: Final = 4194304
+_WMEM_MAX: Final = 4194304
+_IP_BIND_ADDRESS_NO_PORT: Final = 24
+_IP_LOCAL_PORT_RANGE: Final = 51
+_LINUX_STATES: Final = {
+    State.ESTABLISHED: 1,
+    State.SYN_SENT: 2,
+    State.SYN_RECEIVED: 3,
+    State.FIN_WAIT_1: 4,
+    State.FIN_WAIT_2: 5,
+    State.TIME_WAIT: 6,
+    State.CLOSED: 7,
+    State.CLOSE_WAIT: 8,
+    State.LAST_ACK: 9,
+    State.LISTEN: 10,
+    State.CLOSING: 11,
+}
+
+
+def fail(number: int) -> NoReturn:
+    """Raise the error the kernel would return."""
+    raise OSError(number, os.strerror(number))
+
+
+class Sock:
+    """A socket as its kernel knows it."""
+
+    __slots__ = (
+        "accepted",
+        "address",
+        "backlog",
+        "bind_address_no_port",
+        "boot",
+        "bound_address",
+        "bound_port",
+        "conn",
+        "connect_bound",
+        "embryos",
+        "error",
+        "family",
+        "fd",
+        "files",
+        "host",
+        "in_reuse_port_group",
+        "keepalive",
+        "key",
+        "linger",
+        "linger2",
+        "listening",
+        "local_port_range",
+        "no_delay",
+        "parent",
+        "peer_key",
+        "phase",
+        "port",
+        "rcvbuf",
+        "remote",
+        "remote_port",
+        "reuse_address",
+        "reuse_port",
+        "shut",
+        "sndbuf",
+        "uid",
+        "user_timeout",
+        "v6only",
+        "waker",
+        "watch",
+    )
+
+    def __init__(self, host: Host, family: int) -> None:
+        self.host = host
+        self.boot = host.boots
+        self.family = family
+        self.address = ANY4 if family == AF_INET else ANY6
+        self.port = 0
+        self.remote = self.address
+        self.remote_port = 0
+        self.key: Key | None = None
+        self.peer_key: Key | None = None
+        self.conn: Connection | None = None
+        self.phase = UNCONNECTED
+        self.error = 0
+        self.shut = 0  # bit 0: nothing more to read, bit 1: nothing more to send; without a conn
+        self.listening = False
+        self.backlog = 0
+        self.accepted: deque[Sock] = deque()
+        self.embryos: dict[Sock, None] = {}
+        self.parent: Sock | None = None
+        self.bound_address = False
+        self.bound_port = False
+        self.connect_bound = False
+        self.in_reuse_port_group = False
+        self.v6only = False
+        self.reuse_address = False
+        self.reuse_port = False
+        self.uid = host.uid
+        self.linger: int | None = None
+        self.linger2: int | None = None
+        self.keepalive = False
+        self.no_delay = False
+        self.user_timeout = 0
+        self.rcvbuf: int | None = None
+        self.sndbuf: int | None = None
+        self.bind_address_no_port = False
+        self.local_port_range = 0
+        self.files = 0
+        self.fd = -1
+        self.watch: dict[int, Sock] | None = None  # a selector's: whose readiness to look at again
+        self.waker: float | None = None  # when the clock will look at the timers
+
+    @property
+    def state(self) -> State:
+        """The state netstat would show."""
+        if self.listening:
+            return State.LISTEN
+        return State.CLOSED if self.conn is None else self.conn.state
+
+    # What user calls come down to.
+
+    def bind(self, address: str, port: int) -> None:
+        """bind(2): `inet_bind`, `inet6_bind`."""
+        host = self.host
+        mapped = self.family == AF_INET6 and is_v4(address)
+        if mapped and self.v6only:
+            fail(errno.EINVAL)
+        if address not in (ANY4, ANY6) and not host.is_local(address):
+            fail(errno.EADDRNOTAVAIL)
+        if 0 < port < host.unprivileged_port_start and host.uid != 0:
+            fail(errno.EACCES)
+        if self.conn is not None or self.listening or self.port:
+            fail(errno.EINVAL)
+        before = self.address, self.v6only
+        self.address = address
+        if self.family == AF_INET6 and address != ANY6 and not mapped:
+            self.v6only = True
+        self.bound_address = address not in (ANY4, ANY6)
+        if port or not self.bind_address_no_port:
+            try:
+                host.ports.bind(self, port, self._span())
+            except OSError:
+                self.address, self.v6only = before
+                self.bound_address = False
+                raise
+            self.bound_port = port != 0
+            self.connect_bound = False
+
+    def listen(self, backlog: int) -> None:
+        """listen(2): `inet_listen`; the port is checked once more."""
+        if self.phase != UNCONNECTED or self.conn is not None:
+            fail(errno.EINVAL)
+        self.backlog = min(backlog & 0xFFFFFFFF, _SOMAXCONN)
+        if self.listening:
+            return
+        self.listening = True
+        try:
+            self.host.ports.bind(self, self.port, self._span())
+        except OSError:
+            self.listening = False
+            raise
+        self.shut = 0
+        self.host.listen(self)
+
+    def connect(self, address: str, port: int) -> None:
+        """connect(2), non-blocking: EINPROGRESS, and what follows from calling again."""
+        if self.phase == CONNECTED:
+            fail(errno.EISCONN)
+        if self.phase == UNCONNECTED:
+            if self.listening or self.conn is not None:
+                fail(errno.EISCONN)
+            self._start(address, port)
+            self.phase = CONNECTING
+            self.host.network.drain()
+            fail(errno.EINPROGRESS)
+        state = self.state
+        if state in (State.SYN_SENT, State.SYN_RECEIVED):
+            fail(errno.EALREADY)
+        if state is State.CLOSED:
+            number = self.take_error() or errno.ECONNABORTED
+            self.disconnect()
+            fail(number)
+        self.phase = CONNECTED
+
+    def _start(self, address: str, port: int) -> None:
+        """Choose the addresses and the port, and send the SYN (`tcp_v4_connect`)."""
+        host = self.host
+        mapped = is_v4(address)
+        if self.family == AF_INET6:
+            if mapped and self.v6only:
+                fail(errno.ENETUNREACH)
+            if not mapped and is_v4(self.address):
+                if address != ANY6:
+                    fail(errno.EAFNOSUPPORT)
+                address = "127.0.0.1"
+        if address in (ANY4, ANY6):
+            unset = self.address in (ANY4, ANY6)
+            loopback = "127.0.0.1" if is_v4(address) else "::1"
+            address = self.address if not unset and mapped else loopback
+        source = self.address
+        if source in (ANY4, ANY6):
+            source = host.source_for(address)
+        elif not host.is_local(address) and ip_address(source).is_loopback:
+            fail(errno.EINVAL)
+        elif not host.is_local(address) and host.network.find(address) is None:
+            fail(errno.ENETUNREACH)
+        before = self.address
+        self.address = source
+        try:
+            if self.port:
+                if host.taken(self, (source, self.port, address, port), None):
+                    fail(errno.EADDRNOTAVAIL)
+            else:
+                host.ports.connect(
+                    self,
+                    (address, port),
+                    lambda chosen: host.taken(self, (source, chosen, address, port), self),
+                    self._span(),
+                )
+        except OSError:
+            self.address = before
+            raise
+        self.remote, self.remote_port = address, port
+        self.key = (source, self.port, address, port)
+        self.peer_key = (address, port, source, self.port)
+        self.shut = 0
+        self.error = 0
+        self.conn = host.connection(self)
+        host.tcp[self.key] = self
+        host.counters["ActiveOpens"] += 1
+        self.conn.open_active(host.network.clock.now)
+        self.after(State.CLOSED)
+
+    def accept(self) -> Sock:
+        """accept(2): the connection that waits longest."""
+        if not self.listening:
+            fail(errno.EINVAL)
+        if not self.accepted:
+            fail(errno.EAGAIN)
+        child = self.accepted.popleft()
+        child.parent = None
+        child.phase = CONNECTED
+        return child
+
+    def send(self, data: bytes) -> int:
+        """send(2): bytes taken; EAGAIN if there is no room, EPIPE after the end."""
+        conn = self.conn
+        if conn is None:
+            fail(self.take_error() or errno.EPIPE)
+        network = self.host.network
+        old = conn.state
+        if conn.error:
+            fail(self.take_error())
+        try:
+            taken = conn.send(data, network.clock.now)
+        finally:
+            self.after(old)
+        if network._queue:
+            network.drain()
+        if taken == 0 and data:
+            fail(errno.EAGAIN)
+        return taken
+
+    def receive(self, size: int, peek: bool = False) -> bytes:
+        """recv(2): b"" at the end; EAGAIN if nothing is there yet."""
+        conn = self.conn
+        if conn is None:
+            if self.listening:
+                fail(errno.ENOTCONN)
+            if self.error:
+                fail(self.take_error())
+            if self.shut & 1:
+                return b""
+            fail(errno.ENOTCONN)
+        if conn.readable_bytes:
+            old = conn.state
+            data = conn.receive(size, self.host.network.clock.now, peek)
+            self.after(old)
+            if self.host.network._queue:
+                self.host.network.drain()
+            return data
+        if conn.error:
+            fail(self.take_error())
+        if conn.eof or conn.state is State.CLOSED:
+            return b""
+        fail(errno.EAGAIN)
+
+    def shutdown(self, how: int) -> None:
+        """shutdown(2): `inet_shutdown`, with its odd ways on sockets that are not connected."""
+        bits = how + 1
+        now = self.host.network.clock.now
+        state = self.state
+        if state is State.LISTEN:
+            if bits & 1:
+                self._stop_listening()
+            return
+        if state is State.SYN_SENT:
+            self.disconnect()
+            self.error = errno.ECONNRESET
+            self.notify()
+            return
+        if self.phase == CONNECTING:
+            self.phase = CONNECTED
+        conn = self.conn
+        if conn is None or state in (State.CLOSED, State.TIME_WAIT):
+            self.shut |= bits
+            self.notify()
+            fail(errno.ENOTCONN)
+        if bits & 1:
+            conn.shutdown_read(now)
+        if bits & 2:
+            conn.shutdown(now)
+        self.after(state)
+        self.host.network.drain()
+        self.notify()
+
+    def close(self) -> None:
+        """The last file is closed: `inet_release`, `tcp_close`."""
+        self.watch = None
+        self.fd = -1
+        if not self.host.up:
+            return
+        if self.listening:
+            self._stop_listening()
+        conn = self.conn
+        if conn is not None:
+            old = conn.state
+            now = self.host.network.clock.now
+            if old is State.CLOSED:
+                self.host.forget(self)
+            elif self.linger == 0:
+                conn.abort(now)
+                self.after(old)
+            else:
+                conn.close(now)
+                self.after(old)
+        if self.conn is None:
+            self.host.ports.release(self)
+        self.host.network.drain()
+
+    def disconnect(self) -> None:
+        """`tcp_disconnect`: back to a socket that was never connected, its bind(2) kept."""
+        conn = self.conn
+        if conn is not None:
+            old = conn.state
+            conn.on_transition = None
+            if old is not State.CLOSED:
+                conn.abort(self.host.network.clock.now)
+            self._flush()
+            if old not in (State.CLOSED, State.TIME_WAIT):
+                self.host.moved(self, old, State.CLOSED, "DISCONNECT")
+        self.host.forget(self)
+        self.conn = None
+        self.phase = UNCONNECTED
+        self.shut = 0
+        self.host.network.drain()
+
+    def take_error(self) -> int:
+        """SO_ERROR: what went wrong, told once."""
+        conn = self.conn
+        number = self.error or (0 if conn is None else conn.error or 0)
+        self.error = 0
+        if conn is not None:
+            conn.error = None
+        return number
+
+    # Readiness (`tcp_poll`, as epoll and Python's selectors read it).
+
+    def readable(self) -> bool:
+        """Whether a selector would report EVENT_READ."""
+        if self.listening:
+            return bool(self.accepted)
+        conn = self.conn
+        if conn is None:
+            return True
+        if conn.readable_bytes or conn.eof or conn.error or self.error:
+            return True
+        return conn.state is State.CLOSED or conn.state is State.TIME_WAIT
+
+    def writable(self) -> bool:
+        """Whether a selector would report EVENT_WRITE."""
+        if self.listening:
+            return False
+        conn = self.conn
+        if conn is None or conn.error or self.error:
+            return True
+        state = conn.state
+        if state is State.SYN_SENT or state is State.SYN_RECEIVED:
+            return False
+        if state is State.ESTABLISHED or state is State.CLOSE_WAIT:
+            return conn.writable
+        return True
+
+    # Options.
+
+    def set_option(self, level: int, option: int, value: int) -> None:
+        """setsockopt(2) with a number; ENOPROTOOPT for what is not modelled."""
+        match level, option:
+            case socket.SOL_SOCKET, socket.SO_REUSEADDR:
+                self.reuse_address = bool(value)
+            case socket.SOL_SOCKET, socket.SO_REUSEPORT:
+                self.reuse_port = bool(value)
+            case socket.SOL_SOCKET, socket.SO_KEEPALIVE:
+                self.keepalive = bool(value)
+            case socket.SOL_SOCKET, socket.SO_RCVBUF:
+                self.rcvbuf = max(2304, 2 * min(value, _RMEM_MAX))
+            case socket.SOL_SOCKET, socket.SO_SNDBUF:
+                self.sndbuf = max(4608, 2 * min(value, _WMEM_MAX))
+            case socket.IPPROTO_TCP, socket.TCP_NODELAY:
+                self.no_delay = bool(value)
+            case socket.IPPROTO_TCP, socket.TCP_LINGER2:
+                self.linger2 = None if value == 0 else -1 if value < 0 else min(value, 120)
+            case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
+                if value < 0:
+                    fail(errno.EINVAL)
+                self.user_timeout = value
+            case socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT:
+                self.bind_address_no_port = bool(value)
+            case socket.IPPROTO_IP, _IP_LOCAL_PORT_RANGE:
+                low, high = value & 0xFFFF, value >> 16 & 0xFFFF
+                if low and high and low > high:
+                    fail(errno.EINVAL)
+                self.local_port_range = value & 0xFFFFFFFF
+            case socket.IPPROTO_IPV6, socket.IPV6_V6ONLY if self.family == AF_INET6:
+                if self.port:
+                    fail(errno.EINVAL)
+                self.v6only = bool(value)
+            case _:
+                fail(errno.ENOPROTOOPT)
+
+    def get_option(self, level: int, option: int) -> int:
+        """getsockopt(2) of a number; ENOPROTOOPT for what is not modelled."""
+        match level, option:
+            case socket.SOL_SOCKET, socket.SO_ERROR:
+                number = self.take_error()
+                self.notify()
+                return number
+            case socket.SOL_SOCKET, socket.SO_TYPE:
+                return socket.SOCK_STREAM
+            case socket.SOL_SOCKET, socket.SO_DOMAIN:
+                return self.family
+            case socket.SOL_SOCKET, socket.SO_PROTOCOL:
+                return socket.IPPROTO_TCP
+            case socket.SOL_SOCKET, socket.SO_ACCEPTCONN:
+                return int(self.listening)
+            case socket.SOL_SOCKET, socket.SO_REUSEADDR:
+                return int(self.reuse_address)
+            case socket.SOL_SOCKET, socket.SO_REUSEPORT:
+                return int(self.reuse_port)
+            case socket.SOL_SOCKET, socket.SO_KEEPALIVE:
+                return int(self.keepalive)
+            case socket.SOL_SOCKET, socket.SO_RCVBUF:
+                return self.rcvbuf or 131072
+            case socket.SOL_SOCKET, socket.SO_SNDBUF:
+                return self.sndbuf or 16384
+            case socket.IPPROTO_TCP, socket.TCP_NODELAY:
+                return int(self.no_delay)
+            case socket.IPPROTO_TCP, socket.TCP_LINGER2:
+                return 60 if self.linger2 is None else self.linger2
+            case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
+                return self.user_timeout
+            case socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT:
+                return int(self.bind_address_no_port)
+            case socket.IPPROTO_IP, _IP_LOCAL_PORT_RANGE:
+                return self.local_port_range
+            case socket.IPPROTO_IPV6, socket.IPV6_V6ONLY if self.family == AF_INET6:
+                return int(self.v6only)
+        fail(errno.ENOPROTOOPT)
+
+    def linux_state(self) -> int:
+        """The state as TCP_INFO's first byte has it; a TIME_WAIT's socket is CLOSE by then."""
+        state = self.state
+        return _LINUX_STATES[State.CLOSED if state is State.TIME_WAIT else state]
+
+    def peer_known(self) -> bool:
+        """Whether getpeername() has an answer: not before connect(), not after the end."""
+        state = self.state
+        return self.phase != UNCONNECTED and state not in (
+            State.CLOSED,
+            State.SYN_SENT,
+            State.TIME_WAIT,
+        )
+
+    def notify(self) -> None:
+        """Have the selector look at this socket again."""
+        if self.watch is not None:
+            self.watch[self.fd] = self
+
+    # What follows any input to the connection.
+
+    def after(self, old: State) -> None:
+        """Send what the connection wants sent, set its timers, follow its state."""
+        conn = self.conn
+        assert conn is not None
+        if conn.out:
+            self._flush()
+        state = conn.state
+        if state is not old:
+            self.host.changed(self, old, state)
+        deadline = conn.deadline
+        if deadline is not None and (self.waker is None or deadline < self.waker):
+            self.waker = deadline
+            self.host.network.clock.at(deadline, self.wake, deadline)
+
+    def _flush(self) -> None:
+        conn = self.conn
+        assert conn is not None
+        assert self.peer_key is not None
+        send = self.host.network.send
+        for segment in conn.out:
+            if segment.flags & RST:
+                self.host.counters["OutRsts"] += 1
+            send(self.host, self.peer_key, segment)
+        conn.out.clear()
+
+    def wake(self, asked: float) -> None:
+        """The clock calls: a timer is due, or was put off meanwhile."""
+        if self.waker != asked:
+            return
+        self.waker = None
+        conn = self.conn
+        if conn is None:
+            return
+        deadline = conn.deadline
+        if deadline is None:
+            return
+        now = self.host.network.clock.now
+        if deadline > now:
+            self.waker = deadline
+            self.host.network.clock.at(deadline, self.wake, deadline)
+            return
+        old = conn.state
+        conn.expire(now)
+        self.after(old)
+        self.notify()
+        self.host.network.drain()
+
+    def arrive(self, segment: Segment) -> None:
+        """A segment for this connection."""
+        conn = self.conn
+        assert conn is not None
+        old = conn.state
+        if (
+            old is State.SYN_RECEIVED
+            and self.parent is not None
+            and segment.flags & (ACK | SYN | RST) == ACK
+            and len(self.parent.accepted) > self.parent.backlog
+        ):
+            self.host.counters["ListenOverflows"] += 1
+            self.host.counters["ListenDrops"] += 1
+            return
+        conn.segment(segment, self.host.network.clock.now)
+        self.after(old)
+        if self.watch is not None:
+            self.watch[self.fd] = self
+
+    def _stop_listening(self) -> None:
+        """`inet_csk_listen_stop`: half-open connections are forgotten, waiting ones reset."""
+        self.host.unlisten(self)
+        self.listening = False
+        for embryo in list(self.embryos):
+            self.host.forget(embryo)
+            embryo.conn = None
+        self.embryos.clear()
+        now = self.host.network.clock.now
+        for child in self.accepted:
+            child.parent = None
+            assert child.conn is not None
+            old = child.conn.state
+            child.conn.abort(now)
+            child.after(old)
+        self.accepted.clear()
+        if not self.bound_port:
+            self.host.ports.release(self)
+            self.port = 0
+        self.host.network.drain()
+
+    def _span(self) -> tuple[int, int] | None:
+        """IP_LOCAL_PORT_RANGE, clamped to the host's range as `inet_sk_get_local_port_range`."""
+        if not self.local_port_range:
+            return None
+        low, high = self.local_port_range & 0xFFFF, self.local_port_range >> 16
+        first, last = self.host.ports.ephemeral
+        if low < first:
+            low = first
+        if high == 0 or high > last:
+            high = last
+        return (low, high) if low <= high else None
+
+
+class Host:
+    """A host of the network; made by `Network.host`.
+
+    `profile` names its TCP (a name or a `Profile`), `uid` who runs its
+    programs (ports below 1024 are root's), `ephemeral` is
+    `net.ipv4.ip_local_port_range`, `tw_reuse` and `tw_reuse_delay` (seconds)
+    are `net.ipv4.tcp_tw_reuse` and its delay, `max_tw_buckets` bounds
+    TIME_WAIT, `timestamps` is `net.ipv4.tcp_timestamps`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        name: str,
+        addresses: Iterable[str],
+        *,
+        profile: str | Profile = "linux",
+        uid: int = 0,
+        ephemeral: tuple[int, int] = (32768, 60999),
+        reserved_ports: Iterable[int] = (),
+        tw_reuse: int = 2,
+        tw_reuse_delay: float = 1.0,
+        max_tw_buckets: int = 131072,
+        timestamps: bool = True,
+    ) -> None:
+        self.network = network
+        self.name = name
+        self.addresses = tuple(addresses)
+        self.profile = _profile(profile)
+        self.uid = uid
+        self.unprivileged_port_start = 1024
+        self.ephemeral = ephemeral
+        self.reserved_ports = frozenset(reserved_ports)
+        self.tw_reuse = tw_reuse
+        self.tw_reuse_delay = tw_reuse_delay
+        self.max_tw_buckets = max_tw_buckets
+        self.timestamps = timestamps
+        self.up = True
+        self.counters: Counter[str] = Counter()
+        self.boots = 0
+        self._boot()
+
+    def _boot(self) -> None:
+        self.boots += 1
+        seed = f"{self.network.seed}/{self.name}/{self.boots}"
+        self.ports = PortTable(seed, ephemeral=self.ephemeral, reserved=self.reserved_ports)
+        self.tcp: dict[Key, Sock] = {}
+        self.listeners: dict[tuple[str, int], list[Sock]] = {}
+        self.time_waits = 0
+        self._random = Random(f"{seed}/iss")
+
+    # Addresses.
+
+    def is_local(self, address: str) -> bool:
+        """Whether the (canonical) address is this host's."""
+        return address in self.addresses or address == "::1" or address.startswith("127.")
+
+    def source_for(self, address: str) -> str:
+        """The address from which this host speaks to another; ENETUNREACH if there is no way."""
+        if self.is_local(address):
+            if address.startswith("127."):
+                return "127.0.0.1"
+            return address
+        if self.network.find(address) is not None:
+            for own in self.addresses:
+                if is_v4(own) == is_v4(address):
+                    return own
+        fail(errno.ENETUNREACH)
+
+    def resolve(self, name: str, family: int = 0) -> list[str]:
+        """The addresses of a name, IPv6 first as `getaddrinfo` orders them; [] if unknown."""
+        if name == "localhost":
+            found = ["::1", "127.0.0.1"]
+        elif name in self.network.hosts:
+            found = list(self.network.hosts[name].addresses)
+            if name == self.name and not found:
+                found = ["127.0.0.1"]
+        else:
+            try:
+                found = [canonical(name)]
+            except ValueError:
+                return []
+        if family == AF_INET:
+            return [a for a in found if is_v4(a)]
+        if family == AF_INET6:
+            return [a for a in found if not is_v4(a)]
+        return sorted(found, key=is_v4)
+
+    # Sockets.
+
+    def socket(self, family: int = AF_INET) -> Sock:
+        """socket(2), TCP."""
+        return Sock(self, family)
+
+    def connection(self, sock: Sock) -> Connection:
+        """The protocol's part of a new connection."""
+        conn = Connection(
+            self.profile,
+            iss=self._random.getrandbits(32),
+            mss=_LOOPBACK_MSS if self.is_local(sock.remote) else _MSS,
+            timestamps=self.timestamps,
+            outbox=[],
+        )
+        if self.network.observers:
+            conn.on_transition = _reporter(sock)
+        return conn
+
+    def listen(self, sock: Sock) -> None:
+        """A socket listens: what arrives for its address is its own."""
+        group = self.listeners.setdefault((sock.address, sock.port), [])
+        group.append(sock)
+        sock.in_reuse_port_group = sock.reuse_port
+        self.moved(sock, State.CLOSED, State.LISTEN, "OPEN_PASSIVE")
+
+    def unlisten(self, sock: Sock) -> None:
+        """It does so no more."""
+        group = self.listeners[sock.address, sock.port]
+        group.remove(sock)
+        if not group:
+            del self.listeners[sock.address, sock.port]
+        self.moved(sock, State.LISTEN, State.CLOSED, "CLOSE")
+
+    def listener(self, key: Key) -> Sock | None:
+        """Who listens for `key`: the exact address before the wildcard, IPv4 before IPv6."""
+        address, port = key[0], key[1]
+        wild = ANY4 if is_v4(address) else ANY6
+        for candidates in (
+            self.listeners.get((address, port)),
+            self.listeners.get((wild, port)),
+            self.listeners.get((ANY6, port)) if wild == ANY4 else None,
+        ):
+            if not candidates:
+                continue
+            fit = [s for s in candidates if not (s.v6only and is_v4(address))]
+            if wild == ANY4:
+                fit = [s for s in fit if s.family == AF_INET] or fit
+            if len(fit) == 1:
+                return fit[0]
+            if fit:
+                return fit[crc32(repr(key).encode()) % len(fit)]
+        return None
+
+    def taken(self, new: Sock, key: Key, choosing: Sock | None) -> bool:
+        """Whether a 4-tuple is in use; a TIME_WAIT that may be reused is ended.
+
+        `choosing` is None where bind(2) chose the port: then tcp_tw_reuse and
+        its delay are not asked (`tcp_twsk_unique`).
+        """
+        old = self.tcp.get(key)
+        if old is None:
+            return False
+        conn = old.conn
+        if conn is None or conn.state is not State.TIME_WAIT:
+            return True
+        return not self._reusable(old, conn, key, choosing)
+
+    def _reusable(self, old: Sock, conn: Connection, key: Key, choosing: Sock | None) -> bool:
+        raise NotImplementedError
+
+    # Segments.
+
+    def arrive(self, key: Key, segment: Segment) -> None:
+        """A segment has come for one of this host's addresses."""
+        if not self.up:
+            return
+        sock = self.tcp.get(key)
+        if sock is not None:
+            sock.arrive(segment)
+            return
+        listener = self.listener(key)
+        if listener is None:
+            self.refuse(key, segment)
+            return
+        flags = segment.flags
+        if flags & RST:
+            return
+        if flags & ACK:
+            self.refuse(key, segment)
+            return
+        if not flags & SYN or flags & FIN:
+            return
+        if len(listener.accepted) > listener.backlog:
+            self.counters["ListenOverflows"] += 1
+            self.counters["ListenDrops"] += 1
+            return
+        self._embryo(listener, key, segment)
+
+    def _embryo(self, listener: Sock, key: Key, segment: Segment) -> None:
+        """A SYN for a listener: a connection that is nobody's yet."""
+        sock = Sock(self, listener.family)
+        sock.address, sock.port, sock.remote, sock.remote_port = key
+        sock.key = key
+        sock.peer_key = (key[2], key[3], key[0], key[1])
+        sock.parent = listener
+        conn = sock.conn = self.connection(sock)
+        now = self.network.clock.now
+        report, conn.on_transition = conn.on_transition, None
+        conn.open_passive(now)
+        conn.on_transition = report
+        self.tcp[key] = sock
+        listener.embryos[sock] = None
+        self.counters["PassiveOpens"] += 1
+        old = conn.state
+        conn.segment(segment, now)
+        sock.after(old)
+
+    def refuse(self, key: Key, segment: Segment) -> None:
+        """Answer a segment that belongs to no connection with a reset (RFC 9293 §3.10.7.1)."""
+        if segment.flags & RST:
+            return
+        if segment.flags & ACK:
+            reset = Segment(seq=segment.ack, ack=0, flags=RST)
+        else:
+            reset = Segment(
+                seq=0, ack=seq_add(segment.seq, segment.length), flags=RST | ACK
+            )
+        self.counters["OutRsts"] += 1
+        self.network.send(self, (key[2], key[3], key[0], key[1]), reset)
+
+    # States.
+
+    def changed(self, sock: Sock, old: State, new: State) -> None:
+        """Keep the tables in step with a connection that changed its state."""
+        if sock.parent is not None and old is State.SYN_RECEIVED:
+            listener = sock.parent
+            listener.embryos.pop(sock, None)
+            if new is State.CLOSED:
+                self.forget(sock)
+                return
+            self._inherit(listener, sock)
+            listener.accepted.append(sock)
+            listener.notify()
+        if new is State.TIME_WAIT:
+            self.time_waits += 1
+        elif new is State.CLOSED:
+            if old is State.TIME_WAIT:
+                self.time_waits -= 1
+            self.forget(sock)
+
+    def _inherit(self, listener: Sock, child: Sock) -> None:
+        """What a connection has from its listener (`sk_clone`)."""
+        child.v6only = listener.v6only
+        child.reuse_address = listener.reuse_address
+        child.reuse_port = listener.reuse_port
+        child.uid = listener.uid
+        child.linger = listener.linger
+        child.linger2 = listener.linger2
+        child.keepalive = listener.keepalive
+        child.no_delay = listener.no_delay
+        child.user_timeout = listener.user_timeout
+        child.rcvbuf = listener.rcvbuf
+        child.sndbuf = listener.sndbuf
+        child.bound_address = listener.bound_address
+        self.ports.inherit(listener, child)
+
+    def forget(self, sock: Sock) -> None:
+        """A connection is over: its 4-tuple is free, and its port unless bind(2) chose it."""
+        if sock.key is not None and self.tcp.get(sock.key) is sock:
+            del self.tcp[sock.key]
+        if not sock.bound_port or not sock.files:
+            self.ports.release(sock)
+            sock.port = 0
+        if not sock.bound_address:
+            sock.address = ANY4 if sock.family == AF_INET else ANY6
+
+    # Views.
+
+    def rows(self, port: int | None = None) -> list[Row]:
+        """What `netstat -tan` shows on this host now: listeners first, oldest first."""
+        now = self.network.clock.now
+        rows = []
+        for group in self.listeners.values():
+            for sock in group:
+                if port is None or sock.port == port:
+                    local = (_shown(sock, sock.address), sock.port)
+                    anyone = ("0.0.0.0" if sock.family == AF_INET else "::", 0)
+                    rows.append(
+                        Row(
+                            local,
+                            anyone,
+                            State.LISTEN,
+                            recv_q=len(sock.accepted),
+                            send_q=sock.backlog,
+                            inode=sock.fd,
+                            uid=sock.uid,
+                        )
+                    )
+        for key, sock in self.tcp.items():
+            if port is None or port in (key[1], key[3]):
+                rows.append(_row(sock, key, now))
+        return rows
+
+    def moved(self, sock: Sock, old: State, new: State, cause: str | None) -> None:
+        """Tell whoever watches of a transition that no connection reports itself."""
+        if self.network.observers:
+            self.network.emit(
+                Transition(
+                    t=self.network.clock.now,
+                    local=(sock.address, sock.port),
+                    remote=(sock.remote, sock.remote_port),
+                    old=old,
+                    new=new,
+                    source="model",
+                    cause=cause,
+                )
+            )
+
+    def report(self, on: bool) -> None:
+        """Have this host's connections report their transitions, or stop."""
+        for sock in self.tcp.values():
+            if sock.conn is not None:
+                sock.conn.on_transition = _reporter(sock) if on else None
+
+    # Bad days.
+
+    def crash(self) -> None:
+        """The host is gone: it sends nothing, and its programs' sockets are dead."""
+        self.up = False
+
+    def reboot(self) -> None:
+        """The host is back, and remembers nothing."""
+        self.up = True
+        self._boot()
+
+
+def _reporter(sock: Sock) -> Any:
+    host = sock.host
+    assert sock.key is not None
+    local, remote = sock.key[:2], sock.key[2:]
+
+    def report(old: State, new: State, event: Event, now: float) -> None:
+        host.network.emit(
+            Transition(
+                t=now,
+                local=local,
+                remote=remote,
+                old=old,
+                new=new,
+                source="model",
+                cause=event.name,
+            )
+        )
+
+    return report
+
+
+def _row(sock: Sock, key: Key, now: float) -> Row:
+    conn = sock.conn
+    assert conn is not None
+    timer, left = None, None
+    if conn.deadline is not None:
+        left = max(0.0, conn.deadline - now)
+        timer = "time_wait" if conn.state in (State.TIME_WAIT, State.FIN_WAIT_2) else "retransmit"
+    return Row(
+        (_shown(sock, key[0]), key[1]),
+        (_shown(sock, key[2]), key[3]),
+        conn.state,
+        recv_q=conn.readable_bytes,
+        timer=timer,
+        seconds_left=left,
+        inode=sock.fd if sock.fd >= 0 else 0,
+        uid=sock.uid,
+    )
+
+
+def _shown(sock: Sock, address: str) -> str:
+    """An address as the socket's family spells it."""
+    return f"::ffff:{address}" if sock.family == AF_INET6 and is_v4(address) else address
+
+
+def _profile(given: str | Profile) -> Profile:
+    return profile(given) if isinstance(given, str) else given

@@ -1,0 +1,553 @@
+"""asyncio's own event loop over modelled sockets, in virtual time.
+
+The loop is asyncio's selector loop, unchanged where it matters: transports,
+streams, `sock_*`, servers and TLS are asyncio's code. What differs is below
+it. Its selector asks the modelled sockets whether they are ready, and where
+asyncio would wait, the clock jumps to what happens next. While a simulation
+runs, `socket.socket` and its kin make modelled sockets, `time` tells virtual
+time, and what would leave the simulation (a real socket, a thread, a process)
+is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import Any, Final, NoReturn, TypeVar
+
+from timewait.sim.host import Host, Sock
+from timewait.sim.network import Network
+from timewait.sim.socket import _HERE, SimSocket, current_host
+
+__all__ = ["Deadlock", "LeavesSimulation", "SimLoop", "SimSelector", "run"]
+
+T = TypeVar("T")
+
+READ: Final = selectors.EVENT_READ
+WRITE: Final = selectors.EVENT_WRITE
+EPOCH: Final = 1_767_225_600.0  # what time.time() says at the start: 2026-01-01T00:00:00Z
+
+
+class Deadlock(RuntimeError):
+    """Nothing is ready, and nothing will ever happen: the message names who waits for what."""
+
+
+class LeavesSimulation(RuntimeError):
+    """The program tried to use a real socket, a thread or a process inside a simulation."""
+
+
+class SimSelector(selectors.BaseSelector):
+    """Readiness from modelled sockets; waiting moves the clock."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._keys: dict[int, selectors.SelectorKey] = {}
+        # Sockets to look at: whatever happened to them, and those found ready last time.
+        self._touched: dict[int, Sock] = {}
+        self.stuck: Callable[[], NoReturn] | None = None
+
+    def _fd(self, fileobj: Any) -> int:
+        return fileobj if isinstance(fileobj, int) else int(fileobj.fileno())
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """Watch a modelled socket; `LeavesSimulation` for any other file."""
+        fd = self._fd(fileobj)
+        sock = self.network.files.get(fd)
+        if sock is None:
+            raise LeavesSimulation(f"file {fd} is not a simulated socket: it cannot be watched here")
+        if fd in self._keys:
+            raise KeyError(f"{fileobj!r} (FD {fd}) is already registered")
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        sock.watch = self._touched
+        self._touched[fd] = sock
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        """Watch it no more."""
+        fd = self._fd(fileobj)
+        key = self._keys.pop(fd)
+        self._touched.pop(fd, None)
+        sock = self.network.files.get(fd)
+        if sock is not None:
+            sock.watch = None
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        """Watch it for something else."""
+        fd = self._fd(fileobj)
+        if fd not in self._keys:
+            raise KeyError(f"{fileobj!r} is not registered")
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        self._touched[fd] = self.network.files[fd]
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """What is ready; if nothing is, time passes until something is or `timeout` is over."""
+        clock = self.network.clock
+        until = clock.now if timeout is not None and timeout <= 0 else None
+        while True:
+            ready = self._ready() if self._touched else []
+            if ready:
+                return ready
+            if until is None:
+                until = float("inf") if timeout is None else clock.now + timeout
+            due = clock.next
+            if due is None or due > until:
+                if until == float("inf"):
+                    assert self.stuck is not None
+                    self.stuck()
+                clock.now = max(clock.now, until)
+                return ready
+            clock.run_until(until)
+
+    def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = []
+        for fd, sock in list(self._touched.items()):
+            key = self._keys.get(fd)
+            mask = 0
+            if key is not None:
+                if key.events & READ and sock.readable():
+                    mask = READ
+                if key.events & WRITE and sock.writable():
+                    mask |= WRITE
+            if mask:
+                assert key is not None
+                ready.append((key, mask))
+            else:
+                del self._touched[fd]
+        return ready
+
+    def get_key(self, fileobj: Any) -> selectors.SelectorKey:
+        """The key of a watched socket."""
+        return self._keys[self._fd(fileobj)]
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        """All that is watched, by number."""
+        return self._keys
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        for fd in list(self._keys):
+            self.unregister(fd)
+
+
+class SimLoop(asyncio.SelectorEventLoop):
+    """asyncio's loop for one network; `time()` is virtual seconds since its start."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._selector_of_sim = SimSelector(network)
+        self._selector_of_sim.stuck = self._stuck
+        self._thread = threading.get_ident()
+        self._handled: dict[int, Any] = {}
+        super().__init__(self._selector_of_sim)
+        self._clock_resolution = 0.0
+
+    def time(self) -> float:
+        """Virtual seconds since the simulation began."""
+        return self.network.clock.now
+
+    # No thread can wake this loop, so there is no pipe to be woken by.
+
+    def _make_self_pipe(self) -> None:
+        pass
+
+    def _close_self_pipe(self) -> None:
+        pass
+
+    def _write_to_self(self) -> None:
+        pass
+
+    def _process_self_data(self, data: bytes) -> None:
+        pass
+
+    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+        """As `call_soon`; `RuntimeError` from another thread."""
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("a simulated loop cannot be used from another thread")
+        return self.call_soon(callback, *args, context=context)
+
+    # Executors run inline.
+
+    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> Any:
+        """Call `func` at once: there are no threads."""
+        self._check_closed()
+        future = self.create_future()
+        try:
+            result = func(*args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        return future
+
+    async def getaddrinfo(self, host: Any, port: Any, **hints: Any) -> Any:
+        """Names of the simulated network."""
+        return _getaddrinfo(host, port, **hints)
+
+    async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
+        """The numeric form."""
+        return sockaddr[0], str(sockaddr[1])
+
+    async def _sock_sendfile_native(
+        self, sock: Any, file: Any, offset: int, count: int | None
+    ) -> NoReturn:
+        raise asyncio.SendfileNotAvailableError("a simulated socket has no sendfile()")
+
+    # What leaves the simulation.
+
+    async def subprocess_exec(self, *args: Any, **named: Any) -> NoReturn:
+        """Refused."""
+        _leaves("a subprocess")
+
+    async def subprocess_shell(self, *args: Any, **named: Any) -> NoReturn:
+        """Refused."""
+        _leaves("a subprocess")
+
+    async def create_datagram_endpoint(self, *args: Any, **named: Any) -> NoReturn:
+        """Refused: only TCP is simulated."""
+        _leaves("a datagram socket")
+
+    async def create_unix_connection(self, *args: Any, **named: Any) -> NoReturn:
+        """Refused: only TCP is simulated."""
+        _leaves("a Unix socket")
+
+    async def create_unix_server(self, *args: Any, **named: Any) -> NoReturn:
+        """Refused: only TCP is simulated."""
+        _leaves("a Unix socket")
+
+    async def connect_read_pipe(self, *args: Any, **named: Any) -> NoReturn:
+        """Refused."""
+        _leaves("a pipe")
+
+    async def connect_write_pipe(self, *args: Any, **named: Any) -> NoReturn:
+        """Refused."""
+        _leaves("a pipe")
+
+    # Signals come from outside, between two callbacks.
+
+    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
+        """As on any loop, in the main thread."""
+
+        def handle(_number: int, _frame: Any) -> None:
+            self.call_soon(callback, *args)
+
+        previous = signal.signal(sig, handle)
+        self._handled.setdefault(sig, previous)
+
+    def remove_signal_handler(self, sig: int) -> bool:
+        """Put back what was there before; whether there was a handler."""
+        if sig not in self._handled:
+            return False
+        signal.signal(sig, self._handled.pop(sig))
+        return True
+
+    def close(self) -> None:
+        """Close the loop and put signal handlers back."""
+        for sig in list(self._handled):
+            self.remove_signal_handler(sig)
+        super().close()
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """As asyncio's, noting the virtual time."""
+        error = context.get("exception")
+        if error is not None:
+            _note(error, self.time())
+        super().call_exception_handler(context)
+
+    def _stuck(self) -> NoReturn:
+        waiting = [
+            f"  {task.get_name()} on {_host_of(task)}: {_awaited(task)}"
+            for task in sorted(asyncio.all_tasks(self), key=lambda t: _number(t.get_name()))
+            if not task.done()
+        ]
+        raise Deadlock(
+            f"nothing is ready and no timer runs, {self.time():g} s into the simulation; "
+            "waiting are:\n" + "\n".join(waiting or ["  no task at all"])
+        )
+
+
+def run(
+    main: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+    *,
+    seed: int | str = 0,
+    hosts: Mapping[str, str | list[str] | None] | list[str] | Network | None = None,
+    profile: Any = "linux",
+    debug: bool | None = None,
+) -> T:
+    """Run a coroutine (or an async function) in virtual time and return its result.
+
+    `hosts` names the simulated hosts, with their addresses if you care; the
+    program starts on the first. Without it there is one host, "localhost". A
+    `Network` made beforehand serves too. `seed` decides all that is left to
+    chance, Python's `random` included. `profile` names the hosts' TCP.
+
+    Raises what the program raises, with a note of the virtual time;
+    `Deadlock` if it waits for what cannot happen.
+    """
+    network = hosts if isinstance(hosts, Network) else Network(seed)
+    if not isinstance(hosts, Network):
+        named: Mapping[str, Any] = (
+            {"localhost": []}
+            if hosts is None
+            else hosts
+            if isinstance(hosts, Mapping)
+            else dict.fromkeys(hosts)
+        )
+        for name, given in named.items():
+            if name == "localhost":
+                network.hosts[name] = Host(network, name, [], profile=profile)
+            else:
+                addresses = [given] if isinstance(given, str) else given or []
+                network.host(name, *addresses, profile=profile)
+    if not network.hosts:
+        raise ValueError("a network without hosts has nowhere to run a program")
+    first = next(iter(network.hosts.values()))
+    context = copy_context()
+    context.run(_HERE.set, first)
+    loop = SimLoop(network)
+    with _inside(network, seed):
+        runner = asyncio.Runner(loop_factory=lambda: loop, debug=debug)
+        try:
+            with runner:
+                coroutine = main if asyncio.iscoroutine(main) else context.run(main)  # type: ignore[arg-type]
+                return runner.run(coroutine, context=context)
+        except BaseException as error:
+            _note(error, network.clock.now)
+            raise
+        finally:
+            loop.close()
+
+
+def _note(error: BaseException, now: float) -> None:
+    text = f"{now:.6f} s into the simulation"
+    if text not in getattr(error, "__notes__", ()):
+        error.add_note(text)
+
+
+# Inside a simulation.
+
+_network: Network | None = None
+_hooked = False
+
+
+@contextmanager
+def _inside(network: Network, seed: int | str) -> Iterator[None]:
+    """Put the simulation in the place of the machine, and the machine back afterwards."""
+    global _network, _hooked
+    if _network is not None:
+        raise RuntimeError("a simulation runs already")
+    if not _hooked:
+        sys.addaudithook(_audit)
+        _hooked = True
+    clock = network.clock
+
+    def sleep(seconds: float) -> None:
+        """Nothing of the program runs meanwhile, but its kernel and the network do."""
+        until = clock.now + seconds
+        while clock.run_until(until):
+            pass
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (socket, "socket", SimSocket),
+        (socket, "create_connection", _create_connection),
+        (socket, "create_server", _create_server),
+        (socket, "getaddrinfo", _getaddrinfo),
+        (socket, "gethostbyname", lambda name: _getaddrinfo(name, 0, socket.AF_INET)[0][4][0]),
+        (socket, "gethostname", lambda: current_host().name),
+        (socket, "getfqdn", lambda name="": name or current_host().name),
+        (socket, "socketpair", lambda *a, **k: _leaves("a socket pair")),
+        (socket, "fromfd", _fromfd),
+        (time, "monotonic", lambda: clock.now),
+        (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
+        (time, "time", lambda: EPOCH + clock.now),
+        (time, "time_ns", lambda: int((EPOCH + clock.now) * 1e9)),
+        (time, "sleep", sleep),
+    ]
+    originals = [(where, name, getattr(where, name)) for where, name, _ in replaced]
+    dice = random.getstate()
+    random.seed(f"{seed}/random")
+    _network = network
+    for where, name, ours in replaced:
+        setattr(where, name, ours)
+    try:
+        yield
+    finally:
+        for where, name, theirs in originals:
+            setattr(where, name, theirs)
+        _network = None
+        random.setstate(dice)
+
+
+_REFUSED: Final = {
+    "socket.__new__": "a real socket",
+    "socket.getaddrinfo": "a real name look-up",
+    "socket.gethostbyname": "a real name look-up",
+    "subprocess.Popen": "a subprocess",
+    "os.system": "a subprocess",
+    "os.fork": "a subprocess",
+    "os.posix_spawn": "a subprocess",
+    "_thread.start_new_thread": "a thread",
+    "_thread.start_joinable_thread": "a thread",
+}
+_thread_of_sim: int | None = None
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    if _network is not None and event in _REFUSED:
+        _leaves(_REFUSED[event])
+
+
+def _leaves(what: str) -> NoReturn:
+    raise LeavesSimulation(
+        f"{what} would leave the simulation: inside, only simulated TCP sockets "
+        "of the event loop's own thread exist"
+    )
+
+
+def _getaddrinfo(
+    host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
+) -> list[tuple[Any, Any, int, str, Any]]:
+    here = current_host()
+    if isinstance(host, bytes):
+        host = host.decode()
+    if isinstance(port, (str, bytes)):
+        try:
+            port = int(port)
+        except ValueError:
+            ports = {"http": 80, "https": 443, "ftp": 21, "ssh": 22, "smtp": 25, "domain": 53}
+            if str(port) not in ports:
+                raise socket.gaierror(
+                    socket.EAI_SERVICE, "Servname not supported for ai_socktype"
+                ) from None
+            port = ports[str(port)]
+    if host in (None, ""):
+        names = ["0.0.0.0", "::"] if flags & socket.AI_PASSIVE else ["::1", "127.0.0.1"]
+        found = [n for n in names if family in (0, socket.AF_INET6 if ":" in n else socket.AF_INET)]
+    else:
+        found = here.resolve(host, family)
+        if not found:
+            if here.resolve(host):
+                raise socket.gaierror(
+                    socket.EAI_ADDRFAMILY, "Address family for hostname not supported"
+                )
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    kinds = [
+        (kind, number)
+        for kind, number in (
+            (socket.SOCK_STREAM, socket.IPPROTO_TCP),
+            (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
+        )
+        if type in (0, kind) and proto in (0, number)
+    ]
+    if not kinds:
+        raise socket.gaierror(socket.EAI_SOCKTYPE, "ai_socktype not supported")
+    mapped = isinstance(host, str) and host.lower().startswith("::ffff:")
+    answers: list[tuple[Any, Any, int, str, Any]] = []
+    for address in found:
+        for kind, number in kinds:
+            if ":" in address:
+                answers.append((socket.AF_INET6, kind, number, "", (address, port or 0, 0, 0)))
+            elif mapped:
+                full = (f"::ffff:{address}", port or 0, 0, 0)
+                answers.append((socket.AF_INET6, kind, number, "", full))
+            else:
+                answers.append((socket.AF_INET, kind, number, "", (address, port or 0)))
+    return answers
+
+
+def _create_connection(
+    address: tuple[str, int], timeout: Any = None, source_address: Any = None, **_: Any
+) -> SimSocket:
+    """socket.create_connection, which must not have to wait here."""
+    failure: OSError | None = None
+    for family, kind, number, _name, target in _getaddrinfo(*address, 0, socket.SOCK_STREAM):
+        sock = SimSocket(family, kind, number)
+        try:
+            if source_address:
+                sock.bind(source_address)
+            sock.connect(target)
+        except OSError as error:
+            failure = error
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failure or OSError("getaddrinfo returns an empty list")
+
+
+def _create_server(
+    address: Any,
+    *,
+    family: int = socket.AF_INET,
+    backlog: int | None = None,
+    reuse_port: bool = False,
+    dualstack_ipv6: bool = False,
+) -> SimSocket:
+    sock = SimSocket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dualstack_ipv6 else 1)
+        sock.bind(address)
+        sock.listen(128 if backlog is None else backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _fromfd(fd: int, family: int, type: int, proto: int = 0) -> SimSocket:
+    sock = current_host().network.files.get(fd)
+    if sock is None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    first = SimSocket(fileno=fd)
+    again = first.dup()
+    first.detach()
+    return again
+
+
+# Who waits for what.
+
+
+def _number(name: str) -> tuple[str, int]:
+    """Task names in the order people count."""
+    head = name.rstrip("0123456789")
+    return head, int(name[len(head) :] or 0)
+
+
+def _host_of(task: asyncio.Task[Any]) -> str:
+    host = getattr(task, "get_context", lambda: {})().get(_HERE) if sys.version_info >= (3, 12) else None
+    return host.name if host is not None else "its host"
+
+
+def _awaited(task: asyncio.Task[Any]) -> str:
+    """The innermost thing a task's coroutine waits for, and where."""
+    coroutine: Any = task.get_coro()
+    frame: Any = None
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None) or frame
+        inner = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+        if inner is None:
+            break
+        coroutine = inner
+    if frame is None:
+        return "not started"
+    code = frame.f_code
+    return f"{code.co_qualname}() ({code.co_filename}:{frame.f_lineno})"

@@ -1,0 +1,494 @@
+"""Hosts, their names and addresses, and the links between them, good and bad.
+
+A segment travels under the key by which its *receiver* knows the connection:
+`(local address, local port, remote address, remote port)`. Within a host, and
+over a link without delay, it arrives at once, by way of one queue, so that
+nobody's stack is entered twice; over any other link it waits in the clock.
+
+All chance (loss, jitter, duplication, reordering) is drawn from the network's
+seed, a generator for each direction of each link, so that what one link does
+never depends on another's traffic. A `Fault` is chance taken out: it picks
+the one segment to be lost, delayed or repeated.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import deque
+from collections.abc import Callable, Iterator
+from random import Random
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from attrs import define, evolve, field, frozen
+
+from timewait.events import Event, Row, SegmentSeen, Transition
+from timewait.sim.clock import Clock
+from timewait.tcp.segment import ACK, FIN, RST, SYN, Segment, seq_add, seq_le
+
+if TYPE_CHECKING:
+    from timewait.sim.host import Host, Sock
+
+__all__ = ["Fault", "Key", "Link", "Network", "Observer", "canonical"]
+
+Key: TypeAlias = tuple[str, int, str, int]
+Place: TypeAlias = "Host | str | int | tuple[str, int]"
+
+
+def canonical(address: str) -> str:
+    """An IP address as it is kept here: shortest spelling, IPv4-mapped as IPv4.
+
+    Raises `ValueError` where it is no address.
+    """
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(parsed)
+
+
+@frozen
+class Link:
+    """What one direction of a link does to segments.
+
+    `delay` and `jitter` are in seconds (a segment takes `delay` plus up to
+    `jitter`); `loss`, `duplicate` and `reorder` are probabilities. Segments
+    stay in order unless `reorder` says otherwise, whatever the jitter. `up`
+    is false while the link is cut.
+    """
+
+    delay: float = 0.001
+    jitter: float = 0.0
+    loss: float = 0.0
+    duplicate: float = 0.0
+    reorder: float = 0.0
+    up: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        if self.delay < 0 or self.jitter < 0:
+            raise ValueError("a link's delay and jitter are not negative")
+        for name in ("loss", "duplicate", "reorder"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"a link's {name} is a probability, from 0 to 1")
+
+
+@define(eq=False)
+class Fault:
+    """Something that happens to chosen segments. Made by `Network.drop` and its like."""
+
+    act: str
+    segments: str
+    source: Place | None = None
+    target: Place | None = None
+    first: int = 1
+    times: int | None = 1
+    seconds: float = 0.0
+    seen: int = field(default=0, init=False)
+    done: int = field(default=0, init=False)
+
+
+@define
+class _Flow:
+    """What `last-ack` needs to know of one direction: the number after its FIN."""
+
+    fin: int | None = None
+    acked: bool = False
+
+
+_KINDS: dict[str, Callable[[Segment], bool]] = {
+    "any": lambda s: True,
+    "SYN": lambda s: s.flags & (SYN | ACK) == SYN,
+    "SYN,ACK": lambda s: s.flags & (SYN | ACK) == SYN | ACK,
+    "FIN": lambda s: s.flags & FIN != 0,
+    "RST": lambda s: s.flags & RST != 0,
+    "ACK": lambda s: s.flags & (SYN | FIN | RST | ACK) == ACK and not s.data,
+    "data": lambda s: bool(s.data),
+    "last-ack": lambda s: s.flags & (SYN | FIN | RST | ACK) == ACK,
+}
+
+
+class Network:
+    """An internet of modelled hosts.
+
+    `seed` decides everything that is left to chance. `link` is what every
+    pair of hosts has between them until `connect` says otherwise.
+    """
+
+    def __init__(self, seed: int | str = 0, *, link: Link | None = None) -> None:
+        self.seed = seed
+        self.clock = Clock()
+        self.hosts: dict[str, Host] = {}
+        self.files: dict[int, Sock] = {}
+        self.next_fd = 1 << 20  # no real file has such a number
+        self.faults: list[Fault] = []
+        self.observers: list[Observer] = []
+        self._link = link or Link()
+        self._links: dict[tuple[str, str], Link] = {}
+        self._random: dict[tuple[str, str], Random] = {}
+        self._last: dict[tuple[str, str], float] = {}
+        self._by_address: dict[str, Host] = {}
+        self._flows: dict[Key, _Flow] = {}
+        self._queue: deque[tuple[Host, Key, Segment]] = deque()
+        self._draining = False
+
+    # Hosts and names.
+
+    def host(self, name: str, *addresses: str, **settings: Any) -> Host:
+        """Add a host; without addresses it gets 10.0.x.y and fd00::x:y. `settings` as `Host`'s.
+
+        Raises `ValueError` where the name or an address is taken, or is none.
+        """
+        from timewait.sim.host import Host
+
+        if name in self.hosts:
+            raise ValueError(f"there is a host {name!r} already")
+        number = len(self.hosts) + 1
+        given = [canonical(a) for a in addresses]
+        if not given:
+            given = [f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", f"fd00::{number:x}"]
+        for address in given:
+            if address in self._by_address:
+                owner = self._by_address[address].name
+                raise ValueError(f"{address} is {owner!r}'s address already")
+            if ipaddress.ip_address(address).is_loopback:
+                raise ValueError(f"{address} is every host's own")
+        host = Host(self, name, given, **settings)
+        self.hosts[name] = host
+        for address in given:
+            self._by_address[address] = host
+        return host
+
+    def find(self, address: str) -> Host | None:
+        """The host that has the (canonical, not loopback) address."""
+        return self._by_address.get(address)
+
+    # Links.
+
+    def connect(self, a: Host | str, b: Host | str, *, both: bool = True, **changes: Any) -> None:
+        """Change the link from `a` to `b` (and back): any field of `Link` by name."""
+        pairs = [(_name(a), _name(b))]
+        if both:
+            pairs.append((_name(b), _name(a)))
+        for pair in pairs:
+            for name in pair:
+                if name not in self.hosts:
+                    raise ValueError(f"no host {name!r}")
+            self._links[pair] = evolve(self.link(*pair), **changes)
+
+    def link(self, a: Host | str, b: Host | str) -> Link:
+        """The link from `a` to `b` as it is now."""
+        return self._links.get((_name(a), _name(b)), self._link)
+
+    def partition(self, *hosts: Host | str, one_way: bool = False) -> None:
+        """Cut the hosts off from all others (`one_way`: they still hear, nobody hears them)."""
+        self._cut(hosts, up=False, one_way=one_way)
+
+    def heal(self, *hosts: Host | str) -> None:
+        """Mend the cut links of the hosts; of all hosts if none is named."""
+        self._cut(hosts or tuple(self.hosts), up=True, one_way=False)
+
+    def _cut(self, hosts: tuple[Host | str, ...], *, up: bool, one_way: bool) -> None:
+        inside = {_name(h) for h in hosts}
+        for a in self.hosts:
+            for b in self.hosts:
+                crossing = a != b and (up or (a in inside) != (b in inside))
+                if crossing and (a in inside or (b in inside and not one_way)):
+                    self._links[a, b] = evolve(self.link(a, b), up=up)
+
+    # Faults.
+
+    def drop(
+        self,
+        segments: str = "any",
+        *,
+        source: Place | None = None,
+        target: Place | None = None,
+        nth: int = 1,
+        times: int | None = 1,
+    ) -> Fault:
+        """Lose segments: `times` of them (None: all), from the `nth` that matches.
+
+        `segments` is "SYN", "SYN,ACK", "FIN", "RST", "ACK" (nothing else in
+        it), "data", "last-ack" (of the close: what the side in TIME_WAIT
+        sends) or "any". `source` and `target` are a host, its name, an
+        address, a port, or `(address, port)`.
+        """
+        return self._aim("drop", segments, source, target, nth, times, 0.0)
+
+    def delay(
+        self,
+        segments: str,
+        seconds: float,
+        *,
+        source: Place | None = None,
+        target: Place | None = None,
+        nth: int = 1,
+        times: int | None = 1,
+    ) -> Fault:
+        """Hold segments up for `seconds` more; chosen as in `drop`. Later ones overtake them."""
+        return self._aim("delay", segments, source, target, nth, times, seconds)
+
+    def duplicate(
+        self,
+        segments: str,
+        seconds: float,
+        *,
+        source: Place | None = None,
+        target: Place | None = None,
+        nth: int = 1,
+        times: int | None = 1,
+    ) -> Fault:
+        """Deliver segments, and once more `seconds` later; chosen as in `drop`."""
+        return self._aim("duplicate", segments, source, target, nth, times, seconds)
+
+    def _aim(
+        self,
+        act: str,
+        segments: str,
+        source: Place | None,
+        target: Place | None,
+        nth: int,
+        times: int | None,
+        seconds: float,
+    ) -> Fault:
+        if segments not in _KINDS:
+            raise ValueError(f"not a kind of segment: {segments!r} (one of {', '.join(_KINDS)})")
+        if nth < 1 or (times is not None and times < 1) or seconds < 0:
+            raise ValueError("nth and times start at 1, and no fault lies in the past")
+        for place in (source, target):
+            if isinstance(place, str) and place not in self.hosts:
+                try:
+                    canonical(place)
+                except ValueError:
+                    raise ValueError(f"no host and no address: {place!r}") from None
+        fault = Fault(act, segments, source, target, nth, times, seconds)
+        self.faults.append(fault)
+        return fault
+
+    def _struck(self, sender: Host, receiver: Host, key: Key, segment: Segment) -> Fault | None:
+        """The first fault that picks this segment."""
+        last = self._follow(key, segment)
+        struck = None
+        for fault in self.faults:
+            if (
+                _KINDS[fault.segments](segment)
+                and (last or fault.segments != "last-ack")
+                and _at(fault.source, sender, key[2], key[3])
+                and _at(fault.target, receiver, key[0], key[1])
+            ):
+                fault.seen += 1
+                if (
+                    struck is None
+                    and fault.seen >= fault.first
+                    and (fault.times is None or fault.done < fault.times)
+                ):
+                    fault.done += 1
+                    struck = fault
+        return struck
+
+    def _follow(self, key: Key, segment: Segment) -> bool:
+        """Note FINs and their ACKs; whether this segment is the last ACK of a close."""
+        back = (key[2], key[3], key[0], key[1])
+        out = self._flows.setdefault(key, _Flow())
+        other = self._flows.setdefault(back, _Flow())
+        if segment.flags & SYN:
+            out.fin, out.acked = None, False
+        if segment.flags & FIN:
+            out.fin = seq_add(segment.seq, segment.length)
+        if segment.flags & ACK and other.fin is not None and seq_le(other.fin, segment.ack):
+            other.acked = True
+            return out.fin is not None
+        return False
+
+    # Carrying.
+
+    def send(self, sender: Host, key: Key, segment: Segment) -> None:
+        """Carry a segment to whoever has `key`'s first address; to nobody, if nobody does."""
+        target = key[0]
+        if sender.is_local(target):
+            receiver: Host | None = sender
+        else:
+            receiver = self._by_address.get(target)
+        if receiver is None:
+            self._tap(key, segment, lost=True)
+            return
+        fault = self._struck(sender, receiver, key, segment) if self.faults else None
+        if fault is not None and fault.act == "drop":
+            self._tap(key, segment, lost=True)
+            return
+        extra = fault.seconds if fault is not None and fault.act == "delay" else 0.0
+        repeat = fault.seconds if fault is not None and fault.act == "duplicate" else None
+        if receiver is sender:
+            if self.observers:
+                self._tap(key, segment)
+            if extra:
+                self.clock.at(self.clock.now + extra, self._arrive, (receiver, key, segment))
+            else:
+                self._queue.append((receiver, key, segment))
+        else:
+            self._carry(sender, receiver, key, segment, extra)
+        if repeat is not None:
+            self.clock.at(self.clock.now + repeat, self._arrive, (receiver, key, segment))
+
+    def _carry(
+        self, sender: Host, receiver: Host, key: Key, segment: Segment, extra: float
+    ) -> None:
+        pair = (sender.name, receiver.name)
+        link = self._links.get(pair, self._link)
+        if not link.up:
+            self._tap(key, segment, lost=True)
+            return
+        when = self.clock.now + link.delay
+        copies = 1
+        in_order = True
+        if link.loss or link.jitter or link.duplicate or link.reorder:
+            dice = self._random.get(pair)
+            if dice is None:
+                dice = self._random[pair] = Random(f"{self.seed}/{pair[0]}/{pair[1]}")
+            if link.loss and dice.random() < link.loss:
+                self._tap(key, segment, lost=True)
+                return
+            if link.jitter:
+                when += dice.random() * link.jitter
+            if link.duplicate and dice.random() < link.duplicate:
+                copies = 2
+            if link.reorder and dice.random() < link.reorder:
+                in_order = False
+                when += link.delay + link.jitter
+        if self.observers:
+            self._tap(key, segment)
+        if extra:
+            when += extra
+        elif in_order:
+            when = self._last[pair] = max(when, self._last.get(pair, 0.0))
+        if when <= self.clock.now:
+            for _ in range(copies):
+                self._queue.append((receiver, key, segment))
+            return
+        for _ in range(copies):
+            self.clock.at(when, self._arrive, (receiver, key, segment))
+
+    def _arrive(self, what: tuple[Host, Key, Segment]) -> None:
+        self._queue.append(what)
+        self.drain()
+
+    def drain(self) -> None:
+        """Deliver what has arrived, and what that sets off, in order."""
+        if self._draining:
+            return
+        self._draining = True
+        queue = self._queue
+        try:
+            while queue:
+                host, key, segment = queue.popleft()
+                host.arrive(key, segment)
+        finally:
+            self._draining = False
+
+    # Being watched.
+
+    def observe(self, callback: Callable[[Event], object] | None = None) -> Observer:
+        """Watch all hosts: a context manager that yields transitions and segments.
+
+        With `callback`, events go there as they happen; without, `read()`
+        returns those since it was last called.
+        """
+        return Observer(self, callback)
+
+    @property
+    def events(self) -> Observer:
+        """An observer that is watching already."""
+        return Observer(self, None).__enter__()
+
+    def emit(self, event: Event) -> None:
+        """Tell every observer."""
+        for observer in self.observers:
+            observer.tell(event)
+
+    def _tap(self, key: Key, segment: Segment, lost: bool = False) -> None:
+        if not self.observers:
+            return
+        options = segment.options
+        self.emit(
+            SegmentSeen(
+                t=self.clock.now,
+                src=(key[2], key[3]),
+                dst=(key[0], key[1]),
+                flags=segment.flags,
+                seq=segment.seq,
+                ack=segment.ack,
+                length=len(segment.data),
+                window=segment.window,
+                ts=(options.ts_val, options.ts_ecr or 0)
+                if options is not None and options.ts_val is not None
+                else None,
+                source="model",
+                lost=lost,
+            )
+        )
+
+    def watch_connections(self) -> None:
+        """Have every connection report its transitions, or none if nobody watches."""
+        for host in self.hosts.values():
+            host.report(bool(self.observers))
+
+
+class Observer:
+    """Sees every transition and every segment of a network while it is entered."""
+
+    name = "model"
+    blind: tuple[str, ...] = ()
+    lost = 0
+
+    def __init__(self, network: Network, callback: Callable[[Event], object] | None) -> None:
+        self._network = network
+        self._seen: list[Event] = []
+        self.tell: Callable[[Event], object] = callback or self._seen.append
+
+    def __enter__(self) -> Observer:
+        self._network.observers.append(self)
+        self._network.watch_connections()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._network.observers.remove(self)
+        self._network.watch_connections()
+
+    def read(self) -> list[Event]:
+        """All events since the last call."""
+        seen = self._seen[:]
+        self._seen.clear()
+        return seen
+
+    def fileno(self) -> int | None:
+        """None: a model is never waited for."""
+        return None
+
+    def rows(self, port: int | None = None) -> list[Row]:
+        """What netstat would show now, on all hosts."""
+        return [row for host in self._network.hosts.values() for row in host.rows(port)]
+
+    def transitions(self) -> Iterator[Transition]:
+        """The transitions among what `read` would return next; they stay there."""
+        return (event for event in self._seen if isinstance(event, Transition))
+
+
+def _name(host: Host | str) -> str:
+    return host if isinstance(host, str) else host.name
+
+
+def _at(place: Place | None, host: Host, address: str, port: int) -> bool:
+    """Whether a segment's end is at `place`."""
+    if place is None or place is host:
+        return True
+    if isinstance(place, str):
+        return place == host.name or place == address
+    if isinstance(place, int):
+        return place == port
+    if isinstance(place, tuple):
+        return place == (address, port)
+    return False

@@ -1,0 +1,438 @@
+"""SimSocket: Python's socket object over a modelled host.
+
+It takes `socket.socket`'s place while a simulation runs, with the same
+methods, the same argument checks and the same errors; only what a socket can
+do is here, what it means is in `timewait.sim.host`. Options that are not
+modelled are refused with ENOPROTOOPT, other kinds of sockets with
+EAFNOSUPPORT or ESOCKTNOSUPPORT, and what would have to wait in blocking mode
+with `WouldBlockForever`: nothing can block in virtual time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import warnings
+from collections.abc import Iterable
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, Final
+
+from timewait.sim.host import AF_INET, AF_INET6, Host, Sock, fail
+from timewait.sim.ports import is_v4
+
+__all__ = ["SimSocket", "WouldBlockForever", "current_host"]
+
+_HERE: ContextVar[Host] = ContextVar("host")
+
+_SOCK_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_KNOWN_FLAGS: Final = (
+    socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_CMSG_CLOEXEC
+)
+IP_LOCAL_PORT_RANGE: Final = 51  # not in Python's socket module
+IPV6_V6ONLY: Final = socket.IPV6_V6ONLY
+
+
+class WouldBlockForever(RuntimeError):
+    """A blocking call would have to wait, and nothing waits in virtual time."""
+
+
+def current_host() -> Host:
+    """The host on which the calling code runs.
+
+    Raises `RuntimeError` outside of a simulation.
+    """
+    try:
+        return _HERE.get()
+    except LookupError:
+        raise RuntimeError("no simulated host: this code does not run in a simulation") from None
+
+
+class SimSocket:
+    """A TCP socket of a modelled host; see `socket.socket`."""
+
+    __slots__ = ("__weakref__", "_family", "_host", "_sock", "_timeout")
+
+    def __init__(
+        self,
+        family: int = -1,
+        type: int = -1,
+        proto: int = -1,
+        fileno: int | None = None,
+    ) -> None:
+        self._sock: Sock | None = None
+        self._timeout: float | None = socket.getdefaulttimeout()
+        host = current_host()
+        self._host = host
+        if fileno is not None:
+            if fileno not in host.network.files:
+                fail(errno.EBADF)
+            self._sock = host.network.files[fileno]
+            self._family = self._sock.family
+            return
+        self._family = AF_INET if family == -1 else family
+        kind = socket.SOCK_STREAM if type == -1 else type
+        if self._family not in (AF_INET, AF_INET6):
+            raise OSError(
+                errno.EAFNOSUPPORT, f"{os.strerror(errno.EAFNOSUPPORT)}: only TCP is simulated"
+            )
+        if kind & ~_SOCK_FLAGS != socket.SOCK_STREAM:
+            raise OSError(
+                errno.ESOCKTNOSUPPORT, f"{os.strerror(errno.ESOCKTNOSUPPORT)}: only TCP is simulated"
+            )
+        if proto not in (-1, 0, socket.IPPROTO_TCP):
+            fail(errno.EPROTONOSUPPORT)
+        if kind & socket.SOCK_NONBLOCK:
+            self._timeout = 0.0
+        self._attach(host.socket(self._family))
+
+    def _attach(self, sock: Sock) -> None:
+        network = sock.host.network
+        sock.fd = network.next_fd
+        sock.files = 1
+        network.next_fd += 1
+        network.files[sock.fd] = sock
+        self._sock = sock
+
+    @classmethod
+    def _accepted(cls, sock: Sock) -> SimSocket:
+        new = cls.__new__(cls)
+        new._family = sock.family
+        new._host = sock.host
+        new._timeout = socket.getdefaulttimeout()
+        new._attach(sock)
+        return new
+
+    # What it is.
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """AF_INET or AF_INET6."""
+        return socket.AddressFamily(self._family)
+
+    @property
+    def type(self) -> socket.SocketKind:
+        """SOCK_STREAM."""
+        return socket.SOCK_STREAM
+
+    @property
+    def proto(self) -> int:
+        """Zero: the only protocol of its type."""
+        return 0
+
+    @property
+    def timeout(self) -> float | None:
+        """As `gettimeout()`."""
+        return self._timeout
+
+    def fileno(self) -> int:
+        """A number no real file has; -1 once closed."""
+        return -1 if self._sock is None else self._sock.fd
+
+    def _open(self) -> Sock:
+        sock = self._sock
+        if sock is None:
+            fail(errno.EBADF)
+        if not sock.host.up or sock.boot != sock.host.boots:
+            fail(errno.ENETDOWN)
+        return sock
+
+    # Blocking.
+
+    def setblocking(self, flag: bool) -> None:
+        """Blocking mode is allowed as long as nothing has to wait."""
+        if self._sock is None:
+            fail(errno.EBADF)
+        self._timeout = None if flag else 0.0
+
+    def settimeout(self, value: float | None) -> None:
+        """As `setblocking`; a timeout is blocking mode too."""
+        if value is not None and value < 0:
+            raise ValueError("Timeout value out of range")
+        if self._sock is None:
+            fail(errno.EBADF)
+        self._timeout = value
+
+    def gettimeout(self) -> float | None:
+        """None: blocking; 0.0: non-blocking."""
+        return self._timeout
+
+    def getblocking(self) -> bool:
+        """Whether the socket is in blocking mode."""
+        return self._timeout != 0.0
+
+    def get_inheritable(self) -> bool:
+        """Whether a child process would inherit it."""
+        return False
+
+    def set_inheritable(self, inheritable: bool) -> None:
+        """Accepted: there are no child processes."""
+        self._open()
+
+    def _wait(self, call: str, flags: int = 0) -> None:
+        """Here a blocking socket would wait."""
+        if self._timeout != 0.0 and not flags & socket.MSG_DONTWAIT:
+            raise WouldBlockForever(
+                f"{call}() on a blocking socket would wait, and nothing can block in virtual "
+                "time: call setblocking(False) and use the event loop"
+            ) from None
+
+    # Addresses.
+
+    def _address(self, address: Any, call: str) -> tuple[str, int]:
+        want = 2 if self._family == AF_INET else (2, 3, 4)
+        if not isinstance(address, tuple):
+            raise TypeError(
+                f"{call}(): {'AF_INET' if want == 2 else 'AF_INET6'} address must be tuple, "
+                f"not {address.__class__.__name__}"
+            )
+        if (want == 2 and len(address) != 2) or not 2 <= len(address) <= 4:
+            raise TypeError(f"{call}(): wrong number of items in the address")
+        host, port = address[0], address[1]
+        if isinstance(host, (bytes, bytearray)):
+            host = host.decode()
+        if not isinstance(host, str):
+            raise TypeError("str, bytes or bytearray expected, not " + host.__class__.__name__)
+        if not isinstance(port, int):
+            raise TypeError(f"{port.__class__.__name__!r} object cannot be interpreted as an integer")
+        if not 0 <= port <= 65535:
+            raise OverflowError(f"{call}(): port must be 0-65535.")
+        if host == "":
+            return ("0.0.0.0" if self._family == AF_INET else "::"), port
+        if host == "<broadcast>" and self._family == AF_INET:
+            return "255.255.255.255", port
+        mapped = self._family == AF_INET6 and host.lower().startswith("::ffff:") and "." in host
+        found = self._host.resolve(host, AF_INET if mapped else self._family)
+        if not found:
+            if self._host.resolve(host):
+                raise socket.gaierror(socket.EAI_ADDRFAMILY, "Address family for hostname not supported")
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return found[0], port
+
+    def _tuple(self, address: str, port: int) -> Any:
+        if self._family == AF_INET:
+            return address, port
+        return (f"::ffff:{address}" if is_v4(address) else address), port, 0, 0
+
+    def getsockname(self) -> Any:
+        """The local address; zeros if there is none yet."""
+        sock = self._open()
+        if sock.key is not None and sock.conn is not None and sock.phase:
+            return self._tuple(sock.key[0], sock.key[1])
+        return self._tuple(sock.address, sock.port)
+
+    def getpeername(self) -> Any:
+        """The remote address; ENOTCONN if there is none, or none any more."""
+        sock = self._open()
+        if sock.key is None or not sock.peer_known():
+            fail(errno.ENOTCONN)
+        return self._tuple(sock.key[2], sock.key[3])
+
+    # Calls.
+
+    def bind(self, address: Any) -> None:
+        """bind(2)."""
+        sock = self._open()
+        sock.bind(*self._address(address, "bind"))
+
+    def listen(self, backlog: int = 128) -> None:
+        """listen(2)."""
+        self._open().listen(max(backlog, 0))
+
+    def accept(self) -> tuple[SimSocket, Any]:
+        """accept(2): a new socket and the peer's address."""
+        try:
+            child = self._open().accept()
+        except BlockingIOError:
+            self._wait("accept")
+            raise
+        new = SimSocket._accepted(child)
+        return new, new._tuple(child.remote, child.remote_port)
+
+    def connect(self, address: Any) -> None:
+        """connect(2)."""
+        sock = self._open()
+        try:
+            sock.connect(*self._address(address, "connect"))
+        except BlockingIOError as error:
+            if self._timeout == 0.0 or error.errno != errno.EINPROGRESS:
+                raise
+            if not sock.writable():
+                self._wait("connect")
+            number = sock.take_error()
+            if number:
+                sock.disconnect()
+                raise OSError(number, os.strerror(number)) from None
+            sock.phase = 2
+
+    def connect_ex(self, address: Any) -> int:
+        """As `connect`, returning the errno."""
+        try:
+            self.connect(address)
+        except OSError as error:
+            if error.errno is None or isinstance(error, socket.gaierror):
+                raise
+            return error.errno
+        return 0
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """send(2): how many bytes were taken."""
+        _check_flags(flags)
+        try:
+            return self._open().send(bytes(data))
+        except BlockingIOError:
+            self._wait("send", flags)
+            raise
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all or fail."""
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[self.send(view, flags) :]
+
+    def sendto(self, data: Any, *rest: Any) -> int:
+        """As `send`: TCP ignores the address."""
+        return self.send(data, rest[0] if len(rest) > 1 else 0)
+
+    def sendmsg(
+        self, buffers: Iterable[Any], ancdata: Iterable[Any] = (), flags: int = 0, address: Any = None
+    ) -> int:
+        """sendmsg(2), without ancillary data."""
+        if list(ancdata):
+            fail(errno.EINVAL)
+        return self.send(b"".join(buffers), flags)
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        """recv(2)."""
+        if bufsize < 0:
+            raise ValueError("negative buffersize in recv")
+        if flags:
+            _check_flags(flags)
+        try:
+            return self._open().receive(bufsize, bool(flags & socket.MSG_PEEK))
+        except BlockingIOError:
+            self._wait("recv", flags)
+            raise
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """recv(2) into a buffer."""
+        view = memoryview(buffer).cast("B")
+        data = self.recv(nbytes or len(view), flags)
+        view[: len(data)] = data
+        return len(data)
+
+    def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, None]:
+        """As `recv`: on TCP there is no address with it."""
+        return self.recv(bufsize, flags), None
+
+    def recvmsg(
+        self, bufsize: int, ancbufsize: int = 0, flags: int = 0
+    ) -> tuple[bytes, list[Any], int, None]:
+        """recvmsg(2): never any ancillary data."""
+        return self.recv(bufsize, flags), [], 0, None
+
+    def shutdown(self, how: int) -> None:
+        """shutdown(2)."""
+        sock = self._open()
+        if how not in (socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR):
+            fail(errno.EINVAL)
+        sock.shutdown(how)
+
+    def close(self) -> None:
+        """close(2); once more does nothing."""
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.files -= 1
+            if not sock.files:
+                del sock.host.network.files[sock.fd]
+                sock.close()
+
+    def detach(self) -> int:
+        """Let go of the socket without closing it; returns its number."""
+        sock, self._sock = self._sock, None
+        return -1 if sock is None else sock.fd
+
+    def dup(self) -> SimSocket:
+        """Another object for the same socket: closed when both are."""
+        sock = self._open()
+        new = SimSocket.__new__(SimSocket)
+        new._family, new._host, new._timeout, new._sock = self._family, self._host, self._timeout, sock
+        sock.files += 1
+        return new
+
+    # Options.
+
+    def setsockopt(self, level: int, option: int, value: Any, optlen: int | None = None) -> None:
+        """setsockopt(2); ENOPROTOOPT for an option that is not modelled."""
+        sock = self._open()
+        if value is None:
+            fail(errno.EFAULT)
+        if isinstance(value, int):
+            number = value
+        else:
+            data = bytes(value)
+            if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
+                if len(data) < 8:
+                    fail(errno.EINVAL)
+                on, seconds = struct.unpack_from("ii", data)
+                sock.linger = seconds if on else None
+                return
+            if len(data) < 4:
+                fail(errno.EINVAL)
+            (number,) = struct.unpack_from("i", data)
+        sock.set_option(level, option, number)
+
+    def getsockopt(self, level: int, option: int, buflen: int = 0) -> Any:
+        """getsockopt(2); ENOPROTOOPT for an option that is not modelled."""
+        sock = self._open()
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
+            data = struct.pack("ii", sock.linger is not None, sock.linger or 0)
+        elif (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
+            data = bytes([sock.linux_state()]).ljust(248, b"\0")
+        else:
+            data = struct.pack("i", sock.get_option(level, option))
+        if buflen:
+            return data[:buflen]
+        return struct.unpack_from("i", data)[0]
+
+    # The object.
+
+    def makefile(self, *args: Any, **named: Any) -> Any:
+        """Refused: a file object reads in blocking mode."""
+        raise WouldBlockForever("makefile() reads in blocking mode, which virtual time cannot")
+
+    def __enter__(self) -> SimSocket:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> Any:
+        raise TypeError(f"cannot pickle {self.__class__.__name__!r} object")
+
+    def __repr__(self) -> str:
+        sock = self._sock
+        if sock is None:
+            return f"<SimSocket [closed] family={self._family}>"
+        text = f"<SimSocket on {self._host.name} fd={sock.fd}, {sock.state}"
+        text += f", laddr={self._tuple(sock.address, sock.port)}"
+        if sock.remote_port:
+            text += f", raddr={self._tuple(sock.remote, sock.remote_port)}"
+        return text + ">"
+
+    def __del__(self) -> None:
+        if self._sock is not None:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+
+def _check_flags(flags: int) -> None:
+    if flags & ~_KNOWN_FLAGS:
+        fail(errno.EOPNOTSUPP)
