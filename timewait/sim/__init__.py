@@ -1,1 +1,20 @@
 """An internet of modelled hosts, under an asyncio loop whose clock is virtual."""
+
+from timewait.sim.host import Host
+from timewait.sim.loop import Deadlock, LeavesSimulation, run
+from timewait.sim.network import Fault, Link, Network, Observer
+from timewait.sim.socket import SimSocket, WouldBlockForever, current_host
+
+__all__ = [
+    "Deadlock",
+    "Fault",
+    "Host",
+    "LeavesSimulation",
+    "Link",
+    "Network",
+    "Observer",
+    "SimSocket",
+    "WouldBlockForever",
+    "current_host",
+    "run",
+]

@@ -29,7 +29,7 @@ from timewait.sim.ports import ANY4, ANY6, PortTable, is_v4
 from timewait.tcp.connection import Connection
 from timewait.tcp.profiles import Profile, profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, Segment, seq_add
-from timewait.tcp.states import Event, State
+from timewait.tcp.states import Event, State, Timer
 
 if TYPE_CHECKING:
     from timewait.sim.network import Network
@@ -49,6 +49,12 @@ _RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
 _IP_BIND_ADDRESS_NO_PORT: Final = 24
 _IP_LOCAL_PORT_RANGE: Final = 51
+_TIMER_NAMES: Final = {
+    Timer.RETRANSMIT: "retransmit",
+    Timer.PROBE: "probe",
+    Timer.KEEPALIVE: "keepalive",
+    Timer.WAIT: "time_wait",
+}
 _LINUX_STATES: Final = {
     State.ESTABLISHED: 1,
     State.SYN_SENT: 2,
@@ -596,6 +602,12 @@ class Sock:
             return
         conn.segment(segment, self.host.network.clock.now)
         self.after(old)
+        if old is State.TIME_WAIT and conn.state is State.CLOSED and segment.flags & SYN:
+            # A new connection over the old one (tcp_timewait_state_process).
+            assert self.key is not None
+            self.host.next_iss = seq_add(conn.snd_nxt, 65537)
+            self.host.arrive(self.key, segment)
+            self.host.next_iss = None
         if self.watch is not None:
             self.watch[self.fd] = self
 
@@ -683,6 +695,7 @@ class Host:
         self.listeners: dict[tuple[str, int], list[Sock]] = {}
         self.time_waits = 0
         self._random = Random(f"{seed}/iss")
+        self.next_iss: int | None = None  # above everything an ended TIME_WAIT had sent
 
     # Addresses.
 
@@ -729,12 +742,12 @@ class Host:
 
     def connection(self, sock: Sock) -> Connection:
         """The protocol's part of a new connection."""
+        iss, self.next_iss = self.next_iss, None
         conn = Connection(
             self.profile,
-            iss=self._random.getrandbits(32),
+            iss=self._random.getrandbits(32) if iss is None else iss,
             mss=_LOOPBACK_MSS if self.is_local(sock.remote) else _MSS,
             timestamps=self.timestamps,
-            outbox=[],
         )
         if self.network.observers:
             conn.on_transition = _reporter(sock)
@@ -785,12 +798,39 @@ class Host:
         if old is None:
             return False
         conn = old.conn
-        if conn is None or conn.state is not State.TIME_WAIT:
+        if conn is None or not (
+            conn.state is State.TIME_WAIT or (conn.orphaned and conn.state is State.FIN_WAIT_2)
+        ):
             return True
         return not self._reusable(old, conn, key, choosing)
 
     def _reusable(self, old: Sock, conn: Connection, key: Key, choosing: Sock | None) -> bool:
-        raise NotImplementedError
+        """`tcp_twsk_unique`; with timestamps no old segment can be taken for a new one."""
+        if not conn.timestamps or not self.timestamps:
+            return False
+        if choosing is not None:
+            if conn.state is not State.TIME_WAIT or self.tw_reuse == 0:
+                return False
+            if self.tw_reuse == 2 and not (_is_loopback(key[0]) or _is_loopback(key[2])):
+                return False
+            since = conn.t_wait - self.profile.parameters.time_wait
+            if self.network.clock.now <= since + self.tw_reuse_delay:
+                return False
+        self.next_iss = seq_add(conn.snd_nxt, 65537)
+        self.end_time_wait(old, "REUSED")
+        return True
+
+    def end_time_wait(self, old: Sock, cause: str) -> None:
+        """A TIME_WAIT (or what stands for an orphaned FIN_WAIT_2) makes room."""
+        assert old.conn is not None
+        state = old.conn.state
+        old.conn.on_transition = None
+        old.conn.abort(self.network.clock.now)
+        old.conn.out.clear()
+        if state is State.TIME_WAIT:
+            self.time_waits -= 1
+        self.moved(old, state, State.CLOSED, cause)
+        self.forget(old)
 
     # Segments.
 
@@ -846,9 +886,7 @@ class Host:
         if segment.flags & ACK:
             reset = Segment(seq=segment.ack, ack=0, flags=RST)
         else:
-            reset = Segment(
-                seq=0, ack=seq_add(segment.seq, segment.length), flags=RST | ACK
-            )
+            reset = Segment(seq=0, ack=seq_add(segment.seq, segment.length), flags=RST | ACK)
         self.counters["OutRsts"] += 1
         self.network.send(self, (key[2], key[3], key[0], key[1]), reset)
 
@@ -983,9 +1021,9 @@ def _row(sock: Sock, key: Key, now: float) -> Row:
     conn = sock.conn
     assert conn is not None
     timer, left = None, None
-    if conn.deadline is not None:
-        left = max(0.0, conn.deadline - now)
-        timer = "time_wait" if conn.state in (State.TIME_WAIT, State.FIN_WAIT_2) else "retransmit"
+    for running, when in conn.timers.items():
+        if running in _TIMER_NAMES:
+            timer, left = _TIMER_NAMES[running], max(0.0, when - now)
     return Row(
         (_shown(sock, key[0]), key[1]),
         (_shown(sock, key[2]), key[3]),
@@ -996,6 +1034,10 @@ def _row(sock: Sock, key: Key, now: float) -> Row:
         inode=sock.fd if sock.fd >= 0 else 0,
         uid=sock.uid,
     )
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def _shown(sock: Sock, address: str) -> str:

@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any, Final, NoReturn, TypeVar
@@ -64,7 +64,9 @@ class SimSelector(selectors.BaseSelector):
         fd = self._fd(fileobj)
         sock = self.network.files.get(fd)
         if sock is None:
-            raise LeavesSimulation(f"file {fd} is not a simulated socket: it cannot be watched here")
+            raise LeavesSimulation(
+                f"file {fd} is not a simulated socket: it cannot be watched here"
+            )
         if fd in self._keys:
             raise KeyError(f"{fileobj!r} (FD {fd}) is already registered")
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
@@ -151,7 +153,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._thread = threading.get_ident()
         self._handled: dict[int, Any] = {}
         super().__init__(self._selector_of_sim)
-        self._clock_resolution = 0.0
+        self._clock_resolution = 1e-9  # asyncio runs what is due *before* now plus this
 
     def time(self) -> float:
         """Virtual seconds since the simulation began."""
@@ -171,7 +173,9 @@ class SimLoop(asyncio.SelectorEventLoop):
     def _process_self_data(self, data: bytes) -> None:
         pass
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
         """As `call_soon`; `RuntimeError` from another thread."""
         if threading.get_ident() != self._thread:
             raise RuntimeError("a simulated loop cannot be used from another thread")
@@ -179,9 +183,12 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     # Executors run inline.
 
-    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> Any:
         """Call `func` at once: there are no threads."""
-        self._check_closed()
+        if self.is_closed():
+            raise RuntimeError("Event loop is closed")
         future = self.create_future()
         try:
             result = func(*args)
@@ -238,7 +245,9 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     # Signals come from outside, between two callbacks.
 
-    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
+    def add_signal_handler(  # type: ignore[override]
+        self, sig: int, callback: Any, *args: Any
+    ) -> None:
         """As on any loop, in the main thread."""
 
         def handle(_number: int, _frame: Any) -> None:
@@ -322,7 +331,7 @@ def run(
         runner = asyncio.Runner(loop_factory=lambda: loop, debug=debug)
         try:
             with runner:
-                coroutine = main if asyncio.iscoroutine(main) else context.run(main)  # type: ignore[arg-type]
+                coroutine = main if asyncio.iscoroutine(main) else context.run(main)
                 return runner.run(coroutine, context=context)
         except BaseException as error:
             _note(error, network.clock.now)
@@ -533,7 +542,8 @@ def _number(name: str) -> tuple[str, int]:
 
 
 def _host_of(task: asyncio.Task[Any]) -> str:
-    host = getattr(task, "get_context", lambda: {})().get(_HERE) if sys.version_info >= (3, 12) else None
+    get_context = getattr(task, "get_context", None)  # Python 3.12
+    host = get_context().get(_HERE) if get_context is not None else None
     return host.name if host is not None else "its host"
 
 
@@ -542,7 +552,9 @@ def _awaited(task: asyncio.Task[Any]) -> str:
     coroutine: Any = task.get_coro()
     frame: Any = None
     while coroutine is not None:
-        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None) or frame
+        frame = (
+            getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None) or frame
+        )
         inner = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
         if inner is None:
             break

@@ -65,7 +65,7 @@ def overlap(new: Holder, old: Holder) -> bool:
     """Whether two holders' addresses could receive the same segment (`inet_rcv_saddr_equal`)."""
     a, b = new.address, old.address
     if is_v4(a) and is_v4(b):
-        return not old.v6only and (a == b or a == ANY4 or b == ANY4)
+        return not old.v6only and (a in (b, ANY4) or b == ANY4)
     if a == b:
         return True
     if new.family == socket.AF_INET:

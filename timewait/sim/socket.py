@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from timewait.sim.host import AF_INET, AF_INET6, Host, Sock, fail
 from timewait.sim.ports import is_v4
@@ -33,6 +33,9 @@ _KNOWN_FLAGS: Final = (
 )
 IP_LOCAL_PORT_RANGE: Final = 51  # not in Python's socket module
 IPV6_V6ONLY: Final = socket.IPV6_V6ONLY
+
+
+_Kind: TypeAlias = type[BaseException] | None
 
 
 class WouldBlockForever(RuntimeError):
@@ -80,7 +83,8 @@ class SimSocket:
             )
         if kind & ~_SOCK_FLAGS != socket.SOCK_STREAM:
             raise OSError(
-                errno.ESOCKTNOSUPPORT, f"{os.strerror(errno.ESOCKTNOSUPPORT)}: only TCP is simulated"
+                errno.ESOCKTNOSUPPORT,
+                f"{os.strerror(errno.ESOCKTNOSUPPORT)}: only TCP is simulated",
             )
         if proto not in (-1, 0, socket.IPPROTO_TCP):
             fail(errno.EPROTONOSUPPORT)
@@ -196,7 +200,9 @@ class SimSocket:
         if not isinstance(host, str):
             raise TypeError("str, bytes or bytearray expected, not " + host.__class__.__name__)
         if not isinstance(port, int):
-            raise TypeError(f"{port.__class__.__name__!r} object cannot be interpreted as an integer")
+            raise TypeError(
+                f"{port.__class__.__name__!r} object cannot be interpreted as an integer"
+            )
         if not 0 <= port <= 65535:
             raise OverflowError(f"{call}(): port must be 0-65535.")
         if host == "":
@@ -207,7 +213,9 @@ class SimSocket:
         found = self._host.resolve(host, AF_INET if mapped else self._family)
         if not found:
             if self._host.resolve(host):
-                raise socket.gaierror(socket.EAI_ADDRFAMILY, "Address family for hostname not supported")
+                raise socket.gaierror(
+                    socket.EAI_ADDRFAMILY, "Address family for hostname not supported"
+                )
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return found[0], port
 
@@ -297,7 +305,11 @@ class SimSocket:
         return self.send(data, rest[0] if len(rest) > 1 else 0)
 
     def sendmsg(
-        self, buffers: Iterable[Any], ancdata: Iterable[Any] = (), flags: int = 0, address: Any = None
+        self,
+        buffers: Iterable[Any],
+        ancdata: Iterable[Any] = (),
+        flags: int = 0,
+        address: Any = None,
     ) -> int:
         """sendmsg(2), without ancillary data."""
         if list(ancdata):
@@ -358,7 +370,12 @@ class SimSocket:
         """Another object for the same socket: closed when both are."""
         sock = self._open()
         new = SimSocket.__new__(SimSocket)
-        new._family, new._host, new._timeout, new._sock = self._family, self._host, self._timeout, sock
+        new._family, new._host, new._timeout, new._sock = (
+            self._family,
+            self._host,
+            self._timeout,
+            sock,
+        )
         sock.files += 1
         return new
 
@@ -408,7 +425,7 @@ class SimSocket:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        kind: _Kind,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
