@@ -20,8 +20,8 @@ __all__ = ["command"]
 )
 @click.option(
     "--on",
-    type=click.Choice(["kernel"]),
-    default="kernel",
+    type=click.Choice(["model", "kernel", "both"]),
+    default="model",
     show_default=True,
     help="The stack under test: the model in virtual time, the live kernel in a private "
     "network namespace, or one after the other.",

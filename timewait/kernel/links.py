@@ -11,6 +11,7 @@ import io
 import os
 import socket
 import struct
+import time
 
 __all__ = ["address", "default_route", "link_up", "neighbour", "tun", "veth"]
 
@@ -59,6 +60,17 @@ def address(name: str, host: str, prefix: int) -> None:
     body = struct.pack("BBBBI", family, prefix, 0x02, 0, socket.if_nametoindex(name))
     body += attribute(2, octets) + attribute(1, octets)
     request(RTM_NEWADDR, NLM_CREATE | NLM_REPLACE, body)
+    if family == socket.AF_INET6:
+        # A worker of the kernel's makes it usable a moment later.
+        deadline = time.monotonic() + 2
+        while _tentative(octets) and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+def _tentative(octets: bytes) -> bool:
+    with open("/proc/thread-self/net/if_inet6") as addresses:
+        rows = [line.split() for line in addresses]
+    return not any(row[0] == octets.hex() and not int(row[4], 16) & 0x40 for row in rows)
 
 
 def default_route(name: str, family: int) -> None:

@@ -22,7 +22,7 @@ _TRIES = 3
 def play(
     path: Path | str,
     *,
-    on: str = "kernel",
+    on: str = "model",
     profile: str = "linux",
     defines: Mapping[str, str] | None = None,
 ) -> Outcome:
@@ -42,6 +42,11 @@ def play(
         return Outcome(str(path), "unsupported", unsupported.line, unsupported.what)
     except RecursionError:
         return Outcome(str(path), "unsupported", None, "nested too deeply")
+    if on == "model":
+        from timewait.packetdrill.on_model import ModelStack
+
+        return run(script, ModelStack(settings, profile), settings)
+
     from timewait.packetdrill.on_kernel import KernelStack, undisturbed
 
     late: TooLate | None = None

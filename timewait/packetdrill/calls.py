@@ -22,7 +22,7 @@ from attrs import define, field, frozen
 
 from timewait.packetdrill.script import ANY, Any, Bits, Call, Struct, Unsupported, Value, Word
 
-__all__ = ["CONSTANTS", "Calls", "Interests", "Result"]
+__all__ = ["CONSTANTS", "ERRNO_NAMES", "Calls", "Interests", "Result"]
 
 
 def _constants() -> dict[str, int]:
@@ -81,6 +81,13 @@ CONSTANTS: Final[dict[str, int]] = _constants() | {
     "TCP_FIN_WAIT2": 5, "TCP_TIME_WAIT": 6, "TCP_CLOSE": 7, "TCP_CLOSE_WAIT": 8,
     "TCP_LAST_ACK": 9, "TCP_LISTEN": 10, "TCP_CLOSING": 11, "TCP_NEW_SYN_RECV": 12,
 }  # fmt: skip
+
+# Two names for one number: the one that Python has for it.
+ERRNO_NAMES: Final = {
+    name: errno.errorcode[n]
+    for name, n in CONSTANTS.items()
+    if n in errno.errorcode and name[0] == "E" and name[1:].isalnum() and hasattr(errno, name)
+}
 
 # A value for these would be a pointer, load a module, or name something outside the script.
 _REFUSED_OPTIONS: Final = frozenset(

@@ -101,6 +101,7 @@ class KernelStack:
             settings.connect_port,
             socket.AF_INET6 if six or mapped else socket.AF_INET,
         )
+        self.beyond: set[str] = set()
         self._arrived: deque[Frame] = deque()
         self._started = 0.0
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -43,7 +43,6 @@ AF_INET6: Final = socket.AF_INET6
 UNCONNECTED, CONNECTING, CONNECTED = range(3)
 
 _LOOPBACK_MSS: Final = 32741  # lo's MTU of 65536, halved by Linux's window rule, less timestamps
-_MSS: Final = 1448
 _SOMAXCONN: Final = 4096
 _RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
@@ -652,7 +651,7 @@ class Host:
     programs (ports below 1024 are root's), `ephemeral` is
     `net.ipv4.ip_local_port_range`, `tw_reuse` and `tw_reuse_delay` (seconds)
     are `net.ipv4.tcp_tw_reuse` and its delay, `max_tw_buckets` bounds
-    TIME_WAIT, `timestamps` is `net.ipv4.tcp_timestamps`.
+    TIME_WAIT, `timestamps` is `net.ipv4.tcp_timestamps`, `mtu` that of its links.
     """
 
     def __init__(
@@ -669,6 +668,7 @@ class Host:
         tw_reuse_delay: float = 1.0,
         max_tw_buckets: int = 131072,
         timestamps: bool = True,
+        mtu: int = 1500,
     ) -> None:
         self.network = network
         self.name = name
@@ -682,6 +682,7 @@ class Host:
         self.tw_reuse_delay = tw_reuse_delay
         self.max_tw_buckets = max_tw_buckets
         self.timestamps = timestamps
+        self.mtu = mtu
         self.up = True
         self.counters: Counter[str] = Counter()
         self.boots = 0
@@ -743,10 +744,11 @@ class Host:
     def connection(self, sock: Sock) -> Connection:
         """The protocol's part of a new connection."""
         iss, self.next_iss = self.next_iss, None
+        headers = 40 if is_v4(sock.remote) else 60
         conn = Connection(
             self.profile,
             iss=self._random.getrandbits(32) if iss is None else iss,
-            mss=_LOOPBACK_MSS if self.is_local(sock.remote) else _MSS,
+            mss=_LOOPBACK_MSS if self.is_local(sock.remote) else self.mtu - headers,
             timestamps=self.timestamps,
         )
         if self.network.observers:

@@ -174,6 +174,7 @@ class Connection:
         "_taken",
         "_tx",
         "_tx_seq",
+        "adv_mss",
         "error",
         "fin_received",
         "first_sent",
@@ -258,7 +259,7 @@ class Connection:
         self.irs = self.rcv_nxt = self.rcv_wup = self.rcv_adv = 0
         self.snd_wnd = self.max_wnd = 0
         self.snd_wl1 = self.snd_wl2 = 0
-        self.mss = mss
+        self.mss = self.adv_mss = mss
         self.rcv_buf = rcv_buf
         self.snd_buf = snd_buf
         self.snd_scale = self.rcv_scale = 0
@@ -938,7 +939,7 @@ class Connection:
             self.rcv_wup = self.rcv_nxt
             if not self.rcv_scale:
                 scale = None
-        options = Options(self.mss, scale, parameters.sack and (not answer or self.sack))
+        options = Options(self.adv_mss, scale, parameters.sack and (not answer or self.sack))
         if self.timestamps:
             options.ts_val = self._tsval(now)
             options.ts_ecr = self.ts_recent
@@ -1012,7 +1013,7 @@ class Connection:
         again = Connection(
             self.profile,
             iss=self.next_iss,
-            mss=self.mss,
+            mss=self.adv_mss,
             rcv_buf=self.rcv_buf,
             snd_buf=self.snd_buf,
             outbox=self.out,
