@@ -16,8 +16,8 @@ from timewait.tcp.segment import ACK, FIN, PSH, SYN, Options, Segment
 
 u8, u16, u32 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32))
 hosts = {
-    4: st.ip_addresses(v=4).map(str),
-    6: st.ip_addresses(v=6).map(str).filter(lambda host: "." not in host),
+    4: st.binary(min_size=4, max_size=4).map(lambda a: socket.inet_ntop(socket.AF_INET, a)),
+    6: st.binary(min_size=16, max_size=16).map(lambda a: socket.inet_ntop(socket.AF_INET6, a)),
 }
 timestamps = st.none() | st.tuples(u32, u32)
 options = st.builds(
