@@ -27,7 +27,7 @@ from attrs import frozen
 from timewait.events import Address, Row
 from timewait.tcp.states import State
 
-__all__ = ["Details", "SockDiag", "details", "lookup", "sockets"]
+__all__ = ["Details", "SockDiag", "details", "host_text", "lookup", "sockets"]
 
 # include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h
 _NETLINK_SOCK_DIAG: Final = 4
@@ -44,8 +44,8 @@ _BC_JMP: Final = 1
 _BC_S_EQ: Final = 11
 _BC_D_EQ: Final = 12
 _NO_COOKIE: Final = b"\xff" * 8
-_TIME_WAIT_TIMER: Final = 3
-_TEXTS: Final = 1 << 16
+_TIME_WAIT, _TIME_WAIT_TIMER = 6, 3
+_HOSTS_KEPT: Final = 1 << 16
 _TRIES: Final = 8
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 
@@ -56,6 +56,7 @@ _FAMILY, _COOKIE = 4, 12
 _INT: Final = struct.Struct("=i")
 _BOTH_FAMILIES: Final = struct.Struct("=xxxB48xI4x")  # inet_diag_req
 _BY_FAMILY: Final = struct.Struct("=BBBxIHH16s16sI8s")  # inet_diag_req_v2
+_HEAD: Final = struct.Struct("=IHHI4xBBBB")
 _HEADER: Final = struct.Struct("=IHHI4x")
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _TIMERS: Final = (None, "retransmit", "keepalive", "time_wait", "probe")
@@ -78,8 +79,6 @@ _STATE_BITS: Final[dict[State, int]] = {
 _CONNECTED: Final = sum(bits for state, bits in _STATE_BITS.items() if state is not State.CLOSED)
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 
-_AF_INET: Final = socket.AF_INET.value
-_ntohs: Final = socket.ntohs
 T = TypeVar("T")
 
 # include/uapi/linux/inet_diag.h, the attributes worth having, and tcp_info's first
@@ -333,35 +332,46 @@ class SockDiag:
     def _rows(self, *, dump: bool = True) -> dict[int, Row]:
         """The answer as rows by cookie, so that a socket seen twice is one."""
         rows: dict[int, Row] = {}
-        buffer = memoryview(self._buffer)
         for size in self._received(dump=dump):
-            messages = self._uniform(size)
-            if messages is None:
-                messages = (_MESSAGE.unpack_from(buffer, at) for at, _ in self._messages(size))
-            for message in messages:
-                rows[message[_COOKIE]] = _row(message)
+            if self._all_time_wait(size):
+                self._add_time_waits(size, rows)
+            else:
+                for at, _ in self._messages(size):
+                    message = _MESSAGE.unpack_from(self._buffer, at)
+                    rows[message[_COOKIE]] = _row(message)
         return rows
 
-    def _uniform(self, size: int) -> Iterator[tuple[Any, ...]] | None:
-        """All messages of a buffer in which they are alike; None where they are not.
+    def _all_time_wait(self, size: int) -> bool:
+        """Whether a buffer holds TIME_WAIT of one family and nothing else.
 
-        TIME_WAIT comes in masses, as messages of one length. They are read at a
-        stride, which is twice as fast as looking at one header after the other.
+        They come in masses, as messages that are alike but for addresses and
+        time, and are read at a stride: three times as fast as one by one.
         """
         buffer = self._buffer
-        stride, kind, flags, seq = _HEADER.unpack_from(buffer)
-        if (
-            size % max(stride, _MESSAGE.size)
-            or stride % 4
-            or (flags, seq) != (_NLM_F_MULTI, self._seq)
-            or kind in (_NLMSG_ERROR, _NLMSG_DONE)
-        ):
-            return None
-        # Byte i of every header at once: a slice with a stride is one loop in C.
-        for i, byte in enumerate(buffer[: _HEADER.size]):
-            if buffer[i:size:stride].count(byte) != size // stride:
-                return None
-        return _strided(stride).iter_unpack(memoryview(buffer)[:size])
+        stride, kind, flags, seq, _, state, timer, _ = _HEAD.unpack_from(buffer)
+        return (
+            state == _TIME_WAIT
+            and timer == _TIME_WAIT_TIMER
+            and (flags, seq) == (_NLM_F_MULTI, self._seq)
+            and kind not in (_NLMSG_ERROR, _NLMSG_DONE)
+            and stride >= _MESSAGE.size
+            and stride % 4 == size % stride == 0
+            # Byte i of every head at once: a slice with a stride is one loop in C.
+            and all(
+                buffer[i:size:stride].count(buffer[i]) == size // stride for i in range(_HEAD.size)
+            )
+        )
+
+    def _add_time_waits(self, size: int, rows: dict[int, Row]) -> None:
+        stride, _, _, _, family, _, _, _ = _HEAD.unpack_from(self._buffer)
+        host, ntohs, time_wait = _HOSTS, socket.ntohs, State.TIME_WAIT
+        for sport, dport, source, target, cookie, expires in _time_waits(
+            stride, family
+        ).iter_unpack(memoryview(self._buffer)[:size]):
+            local, remote = (host[source], ntohs(sport)), (host[target], ntohs(dport))
+            rows[cookie] = Row(
+                local, remote, time_wait, 0, 0, "time_wait", expires / 1000, 0, 0, None
+            )
 
     def _details(self) -> dict[int, Details]:
         buffer = self._buffer
@@ -384,35 +394,31 @@ class SockDiag:
 
 
 @cache
-def _strided(stride: int) -> struct.Struct:
-    return struct.Struct(f"{_MESSAGE.format}{stride - _MESSAGE.size}x")
+def _time_waits(stride: int, family: int) -> struct.Struct:
+    """What differs between TIME_WAIT messages: ports, addresses, cookie, time left."""
+    hosts = "4s12x4s12x" if family == socket.AF_INET else "16s16s"
+    return struct.Struct(f"=20xHH{hosts}4xQI{stride - 72}x")
 
 
-class _Texts(dict[bytes, str]):
-    """Addresses as text, each converted once; forgotten where there are too many."""
+class _Hosts(dict[bytes, str]):
+    """Addresses as text, each converted once; all forgotten where they are too many."""
 
-    def __init__(self, convert: Callable[[bytes], str]) -> None:
-        self._convert = convert
-
-    def __missing__(self, address: bytes) -> str:
-        if len(self) >= _TEXTS:
+    def __missing__(self, key: bytes) -> str:
+        if len(self) >= _HOSTS_KEPT:
             self.clear()
-        text = self[address] = self._convert(address)
+        address = key.removeprefix(_MAPPED)
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        text = socket.inet_ntop(family, address)
+        self[key] = text
         return text
 
 
-def _ipv4(address: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET, address[:4])
+_HOSTS: Final = _Hosts()
 
 
-def _ipv6(address: bytes) -> str:
-    if address.startswith(_MAPPED):
-        return socket.inet_ntop(socket.AF_INET, address[12:])
-    return socket.inet_ntop(socket.AF_INET6, address)
-
-
-_IPV4: Final = _Texts(_ipv4)
-_IPV6: Final = _Texts(_ipv6)
+def host_text(address: bytes) -> str:
+    """An address of 4 or 16 bytes as text; an IPv4 address mapped into IPv6 as itself."""
+    return _HOSTS[address]
 
 
 def _row(message: tuple[Any, ...]) -> Row:
@@ -420,10 +426,11 @@ def _row(message: tuple[Any, ...]) -> Row:
     (_, _, _, _, family, state, timer, retransmits, sport, dport, src, dst,
      _, expires, recv_q, send_q, uid, inode) = message
     # fmt: on
-    text = _IPV4 if family == _AF_INET else _IPV6
+    if family == socket.AF_INET:
+        src, dst = src[:4], dst[:4]
     return Row(
-        (text[src], _ntohs(sport)),
-        (text[dst], _ntohs(dport)),
+        (_HOSTS[src], socket.ntohs(sport)),
+        (_HOSTS[dst], socket.ntohs(dport)),
         _STATES[state],
         recv_q,
         send_q,

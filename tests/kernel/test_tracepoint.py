@@ -1,0 +1,299 @@
+"""Transitions as the kernel reports them, held against the counters it keeps itself."""
+
+import os
+import random
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from timewait import State
+from timewait.events import Event, Lost, Note, Transition
+from timewait.kernel import tracepoint
+from timewait.kernel.namespace import Namespace, sysctl
+from timewait.kernel.tracepoint import Tracepoint
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="the tracepoint needs root"
+)
+
+S = State
+RST = struct.pack("ii", 1, 0)
+
+
+@pytest.fixture
+def port() -> int:
+    """A port of this test's own: tracepoints see the same port in every namespace."""
+    return random.randrange(2000, 30000)
+
+
+@pytest.fixture(autouse=True)
+def private() -> Iterator[None]:
+    with Namespace(sysctls={"net.ipv4.tcp_max_tw_buckets": 100_000}) as ns, ns.entered():
+        yield
+
+
+def pair(port: int, host: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listener:
+        client = socket.create_connection((host, port))
+        server, _ = listener.accept()
+    return server, client
+
+
+def course(events: list[Event], local: tuple[str, int]) -> list[State]:
+    """The states that a connected socket went through."""
+    steps = [
+        e for e in events if isinstance(e, Transition) and e.local == local and e.remote[1] != 0
+    ]
+    for before, after in pairwise(steps):
+        assert before.new is after.old
+        assert before.t <= after.t
+    return [steps[0].old, *(e.new for e in steps)]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_an_orderly_close_is_seen_whole_and_ends_in_time_wait(host: str, port: int) -> None:
+    began = time.monotonic()
+    with Tracepoint([port], start=began) as seen:
+        server, client = pair(port, host)
+        ends = server.getsockname()[:2], client.getsockname()[:2]
+        server.close()
+        client.close()
+        took = time.monotonic() - began
+        events = seen.read()
+        assert seen.lost == 0
+    steps = [e for e in events if isinstance(e, Transition) and e.remote[1] != 0]
+    assert course(steps, ends[1]) == [
+        *(S.CLOSED, S.SYN_SENT, S.ESTABLISHED, S.CLOSE_WAIT, S.LAST_ACK, S.CLOSED)
+    ]
+    assert course(steps, ends[0]) == [
+        *(S.LISTEN, S.SYN_RECEIVED, S.ESTABLISHED, S.FIN_WAIT_1, S.FIN_WAIT_2, S.TIME_WAIT)
+    ]
+    assert {e.remote for e in steps} == set(ends)
+    assert [(e.old, e.new) for e in events if e not in steps] == [  # type: ignore[union-attr]
+        (S.CLOSED, S.LISTEN),
+        (S.LISTEN, S.CLOSED),
+    ]
+    times = [e.t for e in events]
+    assert times == sorted(times)
+    assert all(0 < t < took for t in times)
+    assert not any(e.sampled for e in steps)
+
+
+def test_an_abort_is_closed_and_not_time_wait_and_the_reset_is_told(port: int) -> None:
+    with Tracepoint([port]) as seen:
+        server, client = pair(port)
+        ends = server.getsockname(), client.getsockname()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+        server.close()
+        client.close()
+        events = seen.read()
+    assert course(events, ends[1]) == [S.CLOSED, S.SYN_SENT, S.ESTABLISHED, S.CLOSED]
+    last = [e for e in events if isinstance(e, Transition) and e.local == ends[1]][-1]
+    assert last.cause == "RST received"
+    notes = [e.text.partition(" (")[0] for e in events if isinstance(e, Note)]
+    (s, c) = (f"{host}:{number}" for host, number in ends)
+    assert f"{c} received a RST from {s}" in notes
+    assert f"{s} sent a RST to {c}" in notes
+
+
+def test_an_orphan_is_followed_through_its_second_life(port: int) -> None:
+    with Tracepoint([port]) as seen:
+        server, client = pair(port)
+        local = server.getsockname()
+        server.close()
+        early: list[Event] = []
+        while not any(isinstance(e, Transition) and e.new is S.FIN_WAIT_2 for e in early):
+            early += seen.read()  # the client's ACK may be delayed
+        assert course(early, local)[-1] is S.FIN_WAIT_2
+        client.close()
+        late = seen.read()
+        (end,) = [e for e in late if isinstance(e, Transition) and e.local == local]
+        assert (end.old, end.new, end.sampled) == (S.FIN_WAIT_2, S.TIME_WAIT, True)
+
+
+def test_a_time_wait_that_never_was_is_closed(port: int) -> None:
+    sysctl("net.ipv4.tcp_max_tw_buckets", 0)
+    with Tracepoint([port]) as seen:
+        server, client = pair(port)
+        local = server.getsockname()
+        server.close()
+        client.close()
+        assert course(seen.read(), local)[-2:] == [S.FIN_WAIT_2, S.CLOSED]
+
+
+def test_addresses_used_again_end_the_old_time_wait(port: int) -> None:
+    with Tracepoint([port]) as seen:
+        server, client = pair(port)
+        local, remote = server.getsockname(), client.getsockname()
+        server.close()
+        client.close()
+        with socket.socket() as listener, socket.socket() as again:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(local)
+            listener.listen()
+            again.bind(remote)
+            seen.read()
+            again.connect(local)
+            events = seen.read()
+    ended = [e for e in events if isinstance(e, Transition) and e.old is S.TIME_WAIT]
+    assert [(e.local, e.remote, e.new) for e in ended] == [(local, remote, S.CLOSED)]
+
+
+def test_a_connect_without_an_answer_has_its_port(port: int) -> None:
+    with (
+        Tracepoint([port]) as seen,
+        socket.socket() as full,
+        socket.socket() as first,
+        socket.socket() as waiting,
+    ):
+        full.bind(("127.0.0.1", port))
+        full.listen(0)
+        first.connect(("127.0.0.1", port))
+        waiting.setblocking(False)
+        assert waiting.connect_ex(("127.0.0.1", port)) != 0
+        syn_sent = [
+            e.local for e in seen.read() if isinstance(e, Transition) and e.new is S.SYN_SENT
+        ]
+        assert sorted(syn_sent) == sorted([first.getsockname(), waiting.getsockname()])
+
+
+def test_other_ports_are_not_seen(port: int) -> None:
+    with Tracepoint([port]) as seen:
+        for end in pair(port + 1):
+            end.close()
+        assert seen.read() == []
+
+
+def churn(port: int, count: int, closes: Iterator[str]) -> None:
+    with socket.create_server(("127.0.0.1", port), backlog=128) as listener:
+        for _ in range(count):
+            client = socket.create_connection(("127.0.0.1", port))
+            server, _ = listener.accept()
+            match next(closes):
+                case "server":
+                    server.close()
+                    client.close()
+                case "client":
+                    client.close()
+                    server.close()
+                case "half":
+                    server.shutdown(socket.SHUT_WR)
+                    client.close()
+                    server.close()
+                case "abort":
+                    server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+                    server.close()
+                    client.close()
+
+
+def mixed(seed: int) -> Iterator[str]:
+    order = random.Random(seed)
+    while True:
+        yield order.choice(["server", "client", "half", "abort"])
+
+
+def kernel_counts() -> dict[str, int]:
+    counts = {}
+    for name in ("snmp", "netstat"):
+        lines = Path(f"/proc/thread-self/net/{name}").read_text().splitlines()
+        for names, values in zip(lines[::2], lines[1::2], strict=True):
+            counts.update(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
+    return counts
+
+
+@pytest.mark.parametrize(
+    "count", [2_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+)
+def test_every_transition_of_every_socket_is_seen(count: int, port: int) -> None:
+    events: list[Event] = []
+    with Tracepoint([port], buffer=64 << 20, resets=False) as seen:
+        with Namespace(sysctls={"net.ipv4.tcp_max_tw_buckets": 1_000_000}) as ns, ns.entered():
+            before = kernel_counts()
+            thread = threading.Thread(target=churn, args=(port, count, mixed(1)))
+            thread.start()
+            while thread.is_alive():
+                events += seen.read()
+                time.sleep(0.01)
+            thread.join()
+            events += seen.read()
+            after = kernel_counts()
+        assert seen.lost == 0
+    moves = Counter((e.old, e.new) for e in events if isinstance(e, Transition))
+    grew = {name: after[name] - before[name] for name in after}
+    assert moves[S.CLOSED, S.SYN_SENT] == grew["ActiveOpens"] == count
+    assert moves[S.LISTEN, S.SYN_RECEIVED] == grew["PassiveOpens"] == count
+    assert moves[S.ESTABLISHED, S.CLOSED] + moves[S.CLOSE_WAIT, S.CLOSED] == grew["EstabResets"] > 0
+    in_order: dict[object, list[Transition]] = defaultdict(list)
+    for e in events:
+        if isinstance(e, Transition) and e.source == "tracepoint" and e.old is not S.TIME_WAIT:
+            in_order[e.local, e.remote].append(e)
+    for steps in in_order.values():
+        for one, following in pairwise(steps):
+            # Unbroken, but where the same addresses begin again.
+            assert one.new is following.old or following.old in (S.CLOSED, S.LISTEN)
+
+
+def test_an_overrun_is_counted_exactly(port: int) -> None:
+    with (
+        Tracepoint([port], buffer=64 << 20, resets=False) as all_seen,
+        Tracepoint([port], buffer=8192, resets=False) as seen,
+    ):
+        churn(port, 300, mixed(2))
+        everything = all_seen.read()
+        partly = seen.read()
+        assert all_seen.lost == 0
+        lost = [e for e in partly if isinstance(e, Lost)]
+        assert sum(e.count for e in lost) == seen.lost > 0
+        assert len(partly) - len(lost) + seen.lost == len(everything)
+        assert "overran" in lost[0].why
+
+
+def test_readable_when_there_is_something_to_read(port: int) -> None:
+    with Tracepoint([port], resets=False) as seen:
+        assert select.select([seen], [], [], 0) == ([], [], [])
+        for end in pair(port):
+            end.close()
+        assert select.select([seen], [], [], 10) == ([seen], [], [])
+
+
+def instances(seen: Tracepoint) -> set[str]:
+    return {name for name in os.listdir(seen.home.parent) if name.startswith("timewait-")}
+
+
+def test_nothing_is_left_and_the_leavings_of_the_killed_are_removed(port: int) -> None:
+    program = (
+        "import os, signal\n"
+        "from timewait.kernel.tracepoint import Tracepoint\n"
+        f"seen = Tracepoint([{port}])\n"
+        "print(seen.home.name, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    left = killed.stdout.strip()
+    assert left.startswith("timewait-")
+    with Tracepoint([port]) as first:
+        assert left not in instances(first)
+        with Tracepoint([port]) as second:  # does not take the living for leavings
+            assert {first.home.name, second.home.name} <= instances(first)
+        name = second.home.name
+        assert name not in instances(first)
+
+
+def test_without_root_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracepoint.os, "geteuid", lambda: 65534)
+    monkeypatch.setattr(tracepoint.os, "access", lambda *_: False)
+    fds = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(PermissionError, match="tracepoints need root"):
+        Tracepoint([1])
+    assert len(os.listdir("/proc/self/fd")) == fds

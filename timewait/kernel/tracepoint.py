@@ -1,0 +1,520 @@
+"""Every state transition, as the kernel makes it.
+
+The kernel's tracepoints `sock:inet_sock_set_state` and `tcp:*` are recorded by
+the kernel itself into memory, filtered there by port, and read here as whole
+binary pages laid out as the kernel's own `format` files say. Nothing is
+missed, short of an overrun, which the kernel counts and so do we.
+
+Two things a tracepoint does not show are put right here. TIME_WAIT is a small
+socket of another kind: the kernel reports the full socket's end
+(`FIN_WAIT2 -> CLOSE`) and sock_diag is asked what took its place. And a
+connect() is reported before it has a port: the socket's next event tells.
+
+What is recorded belongs to a tracefs instance that carries its owner's process
+id; one whose owner was killed is removed by the next to start.
+Source: Documentation/trace/{ftrace,events,ring-buffer-map}.rst, kernel/trace/ring_buffer.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import heapq
+import itertools
+import os
+import re
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeAlias
+
+from attrs import evolve
+
+from timewait.events import Address, Event, Lost, Note, Row, Transition
+from timewait.kernel.sock_diag import SockDiag, host_text
+from timewait.tcp.states import State
+
+__all__ = ["Tracepoint"]
+
+# include/uapi/linux/mount.h; these numbers are the same on every architecture.
+_FSOPEN: Final = 430
+_FSCONFIG: Final = 431
+_FSMOUNT: Final = 432
+_FSCONFIG_CMD_CREATE: Final = 6
+
+# Every kind of event has these; an IPv4 address stands in the IPv6 field too, mapped.
+_PORTS: Final = "sport dport"
+_HOSTS: Final = "saddr_v6 daddr_v6"
+_BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
+_LOOKS: Final = 64  # at most so many orphans are looked at in one read
+
+_PAGE: Final = struct.Struct("=QQ")
+_WORD: Final = struct.Struct("=I")
+_MISSED: Final = 1 << 31
+_SIZE: Final = (1 << 30) - 1
+_FIELD: Final = re.compile(r"field:[^;]*?(\w+)(?:\[\d*\])?;\s*offset:(\d+);\s*size:(\d+)")
+_REASONS: Final = re.compile(r"REC->reason,\s*((?:\{[^}]*\},?\s*)+)")
+_PAIR: Final = re.compile(r'\{\s*(\d+),\s*"(\w+)"')
+_OWNER: Final = re.compile(r"timewait-(\d+)-(\d+)-\d+")
+_CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+Unpack: TypeAlias = Callable[[bytes, int], tuple[Any, ...]]
+
+_serial = itertools.count()
+
+
+class Tracepoint:
+    """An observer of every transition on `ports` (None: all), from `start` on.
+
+    A context manager. Event times are seconds since `start`, a value of
+    `time.monotonic()`. `buffer` is in bytes for each processor: some 80 bytes
+    a transition. `resets` adds a note for each RST sent or received and each
+    retransmission. Needs root.
+
+    The kernel's tracepoints do not say which network namespace a socket is
+    in: sockets of the same port in another namespace are seen as well.
+
+    Raises `PermissionError` or `OSError` that says why it cannot be had.
+    """
+
+    name = "tracepoint"
+    blind: tuple[str, ...] = (
+        "which network namespace a socket is in",
+        "states of connections that the kernel has not accepted yet (request sockets)",
+        "the moment TIME_WAIT ends (looked up in sock_diag when it is due)",
+    )
+
+    def __init__(
+        self,
+        ports: Iterable[int] | None = None,
+        *,
+        start: float | None = None,
+        buffer: int = 4 << 20,
+        resets: bool = True,
+    ) -> None:
+        self.start = time.monotonic() if start is None else start
+        self.lost = 0
+        self._ports = None if ports is None else frozenset(ports)
+        self._held: list[tuple[int, int, bytes, int]] = []
+        self._unnamed: dict[int, int] = {}
+        self._overruns: dict[int, int] = {}
+        self._small: dict[tuple[Address, Address], State] = {}
+        self._due: list[tuple[float, tuple[Address, Address]]] = []
+        self._causes: dict[int, str] = {}
+        self._reasons: dict[int, str] = {}
+        self._handlers: dict[int, Callable[[float, bytes, int, list[Event]], None]] = {}
+        self._enable: list[Path] = []
+        self._buffers: list[int] = []
+        self._stats: list[int] = []
+        self._resources = ExitStack()
+        try:
+            self._open(buffer, resets)
+        except BaseException:
+            self._resources.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop recording and remove the instance; what was not read is lost."""
+        self._resources.close()
+
+    def fileno(self) -> int:
+        """Readable when there is something to `read`."""
+        return self._epoll.fileno()
+
+    def rows(self, port: int) -> list[Row]:
+        """The table as sock_diag has it now."""
+        return self._diag.sockets(port)
+
+    def read(self) -> list[Event]:
+        """Everything that happened before this call and was not read yet, in order of time."""
+        now = time.monotonic_ns()
+        records = self._held
+        self._held = []
+        for fd in self._buffers:
+            self._drain(fd, records)
+        records.sort(key=_when)
+        # What came while the buffers were read, one after the other, would be out of order.
+        while records and records[-1][0] > now:
+            self._held.append(records.pop())
+        events: list[Event] = []
+        self._count_lost(events)
+        for ns, kind, page, at in records:
+            self._handlers[kind](ns * 1e-9 - self.start, page, at, events)
+        self._name_the_unnamed(events)
+        events = self._resolve_ends(events)
+        self._follow_small(now * 1e-9, events)
+        return events
+
+    # Setting up
+
+    def _open(self, buffer: int, resets: bool) -> None:
+        self._diag = self._resources.enter_context(SockDiag())
+        root = _tracefs(self._resources)
+        _sweep(root / "instances")
+        pid = os.getpid()
+        self.home = home = root / "instances" / f"timewait-{pid}-{_started(pid)}-{next(_serial)}"
+        home.mkdir()
+        self._resources.callback(_remove, home)
+        (home / "trace_clock").write_text("mono")
+        (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
+        with suppress(FileNotFoundError):  # since Linux 5.0
+            (home / "buffer_percent").write_text("0")
+        self._page = bytearray(_subbuffer_size(home, root))
+        self._watch(
+            home / "events/sock/inet_sock_set_state",
+            f"skaddr oldstate newstate {_PORTS} protocol {_HOSTS}",
+            self._on_state,
+        )
+        for name, fields, handler in (
+            ("tcp_receive_reset", f"skaddr {_PORTS} {_HOSTS}", self._on_reset),
+            ("tcp_retransmit_skb", f"skaddr {_PORTS} {_HOSTS}", self._on_retransmit),
+            ("tcp_send_reset", "reason saddr daddr", self._on_sent_reset),
+        ):
+            if not resets:
+                break
+            try:
+                self._watch(home / "events/tcp" / name, fields, handler)
+            except FileNotFoundError:  # younger than this kernel
+                self.blind += (f"{name.removeprefix('tcp_')} (this kernel does not tell)",)
+        self._open_buffers(home)
+        for enable in self._enable:
+            enable.write_text("1")
+
+    def _watch(self, event: Path, fields: str, handler: Callable[..., None]) -> None:
+        """Record this event and hand its fields to the handler."""
+        number, layout, ported, reasons = _format(event / "format", fields)
+        self._reasons.update(reasons)
+        if ported and self._ports is not None:
+            condition = " || ".join(f"sport == {p} || dport == {p}" for p in sorted(self._ports))
+            (event / "filter").write_text(condition or "sport == 0 && dport == 0")
+        self._handlers[number] = partial(handler, layout.unpack_from)
+        self._enable.append(event / "enable")
+
+    def _open_buffers(self, home: Path) -> None:
+        self._epoll = self._resources.enter_context(select.epoll())
+        for cpu in sorted((home / "per_cpu").iterdir()):
+            fd = os.open(cpu / "trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._resources.callback(os.close, fd)
+            self._buffers.append(fd)
+            self._epoll.register(fd, select.EPOLLIN)
+            stats = os.open(cpu / "stats", os.O_RDONLY | os.O_CLOEXEC)
+            self._resources.callback(os.close, stats)
+            self._stats.append(stats)
+
+    # Reading pages
+
+    def _drain(self, fd: int, records: list[tuple[int, int, bytes, int]]) -> None:
+        page = self._page
+        while True:
+            try:
+                size = os.readv(fd, [page])
+            except BlockingIOError:
+                return
+            if size < _PAGE.size:
+                return
+            _parse(bytes(page[:size]), self._handlers, records)
+
+    def _count_lost(self, events: list[Event]) -> None:
+        for cpu, fd in enumerate(self._stats):
+            text = os.pread(fd, 1000, 0).decode()
+            numbers = dict(line.split(": ") for line in text.splitlines() if ": " in line)
+            total = sum(int(numbers[n]) for n in ("overrun", "commit overrun", "dropped events"))
+            count = total - self._overruns.get(cpu, 0)
+            if count > 0:
+                self._overruns[cpu] = total
+                self.lost += count
+                at = time.monotonic() - self.start
+                events.append(Lost(at, self.name, count, f"processor {cpu}'s buffer overran"))
+
+    # What the records mean
+
+    def _on_state(
+        self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
+    ) -> None:
+        sock, old, new, sport, dport, protocol, source, target = unpack(page, offset)
+        if protocol != socket.IPPROTO_TCP:
+            return
+        local, remote = (host_text(source), sport), (host_text(target), dport)
+        unnamed = self._unnamed.pop(sock, None)
+        if unnamed is not None and sport:
+            events[unnamed] = _with_local(events[unnamed], local)
+        if sport == 0:
+            self._unnamed[sock] = len(events)
+        elif self._small.pop((local, remote), None) is not None:
+            events.append(
+                Transition(
+                    *(at, local, remote, State.TIME_WAIT, State.CLOSED, self.name),
+                    cause="the connection's addresses are used again",
+                )
+            )
+        was, became = State.from_linux(old), State.from_linux(new)
+        if was is not became:
+            cause = self._causes.pop(sock, None)
+            events.append(Transition(at, local, remote, was, became, self.name, cause=cause))
+
+    def _on_reset(
+        self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
+    ) -> None:
+        sock, sport, dport, source, target = unpack(page, offset)
+        self._causes[sock] = "RST received"
+        local, remote = (host_text(source), sport), (host_text(target), dport)
+        events.append(Note(at, f"{_text(local)} received a RST from {_text(remote)}"))
+
+    def _on_retransmit(
+        self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
+    ) -> None:
+        _, sport, dport, source, target = unpack(page, offset)
+        local, remote = (host_text(source), sport), (host_text(target), dport)
+        events.append(Note(at, f"{_text(local)} retransmitted to {_text(remote)}"))
+
+    def _on_sent_reset(
+        self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
+    ) -> None:
+        reason, source, target = unpack(page, offset)
+        local, remote = _sockaddr(source), _sockaddr(target)
+        if self._ports is None or local[1] in self._ports or remote[1] in self._ports:
+            why = self._reasons.get(reason, str(reason))
+            events.append(Note(at, f"{_text(local)} sent a RST to {_text(remote)} ({why})"))
+
+    def _name_the_unnamed(self, events: list[Event]) -> None:
+        """Give connect()s whose next event is yet to come the port that sock_diag shows."""
+        if not self._unnamed:
+            return
+        taken = {(e.local, e.remote) for e in events if isinstance(e, Transition)}
+        connecting: dict[Address, list[Address]] = {}
+        for row in self._diag.sockets(states=[State.SYN_SENT, State.ESTABLISHED]):
+            if (row.local, row.remote) not in taken:
+                connecting.setdefault(row.remote, []).append(row.local)
+        for index in self._unnamed.values():
+            event = events[index]
+            assert isinstance(event, Transition)
+            if names := connecting.get(event.remote):
+                events[index] = _with_local(event, names.pop())
+        self._unnamed.clear()
+
+    def _resolve_ends(self, events: list[Event]) -> list[Event]:
+        """Say TIME_WAIT where a full socket ended in one, and not CLOSED."""
+        out: list[Event] = []
+        for event in events:
+            if (
+                isinstance(event, Transition)
+                and event.new is State.CLOSED
+                and event.old in _BEFORE_TIME_WAIT
+                and event.cause is None
+            ):
+                key = event.local, event.remote
+                row = self._diag.lookup(*key)
+                if row is not None and row.timer == "time_wait":
+                    self._follow(key, row)
+                    if row.state is State.FIN_WAIT_2:
+                        continue  # an orphan, made small: nothing that TCP knows has happened
+                    event = evolve(event, new=row.state)
+            out.append(event)
+        return out
+
+    def _follow(self, key: tuple[Address, Address], row: Row) -> None:
+        self._small[key] = row.state
+        left = row.seconds_left or 0.0
+        heapq.heappush(self._due, (time.monotonic() + left + 0.005, key))
+
+    def _follow_small(self, now: float, events: list[Event]) -> None:
+        """Look after orphans, and after those TIME_WAITs that should have ended by now."""
+        orphans = (key for key, state in self._small.items() if state is State.FIN_WAIT_2)
+        look = list(itertools.islice(orphans, _LOOKS))
+        while self._due and self._due[0][0] <= now:
+            look.append(heapq.heappop(self._due)[1])
+        for key in dict.fromkeys(look):
+            was = self._small.get(key)
+            if was is None:
+                continue
+            row = self._diag.lookup(*key)
+            if row is not None and row.timer == "time_wait":
+                if row.state is was and was is State.FIN_WAIT_2:
+                    continue
+                self._follow(key, row)
+                became = row.state
+            else:
+                del self._small[key]
+                became = State.CLOSED
+            if was is not became:
+                at = time.monotonic() - self.start
+                events.append(Transition(at, *key, was, became, "sock_diag", sampled=True))
+
+
+def _when(record: tuple[int, int, bytes, int]) -> int:
+    return record[0]
+
+
+def _text(address: Address) -> str:
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+
+
+def _with_local(event: Event, local: Address) -> Event:
+    assert isinstance(event, Transition)
+    return evolve(event, local=local)
+
+
+def _sockaddr(data: bytes) -> Address:
+    family = int.from_bytes(data[:2], "little")
+    host = data[4:8] if family == socket.AF_INET else data[8:24]
+    return host_text(host), int.from_bytes(data[2:4], "big")
+
+
+def _parse(page: bytes, kinds: Iterable[int], records: list[tuple[int, int, bytes, int]]) -> None:
+    """Add a page's records of these kinds: when (ns), the kind, and where they are.
+
+    A page begins with a time and the length of what follows; each record with
+    5 bits of type or length and 27 of time since the one before
+    (kernel/trace/ring_buffer.c, struct ring_buffer_event).
+    """
+    ns, commit = _PAGE.unpack_from(page)
+    at = _PAGE.size
+    end = min(at + (commit & _SIZE), len(page))
+    word = _WORD.unpack_from
+    while at + 4 <= end:
+        (head,) = word(page, at)
+        length, delta = head & 31, head >> 5
+        at += 4
+        if length > 28 or length == 0:
+            if length == 29 and delta == 0:
+                return  # the rest of the page is empty
+            (more,) = word(page, at)
+            if length == 30:
+                ns += (more << 27) + delta
+                at += 4
+                continue
+            if length == 31:
+                ns = ns & ~((1 << 59) - 1) | (more << 27) + delta
+                at += 4
+                continue
+            ns += delta
+            if length == 29:
+                at += more
+                continue
+            size, start = more - 4, at + 4
+            at += more
+        else:
+            ns += delta
+            size, start = length * 4, at
+            at += size
+        if at > end or size < 4:
+            return
+        kind = page[start] | page[start + 1] << 8
+        if kind in kinds:
+            records.append((ns, kind, page, start))
+
+
+def _format(path: Path, names: str) -> tuple[int, struct.Struct, bool, dict[int, str]]:
+    """How the kernel lays out an event: its number, a Struct of the fields `names`, whether it
+    has ports to filter by, and the names of its reasons.
+    """
+    text = path.read_text()
+    number = re.search(r"^ID: (\d+)", text, re.MULTILINE)
+    fields = {name: (int(at), int(size)) for name, at, size in _FIELD.findall(text)}
+    code, end = "=", 0
+    for name in names.split():
+        if name not in fields:
+            raise FileNotFoundError(errno.ENOENT, f"this kernel tells no {name}", str(path))
+        at, size = fields[name]
+        code += f"{at - end}x" + _CODES.get(size, f"{size}s")
+        end = at + size
+    reasons = _REASONS.search(text)
+    named = _PAIR.findall(reasons[1]) if reasons else []
+    assert number is not None
+    return (
+        int(number[1]),
+        struct.Struct(code),
+        "sport" in fields,
+        {int(value): name for value, name in named},
+    )
+
+
+def _subbuffer_size(home: Path, root: Path) -> int:
+    try:
+        return int((home / "buffer_subbuf_size_kb").read_text()) << 10  # since Linux 6.8
+    except FileNotFoundError:
+        text = (root / "events/header_page").read_text()
+        at, size = {n: (int(a), int(s)) for n, a, s in _FIELD.findall(text)}["data"]
+        return at + size
+
+
+# tracefs and what is left in it
+
+
+def _tracefs(resources: ExitStack) -> Path:
+    """Where tracefs is: mounted for us alone and nowhere, or where the system has it."""
+    if os.geteuid() == 0:
+        try:
+            mount = _mount()
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                raise OSError(errno.ENODEV, "this kernel has no tracefs") from None
+        else:
+            resources.callback(os.close, mount)
+            return Path(f"/proc/self/fd/{mount}")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if right.startswith("tracefs "):
+            root = Path(left.split()[4].encode().decode("unicode_escape"))
+            if os.access(root / "instances", os.W_OK):
+                return root
+    raise PermissionError(errno.EPERM, "tracepoints need root (tracefs is closed to this user)")
+
+
+def _mount() -> int:
+    """A descriptor of a tracefs that is mounted nowhere and ends with the descriptor."""
+    context = _syscall(_FSOPEN, ctypes.c_char_p(b"tracefs"), 1)
+    try:
+        _syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        return _syscall(_FSMOUNT, context, 1, 0)
+    finally:
+        os.close(context)
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    result: int = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def _started(pid: int) -> int:
+    """When a process started, in the kernel's ticks: with its id, its name for ever."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def _sweep(instances: Path) -> None:
+    """Remove what processes left that are no more; the kernel refuses what is in use."""
+    for left in instances.iterdir():
+        if owner := _OWNER.fullmatch(left.name):
+            try:
+                alive = _started(int(owner[1])) == int(owner[2])
+            except (OSError, ValueError):
+                alive = False
+            if not alive:
+                with suppress(OSError):
+                    left.rmdir()
+
+
+def _remove(instance: Path) -> None:
+    with suppress(OSError):
+        (instance / "events/enable").write_text("0")
+    instance.rmdir()
