@@ -25,7 +25,9 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "scenarios": "List the built-in scenarios",
     },
     "Ask about a port": {},
-    "Check": {},
+    "Check": {
+        "check": "Say whether TCP allows what an event file or a packet capture shows",
+    },
     "Laboratory": {
         "packetdrill": "run packetdrill scripts on the model or the kernel",
     },

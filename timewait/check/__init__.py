@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from timewait.check.checker import Checker, check
+from timewait.check.checker import Checker, Connection, check
+from timewait.check.questions import Answers, answers
 from timewait.check.verdict import Divergence, Evidence, Verdict
 
-__all__ = ["Checker", "Divergence", "Evidence", "Verdict", "check"]
+__all__ = [
+    "Answers",
+    "Checker",
+    "Connection",
+    "Divergence",
+    "Evidence",
+    "Verdict",
+    "answers",
+    "check",
+]

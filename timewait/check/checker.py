@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from attrs import define, field
@@ -42,7 +41,7 @@ from timewait.events import (
 from timewait.tcp.profiles import Profile, profile
 from timewait.tcp.states import State
 
-__all__ = ["Checker", "check"]
+__all__ = ["Checker", "Connection", "check"]
 
 Profiles = Mapping[str, "str | Profile"]
 
@@ -68,6 +67,7 @@ class Connection:
 
     ends: tuple[Address, Address]
     model: Explanations
+    profiles: tuple[Profile, Profile]
     mode: int
     number: int  # the set of explanations
     facts: int = 0
@@ -81,12 +81,31 @@ class Connection:
     waiting: tuple[Event, int, int] | None = None  # a look at one end; the other's may follow
     divergence: Divergence | None = None
     sees: int = 0
+    # The last observation: under which mode, after which set, what.
+    step: tuple[int, int, int] | None = None
+    ending: bool = False
     sent: list[int] = field(factory=lambda: [0, 0])
     read: list[int] = field(factory=lambda: [0, 0])
+    queued: list[int] = field(factory=lambda: [0, 0])  # unread, when last looked at
 
     @property
     def name(self) -> str:
+        """Both addresses, the server's first."""
         return f"{address_text(self.ends[0])} <-> {address_text(self.ends[1])}"
+
+    def pairs(self) -> frozenset[ex.Pair]:
+        """What the last observation left, before anything unseen may have followed."""
+        if self.step is None:
+            return self.model.members(self.number)
+        return self.model.just_after(*self.step)
+
+    def time_wait_span(self, end: int) -> tuple[float, float | None]:
+        """When this end's TIME_WAIT is over: at the earliest and, if known, at the latest."""
+        lasts = self.profiles[end].parameters.time_wait
+        latest = None
+        if self.facts >> 8 * end & ex.MUST_TIME_WAIT:
+            latest = self.since[4 + end] + lasts + _WHEEL
+        return self.since[end] + lasts, latest
 
 
 class Checker:
@@ -107,6 +126,8 @@ class Checker:
         self._window = window
         self._waiting: deque[tuple[float, Event | _Begun]] = deque()
         self._done = float("-inf")
+        self._ending: deque[tuple[float, Connection]] = deque()
+        self._forgotten = False
         self._given = dict(profiles or {})
         self._on_end = on_end
         self._ends: dict[tuple[Address, Address], tuple[Connection, int]] = {}
@@ -118,6 +139,7 @@ class Checker:
         self._count = 0
         self._connections = 0
         self._divergences: list[Divergence] = []
+        self._strong = self._partial = 0
         self._lost = 0
         self._problems: list[str] = []
         self._sources: set[str] = set()
@@ -170,16 +192,21 @@ class Checker:
 
     def _dispatch(self, event: Event | _Begun) -> None:
         self._done = event.t
+        ending = self._ending
+        while ending and ending[0][0] < event.t:
+            self._forget(ending.popleft()[1])
         take = self._take.get(type(event))
         if take is not None:
             take(event)
 
-    def verdict(self) -> Verdict:
-        """What the events so far amount to."""
+    def verdict(self, problems: Iterable[str] = ()) -> Verdict:
+        """What the events so far amount to; `problems` are faults of the evidence to tell of."""
         while self._waiting:
             self._dispatch(self._waiting.popleft()[1])
+        self._problems[:0] = problems
         for connection in self.connections():
             self._settle(connection)
+            self._end(connection)
         return Verdict(self._evidence(), tuple(self._divergences))
 
     def connections(self) -> list[Connection]:
@@ -189,6 +216,13 @@ class Checker:
     # Events.
 
     def _started(self, event: RunStarted) -> None:
+        for connection in self.connections():
+            self._settle(connection)
+            self._end(connection)
+        self._ends.clear()
+        self._ending.clear()
+        self._listening.clear()
+        self._forgotten = False
         self._choose_profiles(event.profiles)
         self._blind = event.blind
         self._from_start = True
@@ -228,6 +262,7 @@ class Checker:
         how = _EXACT[event.source]
         if not connection.mode >> 2 * end & 3:
             connection.mode |= how << 2 * end
+            self._sources.add(f"every transition ({event.source})")
         connection.recent.append(event)
         if connection.waiting is not None:
             self._settle(connection)
@@ -247,6 +282,7 @@ class Checker:
             exact = event.source in ("model", "wire") or _same_host(*connection.ends)
             sequence = connection.sequence = Sequence(exact)
             connection.mode |= ex.SEGMENTS
+            self._sources.add("segments")
         connection.recent.append(event)
         if connection.waiting is not None:
             self._settle(connection)
@@ -304,11 +340,11 @@ class Checker:
             case "close":
                 both = ex.CALLS_A | ex.CALLS_B
                 read_all = connection.read[end] == connection.sent[1 - end]
-                what = (
-                    ex.CLOSE_BEGUN_ALL_READ
-                    if read_all and connection.mode & both == both
-                    else ex.CLOSE_BEGUN
-                )
+                if read_all and connection.mode & both == both:
+                    what = ex.CLOSE_BEGUN_ALL_READ
+                else:
+                    unread = connection.queued[end] > 0
+                    what = ex.CLOSE_BEGUN_UNREAD if unread else ex.CLOSE_BEGUN
         if what and connection.mode & ex.CALLS_A << end:
             self._settle(connection)
             self._advance(connection, ex.told(end, what), begun)
@@ -333,6 +369,7 @@ class Checker:
             what = _TELLS.get(event.call, 0)
             if event.call in ("recv", "read") and type(event.result) is int:
                 connection.read[end] += event.result
+                connection.queued[end] -= event.result
                 what = 0 if event.result else ex.EOF_READ
         if what in (ex.CLOSED_BY_CALL, ex.SHUT_DOWN_BY_CALL) and (
             not connection.mode & ex.CALLS_A << end
@@ -369,8 +406,12 @@ class Checker:
         mode = 0
         if self._declared and _same_host(*ends):
             mode = self._declared | self._declared << 2
-        number = self._model.start(mode) if self._from_start else self._model.anywhere(mode)
-        connection = Connection(ends, self._model, mode, number)
+        number = (
+            self._model.start(mode)
+            if self._from_start and not self._forgotten
+            else self._model.anywhere(mode)
+        )
+        connection = Connection(ends, self._model, self._profiles, mode, number)
         self._connections += 1
         self._ends[ends] = (connection, 0)
         self._ends[ends[1], ends[0]] = (connection, 1)
@@ -382,6 +423,9 @@ class Checker:
         """An end was looked at. The other end may have been looked at a moment before or after."""
         connection.sees |= 1 << end
         connection.recent.append(event)
+        if row is not None and state in _READS:
+            # A FIN counts as one octet of the receive queue.
+            connection.queued[end] = row.recv_q - (state is State.CLOSE_WAIT)
         if row is not None and row.seconds_left is not None and row.timer == "time_wait":
             self._timer(connection, end, row, event)
         waiting = connection.waiting
@@ -419,12 +463,32 @@ class Checker:
         if after is None:
             after = model.follow(mode, number, symbol)
         if not after:
-            self._explain(connection, number, symbol, event)
-            return
+            if not self._again(connection, number, symbol):
+                self._explain(connection, number, symbol, event)
+                return
+            number = model.start(mode)
+            after = connection.number
+        connection.step = (mode, number, symbol)
         connection.number = after
         facts = model.facts(after)
         if facts != connection.facts:
             self._note(connection, facts, t)
+
+    def _again(self, connection: Connection, number: int, symbol: int) -> bool:
+        """Whether this is a new connection between the same addresses, seen when already open."""
+        mode = connection.mode
+        if mode & (ex.SEES_A | ex.SEES_B) or symbol >> 9 not in (2, 3):
+            return False
+        model = connection.model
+        over = (ex.CLOSED, ex.TIME_WAIT)
+        if not any(a & 15 in over and b & 15 in over for a, b in model.members(number)):
+            return False
+        after = model.follow(mode, model.start(mode), symbol)
+        if after:
+            connection.number = after
+            connection.facts = 0
+            connection.sent, connection.read = [0, 0], [0, 0]
+        return bool(after)
 
     def _clock(self, connection: Connection, number: int, t: float) -> int:
         """Let the timers fire that can have fired by `t`, and those that must have."""
@@ -462,6 +526,7 @@ class Checker:
                 connection.since[4 + end] = t
         timed = ex.MAY_TIME_WAIT | ex.MAY_ORPHAN
         connection.timed = bool(facts & (timed | timed << 8))
+        self._may_end(connection)
 
     def _timer(self, connection: Connection, end: int, row: Row, event: Event) -> None:
         """The time a small socket has left must agree with when it can have come to be."""
@@ -490,6 +555,39 @@ class Checker:
             f"{chosen.name} profile, TIME_WAIT lasts {chosen.parameters.time_wait:g} s "
             "(RFC 9293 §3.6.1: 2MSL)"
         )
+
+    def _forget(self, connection: Connection) -> None:
+        """Let go of a connection that has ended, unless it has come back to life."""
+        if connection.facts & _OVER != _OVER or connection.last > self._done - self._keeps():
+            connection.ending = False
+            self._may_end(connection)
+            return
+        self._forgotten = True
+        self._end(connection)
+        a, b = connection.ends
+        del self._ends[a, b], self._ends[b, a]
+
+    def _keeps(self) -> float:
+        """For how long an ended connection is kept: while somebody may look at its TIME_WAIT."""
+        if "states at instants" not in self._sources:
+            return 2.0
+        return max(p.parameters.time_wait for p in self._profiles) + _WHEEL + 1.0
+
+    def _may_end(self, connection: Connection) -> None:
+        if connection.facts & _OVER == _OVER and not connection.ending:
+            connection.ending = True
+            self._ending.append((self._done + self._keeps(), connection))
+
+    def _end(self, connection: Connection) -> None:
+        seen = connection.mode
+        both = ex.SEES_A & seen and ex.SEES_B & seen
+        exact = connection.sequence is not None and connection.sequence.exact
+        if both or exact:
+            self._strong += 1
+        elif seen & (ex.SEES_A | ex.SEES_B | ex.SEGMENTS):
+            self._partial += 1
+        if self._on_end is not None:
+            self._on_end(connection)
 
     # What is said.
 
@@ -540,25 +638,56 @@ class Checker:
             self._divergences.append(connection.divergence)
 
     def _evidence(self) -> Evidence:
+        total = self._connections
+        if total and self._strong == total:
+            strength = "strong"
+        else:
+            strength = "partial" if self._strong or self._partial else "weak"
+        sources, inferred, unseen = self._sources, [], list(self._blind)
+        states = {"every transition (model)", "every transition (tracepoint)"} & sources
+        if "every transition (tracepoint)" in sources:
+            inferred.append(
+                "TIME_WAIT, from the end of the full socket (a tracepoint shows no more)"
+            )
+        if "states at instants" in sources and not states:
+            inferred.append("the states between two looks")
+        if "segments" not in sources:
+            inferred.append("what was sent, from the states it led to")
+            unseen.append("segments")
+        elif not states:
+            inferred.append("states, from the segments")
+        if "calls with their results" not in sources:
+            unseen.append("what the applications called")
+        if self._lost:
+            unseen.append(f"{self._lost} events that an observer lost")
         return Evidence(
-            "weak",
-            self._connections,
+            strength,
+            total,
             self._count,
-            tuple(sorted(self._sources)),
-            (),
-            tuple(self._blind),
+            tuple(sorted(sources)),
+            tuple(inferred),
+            tuple(unseen),
             self._lost,
             tuple(self._problems),
         )
 
 
-@lru_cache(maxsize=32)
+# What was worked out once serves every later check of the same two tables.
+_MODELS: dict[tuple[int, int], Explanations] = {}
+
+
 def _model(server: Profile, client: Profile) -> Explanations:
-    """What was worked out once serves every later check under the same profiles."""
-    return Explanations(server.table, client.table)
+    key = (id(server.table), id(client.table))
+    if key not in _MODELS:
+        if len(_MODELS) >= 32:
+            _MODELS.clear()
+        _MODELS[key] = Explanations(server.table, client.table)
+    return _MODELS[key]
 
 
 _EXACT: Final = {"model": ex.EVERY, "tracepoint": ex.FULL_SOCKETS}
+_READS: Final = frozenset({State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSE_WAIT})
+_OVER: Final = ex.MAY_BE_OVER | ex.MAY_BE_OVER << 8
 _TELLS: Final = {
     "connect": ex.CONNECTED,
     "accept": ex.CONNECTED,

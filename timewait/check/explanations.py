@@ -64,14 +64,26 @@ MAY_CLOSE: Final = 1 << 24
 MAY_CLOSE_ALL_READ: Final = 1 << 25  # and nothing can be left unread
 MAY_SHUT_DOWN: Final = 1 << 26
 LINGER: Final = 1 << 27  # SO_LINGER {1, 0} is set
-_MAY: Final = MAY_CLOSE | MAY_CLOSE_ALL_READ | MAY_SHUT_DOWN | LINGER
+MAY_CLOSE_UNREAD: Final = 1 << 32  # and something is certainly left unread
+_MAY_CLOSE: Final = MAY_CLOSE | MAY_CLOSE_ALL_READ | MAY_CLOSE_UNREAD
+_MAY: Final = _MAY_CLOSE | MAY_SHUT_DOWN | LINGER
+# How it came to close its side, kept to the end (four bits; see `cause`).
+CAUSE: Final = 15 << 28
+BY_FIN: Final = 1  # its user closed or shut down, first or at the same time
+BY_FIN_AFTER: Final = 2  # the same, after the peer's FIN
+BY_RST_UNREAD: Final = 3  # close() with text unread
+BY_RST_ABORT: Final = 4  # SO_LINGER {1, 0}
+BY_RST_NOBODY: Final = 5  # text came, and its user had closed
+BY_SILENCE: Final = 6  # it gave up retransmitting
+BY_PEER: Final = 7  # the peer's RST
+BY_RST_NO_SOCKET: Final = 8  # there never was a socket
 
 CLOSED, LISTEN, SYN_SENT, SYN_RECEIVED = 0, 1, 2, 3
 ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT = range(4, 11)
 _SYNCHRONIZED: Final = frozenset(range(4, 11))
 _ENDED: Final = FIN_IN | FIN_ACKED
 # What is still true of an end that has no connection any more.
-_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE
+_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE | CAUSE
 
 # Modes. How an end's transitions are reported:
 UNSEEN: Final = 0
@@ -106,6 +118,7 @@ LINGER_BEGUN: Final = 7
 CLOSED_BY_CALL: Final = 8
 SHUT_DOWN_BY_CALL: Final = 9
 NOT_TIME_WAIT: Final = 10
+CLOSE_BEGUN_UNREAD: Final = 11
 
 
 def moved(end: int, old: int, new: int) -> int:
@@ -254,12 +267,14 @@ class Explanations:
         # The user.
         if state == CLOSED:
             yield from self._open(end, table[State.CLOSED, Event.OPEN_ACTIVE], segments)
-            if y & W_SYN and not x & _ENDED:
+            if y & W_SYN and not x & (_ENDED | FAILED):
                 # Perhaps somebody listens. A listener is not followed: it has no peer.
                 listening = table[State.CLOSED, Event.OPEN_PASSIVE].next
                 if listening is not None:
                     row = table[listening, Event.SYN]
-                    yield from self._apply(end, Event.SYN, row, x & ~WIRE, PASSIVE, segments)
+                    yield from self._apply(
+                        end, Event.SYN, row, x & ~(WIRE | CAUSE), PASSIVE, segments
+                    )
         else:
             for event in _CALLS:
                 if x & ORPHAN or (event is Event.SHUTDOWN and x & FIN_OUT):
@@ -325,6 +340,8 @@ class Explanations:
             x &= ~(CHILD | SMALL | PASSIVE)
         elif x & 15 != SYN_RECEIVED:
             x &= ~(CHILD | PASSIVE)
+        if not x & CAUSE:
+            x |= _cause(event, acts, x) << 28
         yield Step(end, event, row, x if segments else send(x))
 
     # Observations.
@@ -334,6 +351,9 @@ class Explanations:
             how = mode >> 2 * end & 3
             before = pair[end]
             for step in self.steps(mode, pair, end):
+                # Addresses are not thought to be used again unless that is seen.
+                if step.event is Event.OPEN_ACTIVE and before:
+                    continue
                 if how == UNSEEN or None in reports(how, before, step.after):
                     yield after(pair, step)
 
@@ -341,6 +361,8 @@ class Explanations:
         what = symbol & 7 << 9
         end = symbol >> 4 & 1
         if what == _SEG:
+            if symbol & 0xFF == SYN and not mode >> 2 * (symbol >> 8 & 1) & 3:
+                pairs = pairs.union(self._reopened(mode, pairs, symbol >> 8 & 1))
             yield from _after_segment(pairs, symbol)
         elif what == _MOVE:
             yield from self._after_move(mode, pairs, symbol)
@@ -353,6 +375,17 @@ class Explanations:
                 states = (symbol >> 4 & 15, symbol & 15)
                 seen = self.close(mode, self.number(_keep(pairs, first, states[first])))
                 yield from _keep(self._sets[seen], then, states[then])
+
+    def _reopened(self, mode: int, pairs: frozenset[Pair], end: int) -> Iterator[Pair]:
+        """The pairs in which this end has just begun a new connection."""
+        for pair in pairs:
+            for step in self.steps(mode, pair, end):
+                if step.event is Event.OPEN_ACTIVE:
+                    yield after(pair, step)
+
+    def just_after(self, mode: int, number: int, symbol: int) -> frozenset[Pair]:
+        """What an observation leaves, before anything unseen may follow."""
+        return frozenset(self._after(mode, self._sets[number], symbol))
 
     def _after_move(self, mode: int, pairs: frozenset[Pair], symbol: int) -> Iterator[Pair]:
         end = symbol >> 8 & 1
@@ -413,6 +446,18 @@ def send(x: int) -> int:
     if x & RST_DUE:
         x = x & ~RST_DUE | W_RST
     return x
+
+
+def _cause(event: Event, acts: tuple[str, ...], x: int) -> int:
+    if "queue_fin" in acts:
+        return BY_FIN_AFTER if x & FIN_IN else BY_FIN
+    if event in (Event.CLOSE_UNREAD, Event.ABORT):
+        return BY_RST_UNREAD if event is Event.CLOSE_UNREAD else BY_RST_ABORT
+    if "reset_reply" in acts and not x & 15:
+        return BY_RST_NOBODY if event is Event.TEXT_AFTER_CLOSE else BY_RST_NO_SOCKET
+    if x & FAILED:
+        return BY_SILENCE if event is Event.GIVE_UP else BY_PEER
+    return 0
 
 
 def _arrivals(x: int, y: int, segments: int, late: int) -> Iterator[tuple[Event, int]]:
@@ -581,6 +626,7 @@ def _after_told(pairs: Iterable[Pair], end: int, what: int) -> Iterator[Pair]:
 _LICENCE: Final = {
     CLOSE_BEGUN: MAY_CLOSE,
     CLOSE_BEGUN_ALL_READ: MAY_CLOSE_ALL_READ,
+    CLOSE_BEGUN_UNREAD: MAY_CLOSE_UNREAD,
     SHUTDOWN_BEGUN: MAY_SHUT_DOWN,
     LINGER_BEGUN: LINGER,
 }
@@ -590,16 +636,18 @@ def _licensed(x: int, event: Event) -> bool:
     """Whether the calls that this end's user is in allow this."""
     if event is Event.SHUTDOWN:
         return bool(x & MAY_SHUT_DOWN)
-    if not x & (MAY_CLOSE | MAY_CLOSE_ALL_READ) or (event is Event.ABORT) != bool(x & LINGER):
+    if not x & _MAY_CLOSE or (event is Event.ABORT) != bool(x & LINGER):
         return False
-    return event is not Event.CLOSE_UNREAD or bool(x & MAY_CLOSE)
+    if event is Event.CLOSE_UNREAD:
+        return not x & MAY_CLOSE_ALL_READ
+    return event is Event.ABORT or not x & MAY_CLOSE_UNREAD
 
 
 # What holds of a set: for A in the low bits, for B the same shifted by 8.
 MAY_TIME_WAIT: Final = 1
 MUST_TIME_WAIT: Final = 2  # and its peer has no FIN left to repeat
 MAY_ORPHAN: Final = 4  # may be an orphan in FIN_WAIT_2
-MUST_GONE: Final = 8
+MAY_BE_OVER: Final = 8  # in no other state than CLOSED or TIME_WAIT
 
 
 def _facts(pairs: frozenset[Pair]) -> int:
@@ -615,7 +663,7 @@ def _facts(pairs: frozenset[Pair]) -> int:
             bits |= MUST_TIME_WAIT
         if any(p[end] & 15 == FIN_WAIT_2 and p[end] & ORPHAN for p in pairs):
             bits |= MAY_ORPHAN
-        if all(p[end] & 15 in (CLOSED, LISTEN) for p in pairs):
-            bits |= MUST_GONE
+        if all(p[end] & 15 in (CLOSED, TIME_WAIT) for p in pairs):
+            bits |= MAY_BE_OVER
         facts |= bits << 8 * end
     return facts

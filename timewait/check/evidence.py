@@ -1,0 +1,61 @@
+"""Events from a file: JSON Lines as `timewait run --events` writes them, or pcap and pcapng.
+
+Whatever is wrong with the file is told with its line, and what can be read
+is still yielded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Final
+
+from timewait import events
+from timewait.events import Event, RunStarted
+
+__all__ = ["is_capture", "read"]
+
+_MAGIC: Final = frozenset(
+    bytes.fromhex(magic) for magic in ("a1b2c3d4", "d4c3b2a1", "a1b23c4d", "4d3cb2a1", "0a0d0d0a")
+)
+
+
+def is_capture(path: Path) -> bool:
+    """Whether the file begins like pcap or pcapng. Raises `OSError`."""
+    with path.open("rb") as file:
+        return file.read(4) in _MAGIC
+
+
+def read(path: Path, tell: Callable[[str], object]) -> Iterator[Event]:
+    """The file's events, in its order; `tell` hears of each fault, with its line.
+
+    Raises `OSError` where the file cannot be read.
+    """
+    if is_capture(path):
+        yield from import_module("timewait.kernel.capture").read(path, tell)
+        return
+    number = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal number
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):  # noqa: B007
+                yield line
+
+    last: dict[tuple[str, str], float] = {}
+    heads = 0
+    for event in events.read(lines(), lambda problem: tell(str(problem))):
+        if isinstance(event, RunStarted):
+            heads += 1
+            if heads > 1:
+                tell(f"line {number}: another run begins here; it is checked by itself")
+                last.clear()
+        source = (event.kind, getattr(event, "source", ""))
+        before = last.get(source)
+        if before is not None and event.t < before:
+            by = source[1] or source[0]
+            tell(f"line {number}: out of order, {before - event.t:.6f} s before the last of {by}")
+        else:
+            last[source] = event.t
+        yield event
