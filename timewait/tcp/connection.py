@@ -35,7 +35,7 @@ from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, Options, Segment
 from timewait.tcp.states import Event, State, Timer
 from timewait.tcp.transitions import Row
 
-__all__ = ["Connection", "Hook", "Status", "TCPError"]
+__all__ = ["Connection", "Hook", "SocketOptions", "Status", "TCPError"]
 
 MASK: Final = 0xFFFFFFFF
 HALF: Final = 0x80000000
@@ -45,7 +45,16 @@ Hook: TypeAlias = Callable[[State, State, Event, float], None]
 
 _EVENTS = tuple(Event)
 _CONTROL: Final = SYN | RST | ACK
-_TIMERS = ("t_retransmit", "t_ack", "t_probe", "t_keepalive", "t_wait", "t_user")
+_LOOK: Final = len(Event)  # after a state's cells: how it looks at a segment
+_TIMERS = (
+    (Timer.RETRANSMIT, "t_retransmit"),
+    (Timer.DELAYED_ACK, "t_ack"),
+    (Timer.WAIT, "t_wait"),
+    (Timer.PROBE, "t_probe"),
+    (Timer.KEEPALIVE, "t_keepalive"),
+    (Timer.USER, "t_user"),
+)
+_WAIT, _TIMER_RETRANSMIT = Timer.WAIT, Timer.RETRANSMIT
 
 # Plain ints and module globals: the classification runs for every segment.
 _OPEN_PASSIVE, _OPEN_ACTIVE = int(Event.OPEN_PASSIVE), int(Event.OPEN_ACTIVE)
@@ -89,6 +98,24 @@ class TCPError(OSError):
 
 
 @frozen
+class SocketOptions:
+    """What a user may set on a connection. Times in seconds.
+
+    `keepalive` is (idle, interval, probes); `linger2` bounds FIN_WAIT_2 for an
+    orphan (TCP_LINGER2); `user_timeout` bounds how long text or a FIN may stay
+    unacknowledged (RFC 9293 §3.10.8).
+    """
+
+    nodelay: bool = False
+    user_timeout: float | None = None
+    linger2: float | None = None
+    keepalive: tuple[float, float, int] | None = None
+
+
+_DEFAULT: Final = SocketOptions()
+
+
+@frozen
 class Status:
     """What RFC 9293 §3.10.6 tells a user who asks for the connection's status."""
 
@@ -112,8 +139,6 @@ class Status:
 _NO_OPTIONS: Final = Options()
 
 _Action: TypeAlias = Callable[["Connection", Any, float], None]
-# (next state or None, its cells, actions, the row)
-_Cell: TypeAlias = tuple[State | None, Any, tuple[_Action, ...], Row]
 
 
 def _refuse(row: Row) -> _Action:
@@ -132,9 +157,13 @@ def _impossible(state: State, event: Event, row: Row) -> _Action:
     return impossible
 
 
-def _compile(profile: Profile) -> list[list[_Cell]]:
-    """The table as lists indexed by small numbers, each cell knowing the next state's cells."""
-    cells: list[list[_Cell]] = [[] for _ in State]
+def _compile(profile: Profile) -> list[list[Any]]:
+    """The table as lists indexed by small numbers.
+
+    A cell is (next state or None, that state's cells, actions, the row); after
+    a state's cells comes the method by which it looks at a segment.
+    """
+    cells: list[list[Any]] = [[] for _ in State]
     for (state, event), row in sorted(profile.table.items()):
         if row.kind == "error":
             actions: tuple[_Action, ...] = (_refuse(row),)
@@ -145,6 +174,8 @@ def _compile(profile: Profile) -> list[list[_Cell]]:
         assert len(cells[state]) == event, "the table is not total"
         onwards = None if row.next is None else cells[row.next]
         cells[state].append((row.next, onwards, actions, row))
+    for state, look in _LOOKS.items():
+        cells[state].append(look)
     return cells
 
 
@@ -171,23 +202,18 @@ class Connection:
         "_rtt_seq",
         "_rx",
         "_small",
-        "_taken",
         "_tx",
-        "_tx_seq",
         "adv_mss",
         "error",
         "fin_received",
         "first_sent",
         "irs",
         "iss",
-        "keepalive",
         "last_challenge",
-        "last_received",
-        "linger2",
         "max_wnd",
         "mss",
-        "nodelay",
         "on_transition",
+        "options",
         "orphaned",
         "out",
         "passive",
@@ -220,7 +246,6 @@ class Connection:
         "timestamps",
         "ts_offset",
         "ts_recent",
-        "user_timeout",
         "write_shut",
     )
 
@@ -266,16 +291,10 @@ class Connection:
         self.timestamps: bool = parameters.timestamps if timestamps is None else timestamps
         self.sack = False
         self.ts_recent = self.ts_offset = 0
-        self.nodelay = False
-        self.user_timeout: float | None = None
-        self.linger2: float | None = None
-        self.keepalive: tuple[float, float, int] | None = None
-        self.last_received = 0.0
+        self.options = _DEFAULT
         self._tx = self._rx = b""
-        self._tx_seq = (iss + 1) & MASK
         self._fin = 0  # 1: queued behind the text, 2: sent
         self._out_of_order: tuple[tuple[int, bytes, bool], ...] = ()
-        self._taken = 0
         self._recover: int | None = None
         self._rtt_seq: int | None = None
         self._rtt_at = 0.0
@@ -290,7 +309,7 @@ class Connection:
         self._pingpong = False
         self._rcv_mss = min(mss, 536)
         self._last_text = -INF
-        self._small = self._tx_seq  # SND.NXT after the last segment that was not full
+        self._small = iss  # SND.NXT after the last segment that was not full
         self.last_challenge = -INF
         self.t_retransmit = self.t_ack = self.t_probe = INF
         self.t_keepalive = self.t_wait = self.t_user = INF
@@ -318,9 +337,9 @@ class Connection:
             raise TCPError(self.take_error() or errnos.EPIPE)
         if self.state is CLOSED and (self.write_shut or self.fin_received):
             raise TCPError(errnos.EPIPE)
-        self._taken = 0
+        before = len(self._tx)
         self._step(_SEND, data, now)
-        return self._taken
+        return len(self._tx) - before
 
     def receive(self, n: int, now: float, peek: bool = False) -> bytes:
         """Up to `n` bytes of text in order; `b""` where there is none (see `eof`).
@@ -378,7 +397,8 @@ class Connection:
 
     def status(self) -> Status:
         """The RFC's STATUS (§3.10.6)."""
-        unsent = len(self._tx) - ((self.snd_nxt - self._tx_seq) & MASK) + (self._fin == 2)
+        sent = (self.snd_nxt - self.snd_una) & MASK
+        in_flight = sent - (self._fin == 2 and sent > 0) - (self.snd_una == self.iss and sent > 0)
         return Status(
             state=self.state,
             snd_una=self.snd_una,
@@ -386,8 +406,8 @@ class Connection:
             snd_wnd=self.snd_wnd,
             rcv_nxt=self.rcv_nxt,
             rcv_wnd=(self.rcv_adv - self.rcv_nxt) & MASK,
-            unsent=max(0, unsent),
-            unacknowledged=(self.snd_nxt - self.snd_una) & MASK,
+            unsent=len(self._tx) - in_flight,
+            unacknowledged=sent,
             readable=len(self._rx),
             eof=self.eof,
             orphaned=self.orphaned,
@@ -429,47 +449,57 @@ class Connection:
     @property
     def deadline(self) -> float | None:
         """When `expire` is due, None while no timer runs."""
-        earliest = min(
-            self.t_retransmit, self.t_ack, self.t_probe, self.t_keepalive, self.t_wait, self.t_user
-        )
+        earliest = self._earliest()
         return None if earliest == INF else earliest
+
+    def _earliest(self) -> float:
+        earliest = self.t_retransmit
+        if self.t_ack < earliest:
+            earliest = self.t_ack
+        if self.t_wait < earliest:
+            earliest = self.t_wait
+        if self.t_probe < earliest:
+            earliest = self.t_probe
+        if self.t_keepalive < earliest:
+            earliest = self.t_keepalive
+        return self.t_user if self.t_user < earliest else earliest
 
     @property
     def timers(self) -> dict[Timer, float]:
         """The running timers and when they fire."""
-        return {
-            timer: getattr(self, name)
-            for timer, name in zip(Timer, _TIMERS, strict=True)
-            if getattr(self, name) != INF
-        }
+        return {timer: getattr(self, name) for timer, name in _TIMERS if getattr(self, name) != INF}
 
     def expire(self, now: float) -> None:
         """Run every timer that is due, the earliest first."""
-        while True:
-            due = min(
-                (getattr(self, name), timer) for timer, name in zip(Timer, _TIMERS, strict=True)
-            )
-            if due[0] > now:
-                return
-            self.timeout(due[1], now)
+        while (due := self._earliest()) <= now:
+            for timer, name in _TIMERS:
+                if getattr(self, name) == due:
+                    self.timeout(timer, now)
+                    break
 
     def timeout(self, timer: Timer, now: float) -> None:
         """Let one timer fire. It is stopped first; what follows may start it again."""
-        setattr(self, _TIMERS[timer], INF)
-        if timer is Timer.RETRANSMIT:
+        if timer is _WAIT:
+            self.t_wait = INF
+            event = _TIME_WAIT_OVER if self.state is TIME_WAIT else _FIN_WAIT_2_OVER
+        elif timer is _TIMER_RETRANSMIT:
+            self.t_retransmit = INF
             event = _GIVE_UP if self._given_up(now) else _RETRANSMIT
         elif timer is Timer.DELAYED_ACK:
+            self.t_ack = INF
             event = _DELAYED_ACK
             # tcp_delack_timer_handler: a delay that was needed is not interactive.
             self._pingpong = False
         elif timer is Timer.PROBE:
-            event = _PROBE if self.retransmits < self.profile.parameters.probe_retries else _GIVE_UP
+            self.t_probe = INF
+            most = self.profile.parameters.probe_retries
+            event = _PROBE if self.retransmits < most else _GIVE_UP
         elif timer is Timer.KEEPALIVE:
-            most = self.keepalive[2] if self.keepalive is not None else 0
+            self.t_keepalive = INF
+            most = self.options.keepalive[2] if self.options.keepalive else 0
             event = _KEEPALIVE if self.retransmits < most else _GIVE_UP
-        elif timer is Timer.WAIT:
-            event = _TIME_WAIT_OVER if self.state is TIME_WAIT else _FIN_WAIT_2_OVER
         else:
+            self.t_user = INF
             event = _GIVE_UP
         self._step(event, None, now)
 
@@ -489,42 +519,35 @@ class Connection:
 
     def segment(self, seg: Segment, now: float) -> None:
         """Take a segment that arrived (RFC 9293 §3.10.7)."""
-        flags = seg.flags
-        state = self.state
-        if self.keepalive is not None:
-            self.last_received = now
-        if state > SYN_SENT:
-            if (
-                seg.seq == self.rcv_nxt
-                and flags & _CONTROL == ACK
-                and state is not TIME_WAIT
-                and (self.rcv_adv != self.rcv_nxt or not (seg.data or flags & FIN))
-                and not (self.timestamps and self._paws(seg, now, 1))
-                and not (self.orphaned and state is FIN_WAIT_2)
-            ):
-                # What nearly every segment is: the first four checks have nothing to find.
-                event = self._contents(seg, flags, now)
-            elif state is TIME_WAIT:
-                event = self._in_time_wait(seg, flags, now)
-            elif state is SYN_RECEIVED and self.passive:
-                event = self._in_passive_syn_received(seg, flags, now)
-            elif self.orphaned and state is FIN_WAIT_2 and self.profile.parameters.small_sockets:
-                event = self._in_small_fin_wait_2(seg, flags, now)
-            else:
-                event = self._in_window(seg, flags, now)
-        elif state is SYN_SENT:
-            event = self._in_syn_sent(seg, flags)
-        elif flags & RST:
-            event = _RST_EXACT
-        elif flags & ACK:
-            event = _ACK_OF_UNSENT
-        elif flags & SYN and not (flags & FIN and self.profile.parameters.drop_synfin):
-            event = _SYN
-        else:
-            event = _NO_ACK
-        self._step(event, seg, now)
+        if self.t_keepalive != INF:
+            self._heard(now)
+        cells = self._cells
+        event = cells[_LOOK](self, seg, seg.flags, now)
+        new, onwards, actions, row = cells[event]
+        # As `_step` does; here because every segment comes this way.
+        if new is None:
+            for action in actions:
+                action(self, seg, now)
+            return
+        old = self.state
+        self.state = new
+        self._cells = onwards
+        for action in actions:
+            action(self, seg, now)
+        if self.on_transition is not None:
+            self._tell(old, new, event, row, now)
 
-    def _in_syn_sent(self, seg: Segment, flags: int) -> int:
+    def _in_closed(self, seg: Segment, flags: int, now: float) -> int:
+        """§3.10.7.1 and §3.10.7.2: the flags alone decide."""
+        if flags & RST:
+            return _RST_EXACT
+        if flags & ACK:
+            return _ACK_OF_UNSENT
+        if flags & SYN and not (flags & FIN and self.profile.parameters.drop_synfin):
+            return _SYN
+        return _NO_ACK
+
+    def _in_syn_sent(self, seg: Segment, flags: int, now: float) -> int:
         """§3.10.7.3: only an ACK of our SYN tells a segment of this attempt."""
         if flags & ACK:
             acked = (seg.ack - self.snd_una) & MASK
@@ -539,8 +562,10 @@ class Connection:
             return _RST_OUTSIDE
         return _SYN if flags & SYN else _NO_ACK
 
-    def _in_passive_syn_received(self, seg: Segment, flags: int, now: float) -> int:
-        """SYN_RECEIVED after a passive OPEN: nobody has been told of this connection yet."""
+    def _in_syn_received(self, seg: Segment, flags: int, now: float) -> int:
+        """After a passive OPEN nobody has been told of this connection yet."""
+        if not self.passive:
+            return self._in_window(seg, flags, now)
         paws = self._paws(seg, now, 0)
         if flags & (SYN | RST | ACK) == SYN and seg.seq == self.irs and not paws:
             return _SYN_AGAIN
@@ -557,10 +582,12 @@ class Connection:
             return _SYN_TO_PASSIVE
         if not flags & ACK:
             return _NO_ACK
-        return self._contents(seg, flags, now)
+        return self._in_window(seg, flags & ~SYN, now)
 
-    def _in_small_fin_wait_2(self, seg: Segment, flags: int, now: float) -> int:
-        """An orphan's FIN_WAIT_2 on Linux: only sequence numbers are left to tell."""
+    def _in_fin_wait_2(self, seg: Segment, flags: int, now: float) -> int:
+        """An orphan's FIN_WAIT_2 is a small socket on Linux: it knows only sequence numbers."""
+        if not self.orphaned or not self.profile.parameters.small_sockets:
+            return self._in_window(seg, flags, now)
         if self._paws(seg, now, 0) or not self._fits(seg):
             return _UNACCEPTABLE
         if flags & RST:
@@ -614,52 +641,20 @@ class Connection:
         return _UNACCEPTABLE
 
     def _in_window(self, seg: Segment, flags: int, now: float) -> int:
-        """§3.10.7.4 in its order, from the sequence number to SYN; `_contents` has the rest."""
-        offset = (seg.seq - self.rcv_nxt) & MASK
-        state = self.state
-        linux = self.profile.parameters.linux_checks
-        if linux and not flags & (ACK | RST | SYN):
-            return _NO_ACK
+        """§3.10.7.4 in its order: sequence number, RST, SYN; ACK; the text; FIN."""
+        nxt = self.rcv_nxt
+        if (
+            seg.seq != nxt
+            or flags & _CONTROL != ACK
+            or (nxt == self.rcv_adv and seg.length)
+            or (self.timestamps and self._paws(seg, now, 1))
+        ):
+            # What hardly any segment is: the first four checks may find something.
+            event = self._checked(seg, flags, now)
+            if event is not None:
+                return event
 
-        # First, the sequence number, and PAWS (RFC 7323 §5.3: never for a RST).
-        if not flags & RST and self._paws(seg, now, 1):
-            return _SYN_UNEXPECTED if flags & SYN else _UNACCEPTABLE
-        if not (self._fits_loosely(seg) if linux else self._fits(seg)):
-            if flags & RST:
-                return _RST_AFTER_FIN if offset == MASK and self.fin_received else _RST_OUTSIDE
-            if flags & SYN:
-                if self._completes_simultaneous_open(seg, flags):
-                    return self._contents(seg, flags, now)
-                return _SYN_UNEXPECTED
-            if flags & FIN and self.fin_received and (offset + seg.length) & MASK == 0:
-                # The peer repeats its FIN; what it acknowledges is news all the same.
-                return self._contents(seg, flags, now)
-            return _UNACCEPTABLE
-
-        # Second, RST (RFC 5961 §3.2). Third is security. Fourth, SYN (RFC 5961 §4.2).
-        if flags & RST:
-            if offset == 0:
-                return _RST_TO_PASSIVE if state is SYN_RECEIVED and self.passive else _RST_EXACT
-            return _RST_AFTER_FIN if offset == MASK and self.fin_received else _RST_IN_WINDOW
-        if flags & SYN and not self._completes_simultaneous_open(seg, flags):
-            if state is SYN_RECEIVED and self.passive:
-                return _SYN_TO_PASSIVE
-            return _SYN_UNEXPECTED
-        return self._contents(seg, flags, now)
-
-    def _completes_simultaneous_open(self, seg: Segment, flags: int) -> bool:
-        return (
-            self.state is SYN_RECEIVED
-            and flags & ACK != 0
-            and seg.seq == self.irs
-            and seg.ack == self.snd_nxt
-            and not seg.data
-        )
-
-    def _contents(self, seg: Segment, flags: int, now: float) -> int:
-        """The rest of §3.10.7.4: fifth, ACK; seventh, the text; eighth, FIN."""
-        if not flags & ACK:
-            return _NO_ACK
+        # Fifth, ACK.
         flight = (self.snd_nxt - self.snd_una) & MASK
         acked = (seg.ack - self.snd_una) & MASK
         of_syn = of_fin = False
@@ -674,7 +669,15 @@ class Connection:
             self._acknowledged(seg.ack, acked, flight, now)
         elif self.state is SYN_RECEIVED:
             return _ACK_TOO_OLD
-        self._update_window(seg)
+        # SND.WND, unless the segment is older than the last that told it.
+        if not ((seg.seq - self.snd_wl1) & MASK or (seg.ack - self.snd_wl2) & MASK) & HALF:
+            self.snd_wl1 = seg.seq
+            self.snd_wl2 = seg.ack
+            self.snd_wnd = window = seg.window << self.snd_scale
+            if window > self.max_wnd:
+                self.max_wnd = window
+            if self.t_probe != INF:
+                self._probe_answered(window)
         if self.timestamps:
             self._note_timestamp(seg)
 
@@ -696,6 +699,47 @@ class Connection:
         if of_fin:
             return _ACK_OF_FIN
         return _ACK_OF_SYN if of_syn else _SEGMENT
+
+    def _checked(self, seg: Segment, flags: int, now: float) -> int | None:
+        """The first four checks, and whether there is an ACK; None where nothing is wrong."""
+        offset = (seg.seq - self.rcv_nxt) & MASK
+        state = self.state
+        linux = self.profile.parameters.linux_checks
+        if linux and not flags & (ACK | RST | SYN):
+            return _NO_ACK
+
+        # First, the sequence number, and PAWS (RFC 7323 §5.3: never for a RST).
+        if not flags & RST and self._paws(seg, now, 1):
+            return _SYN_UNEXPECTED if flags & SYN else _UNACCEPTABLE
+        if not (self._fits_loosely(seg) if linux else self._fits(seg)):
+            if flags & RST:
+                return _RST_AFTER_FIN if offset == MASK and self.fin_received else _RST_OUTSIDE
+            if flags & SYN:
+                return None if self._completes_simultaneous_open(seg, flags) else _SYN_UNEXPECTED
+            if flags & FIN and self.fin_received and (offset + seg.length) & MASK == 0:
+                # The peer repeats its FIN; what it acknowledges is news all the same.
+                return None if flags & ACK else _NO_ACK
+            return _UNACCEPTABLE
+
+        # Second, RST (RFC 5961 §3.2). Third is security. Fourth, SYN (RFC 5961 §4.2).
+        if flags & RST:
+            if offset == 0:
+                return _RST_TO_PASSIVE if state is SYN_RECEIVED and self.passive else _RST_EXACT
+            return _RST_AFTER_FIN if offset == MASK and self.fin_received else _RST_IN_WINDOW
+        if flags & SYN and not self._completes_simultaneous_open(seg, flags):
+            if state is SYN_RECEIVED and self.passive:
+                return _SYN_TO_PASSIVE
+            return _SYN_UNEXPECTED
+        return None if flags & ACK else _NO_ACK
+
+    def _completes_simultaneous_open(self, seg: Segment, flags: int) -> bool:
+        return (
+            self.state is SYN_RECEIVED
+            and flags & ACK != 0
+            and seg.seq == self.irs
+            and seg.ack == self.snd_nxt
+            and not seg.data
+        )
 
     def _after_fin(self, seg: Segment, flags: int) -> int:
         """Text or a FIN after the peer's FIN: it is told again that all had arrived."""
@@ -746,18 +790,23 @@ class Connection:
 
     def _acknowledged(self, ack: int, acked: int, flight: int, now: float) -> None:
         """`acked` of `flight` octets are acknowledged: free them, measure, retime."""
-        self.snd_una = ack
         if self._tx:
-            text = (ack - self._tx_seq) & MASK
-            if text and not text & HALF:
-                if self._fin == 2 and acked == flight:
-                    text -= 1
-                self._tx = self._tx[text:]
-                self._tx_seq = (self._tx_seq + text) & MASK
-        if self._rtt_seq is not None and not (ack - self._rtt_seq) & HALF:
-            self._measured(now - self._rtt_at)
-            self._rtt_seq = None
-        elif self.srtt is not None and self.retransmits:
+            text = acked - (self.snd_una == self.iss)
+            self._tx = self._tx[text:]  # a FIN, the last, is past its end
+        self.snd_una = ack
+        if self._rtt_seq is not None:
+            if not (ack - self._rtt_seq) & HALF:
+                # A round trip was measured: RFC 6298 §2.
+                self._rtt_seq = None
+                rtt = now - self._rtt_at
+                if self.srtt is None:
+                    self.srtt, self.rttvar = rtt, rtt / 2
+                else:
+                    error = rtt - self.srtt
+                    self.srtt += error / 8
+                    self.rttvar += ((error if error > 0 else -error) - self.rttvar) / 4
+                self._set_rto()
+        elif self.retransmits and self.srtt is not None:
             self._set_rto()  # new data acknowledged ends the backoff
         self.retransmits = 0
         if acked == flight:
@@ -773,41 +822,23 @@ class Connection:
                 else:
                     self._recover = None
 
-    def _measured(self, rtt: float) -> None:
-        """A round trip was measured: RFC 6298 §2."""
-        srtt = self.srtt
-        if srtt is None:
-            self.srtt, self.rttvar = rtt, rtt / 2
-        else:
-            self.rttvar += (abs(srtt - rtt) - self.rttvar) / 4
-            self.srtt = srtt + (rtt - srtt) / 8
-        self._set_rto()
-
     def _set_rto(self) -> None:
         parameters = self.profile.parameters
-        srtt = self.srtt or 0.0
-        variance = 4 * self.rttvar
+        rto = 4 * self.rttvar
         if parameters.rto_floor_on_variance:
-            rto = srtt + (variance if variance > parameters.rto_min else parameters.rto_min)
+            if rto < parameters.rto_min:
+                rto = parameters.rto_min
+            rto += self.srtt or 0.0
         else:
-            rto = srtt + variance
+            rto += self.srtt or 0.0
             if rto < parameters.rto_min:
                 rto = parameters.rto_min
         self.rto = rto if rto < parameters.rto_max else parameters.rto_max
 
-    def _update_window(self, seg: Segment) -> None:
-        """SND.WND, unless the segment is older than the last that told it (§3.10.7.4)."""
-        newer = (seg.seq - self.snd_wl1) & MASK or (seg.ack - self.snd_wl2) & MASK
-        if not newer & HALF:
-            self.snd_wnd = window = seg.window << self.snd_scale
-            self.snd_wl1 = seg.seq
-            self.snd_wl2 = seg.ack
-            if window > self.max_wnd:
-                self.max_wnd = window
-            if self.t_probe != INF:
-                self.retransmits = 0
-                if window:
-                    self.t_probe = INF
+    def _probe_answered(self, window: int) -> None:
+        self.retransmits = 0
+        if window:
+            self.t_probe = INF
 
     def _take(self, seg: Segment, now: float) -> bool:
         """Take the segment's text; whether the peer's FIN is now in order."""
@@ -893,21 +924,25 @@ class Connection:
     # --- The table -------------------------------------------------------------------------
 
     def _step(self, event: int, seg: Any, now: float) -> None:
-        new, cells, actions, row = self._cells[event]
+        new, onwards, actions, row = self._cells[event]
         if new is None:
             for action in actions:
                 action(self, seg, now)
             return
         old = self.state
         self.state = new
-        self._cells = cells
+        self._cells = onwards
         for action in actions:
             action(self, seg, now)
         if self.on_transition is not None:
-            if row.via is not None:
-                self.on_transition(old, row.via, _EVENTS[event], now)
-                old = row.via
-            self.on_transition(old, new, _EVENTS[event], now)
+            self._tell(old, new, event, row, now)
+
+    def _tell(self, old: State, new: State, event: int, row: Row, now: float) -> None:
+        assert self.on_transition is not None
+        if row.via is not None:
+            self.on_transition(old, row.via, _EVENTS[event], now)
+            old = row.via
+        self.on_transition(old, new, _EVENTS[event], now)
 
     def become(self, state: State) -> None:
         """Be in that state, whatever was before (for those who restore a connection)."""
@@ -925,8 +960,8 @@ class Connection:
     def _start_retransmitting(self, now: float) -> None:
         self.first_sent = now
         self.t_retransmit = now + self.rto
-        if self.user_timeout is not None:
-            self.t_user = now + self.user_timeout
+        if self.options.user_timeout is not None:
+            self.t_user = now + self.options.user_timeout
 
     def _emit_syn(self, flags: int, now: float) -> None:
         """Our SYN, or SYN,ACK: the window unscaled, all options offered or answered."""
@@ -989,18 +1024,17 @@ class Connection:
 
     def _synchronize(self, seg: Segment, now: float) -> None:
         self._note_syn(seg)
-        self.rcv_adv = (self.rcv_nxt + min(self.rcv_buf, 0xFFFF)) & MASK
+        self.rcv_adv = (self.rcv_nxt + (self.rcv_buf if self.rcv_buf < 0xFFFF else 0xFFFF)) & MASK
         self._acknowledged(seg.ack, 1, 1, now)
         self._establish(seg, now)
-        self.snd_wnd = seg.window  # in a SYN it is not scaled
 
     def _establish(self, seg: Segment, now: float) -> None:
         self.retransmits = 0
         self._last_text = now
         if self.srtt is None:
-            self._set_rto()
-        if self.keepalive is not None:
-            self.t_keepalive = now + self.keepalive[0]
+            self.rto = self.profile.parameters.rto_initial
+        if self.options.keepalive:
+            self.t_keepalive = now + self.options.keepalive[0]
 
     def _return_to_listen(self, _seg: Segment, now: float) -> None:
         self._stop()
@@ -1024,17 +1058,15 @@ class Connection:
         self.passive = True
 
     def _take_text(self, data: bytes, now: float) -> None:
-        room = self.snd_buf - len(self._tx)
-        self._taken = max(0, min(room, len(data)))
-        self._tx += data[: self._taken]
+        self._tx += data[: max(0, self.snd_buf - len(self._tx))]
 
     def _send_text(self, _seg: Any, now: float) -> None:
         """Send what may be sent: text, then the FIN."""
         if not self._tx and self._fin != 1:
             return
-        sent = (self.snd_nxt - self._tx_seq) & MASK
-        if self._fin == 2 or sent & HALF or self.snd_una == self.iss:
+        if self._fin == 2 or self.snd_una == self.iss:
             return  # all sent, or our SYN is not acknowledged yet
+        sent = (self.snd_nxt - self.snd_una) & MASK
         tx = self._tx
         mss = self._effective_mss() if tx else 1
         end = self.snd_una + self.snd_wnd
@@ -1051,7 +1083,7 @@ class Connection:
                     fin = False  # room for the text only
                 else:
                     break
-            if n < mss and not fin and not self.nodelay and self._held_by_nagle():
+            if n < mss and not fin and not self.options.nodelay and self._held_by_nagle():
                 break
             seq = self.snd_nxt
             self.snd_nxt = (seq + n + fin) & MASK
@@ -1094,7 +1126,17 @@ class Connection:
     def _queue_fin(self, _seg: None, now: float) -> None:
         self.write_shut = True
         self._fin = 1
-        self._send_text(None, now)
+        if self._tx or self.snd_una != self.snd_nxt or not self.snd_wnd:
+            self._send_text(None, now)
+            return
+        self._fin = 2
+        # No round trip is measured: nothing that follows would use it.
+        self.snd_nxt = (self.snd_nxt + 1) & MASK
+        self.first_sent = now
+        self.t_retransmit = now + self.rto
+        if self.options.user_timeout is not None:
+            self.t_user = now + self.options.user_timeout
+        self._emit(ACK | FIN, now, self.snd_una)
 
     def _give_text(self, _data: bytes, now: float) -> None:
         """Text was read: tell the peer when that opens a window worth telling."""
@@ -1207,8 +1249,8 @@ class Connection:
     def _start_fin_wait_2(self, _seg: Any, now: float) -> None:
         limit = self.profile.parameters.fin_wait_2
         if self.orphaned and limit is not None:
-            if self.linger2:
-                limit = self.linger2
+            if self.options.linger2:
+                limit = self.options.linger2
             if self.profile.parameters.small_sockets:
                 limit = max(limit, 3.5 * self.rto)  # tcp_fin_time
                 self.last_challenge = -INF
@@ -1243,7 +1285,7 @@ class Connection:
     def _probe(self, _seg: None, now: float) -> None:
         """A segment that must be answered: what fits the window, else one below it."""
         self.retransmits += 1
-        sent = (self.snd_nxt - self._tx_seq) & MASK
+        sent = (self.snd_nxt - self.snd_una) & MASK
         n = min(len(self._tx) - sent, self.snd_wnd, self._effective_mss()) if self._tx else 0
         if n > 0 and self.snd_una == self.snd_nxt:
             seq, self.snd_nxt = self.snd_nxt, (self.snd_nxt + n) & MASK
@@ -1255,18 +1297,16 @@ class Connection:
         self.t_probe = now + self.rto
 
     def _ask(self, _seg: None, now: float) -> None:
-        """Keep-alive (RFC 9293 §3.8.4): only when nothing was heard for long enough."""
-        if self.keepalive is None:
-            return
-        idle, interval, _ = self.keepalive
-        quiet = now - self.last_received
-        if quiet < idle:
+        """Keep-alive (RFC 9293 §3.8.4): nothing was heard for long enough."""
+        if self.options.keepalive:
+            self.retransmits += 1
+            self._emit(ACK, now, (self.snd_una - 1) & MASK)
+            self.t_keepalive = now + self.options.keepalive[1]
+
+    def _heard(self, now: float) -> None:
+        if self.options.keepalive:
             self.retransmits = 0
-            self.t_keepalive = self.last_received + idle
-            return
-        self.retransmits += 1
-        self._emit(ACK, now, (self.snd_una - 1) & MASK)
-        self.t_keepalive = now + interval
+            self.t_keepalive = now + self.options.keepalive[0]
 
     def _emit(self, flags: int, now: float, seq: int | None = None, data: bytes = b"") -> None:
         """Send a segment that carries the current acknowledgment and window."""
@@ -1329,3 +1369,17 @@ _STATEFUL = tuple(
     for name in Connection.__slots__
     if name not in ("profile", "out", "on_transition", "_cells")
 )
+
+_LOOKS: Final = {
+    CLOSED: Connection._in_closed,
+    LISTEN: Connection._in_closed,
+    SYN_SENT: Connection._in_syn_sent,
+    SYN_RECEIVED: Connection._in_syn_received,
+    ESTABLISHED: Connection._in_window,
+    FIN_WAIT_1: Connection._in_window,
+    FIN_WAIT_2: Connection._in_fin_wait_2,
+    CLOSE_WAIT: Connection._in_window,
+    CLOSING: Connection._in_window,
+    LAST_ACK: Connection._in_window,
+    TIME_WAIT: Connection._in_time_wait,
+}
