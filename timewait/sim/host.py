@@ -46,8 +46,6 @@ _LOOPBACK_MSS: Final = 32741  # lo's MTU of 65536, halved by Linux's window rule
 _SOMAXCONN: Final = 4096
 _RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
-_IP_BIND_ADDRESS_NO_PORT: Final = 24
-_IP_LOCAL_PORT_RANGE: Final = 51
 _TIMER_NAMES: Final = {
     Timer.RETRANSMIT: "retransmit",
     Timer.PROBE: "probe",
@@ -402,6 +400,8 @@ class Sock:
         self.host.forget(self)
         self.conn = None
         self.phase = UNCONNECTED
+        if not self.bound_address:
+            self.address = ANY4 if self.family == AF_INET else ANY6
         self.shut = 0
         self.host.network.drain()
 
@@ -464,9 +464,9 @@ class Sock:
                 if value < 0:
                     fail(errno.EINVAL)
                 self.user_timeout = value
-            case socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT:
+            case socket.IPPROTO_IP, 24:  # IP_BIND_ADDRESS_NO_PORT
                 self.bind_address_no_port = bool(value)
-            case socket.IPPROTO_IP, _IP_LOCAL_PORT_RANGE:
+            case socket.IPPROTO_IP, 51:  # IP_LOCAL_PORT_RANGE
                 low, high = value & 0xFFFF, value >> 16 & 0xFFFF
                 if low and high and low > high:
                     fail(errno.EINVAL)
@@ -509,9 +509,9 @@ class Sock:
                 return 60 if self.linger2 is None else self.linger2
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
                 return self.user_timeout
-            case socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT:
+            case socket.IPPROTO_IP, 24:  # IP_BIND_ADDRESS_NO_PORT
                 return int(self.bind_address_no_port)
-            case socket.IPPROTO_IP, _IP_LOCAL_PORT_RANGE:
+            case socket.IPPROTO_IP, 51:  # IP_LOCAL_PORT_RANGE
                 return self.local_port_range
             case socket.IPPROTO_IPV6, socket.IPV6_V6ONLY if self.family == AF_INET6:
                 return int(self.v6only)
@@ -632,16 +632,15 @@ class Sock:
         self.host.network.drain()
 
     def _span(self) -> tuple[int, int] | None:
-        """IP_LOCAL_PORT_RANGE, clamped to the host's range as `inet_sk_get_local_port_range`."""
+        """IP_LOCAL_PORT_RANGE within the host's own (`inet_sk_get_local_port_range`)."""
         if not self.local_port_range:
             return None
-        low, high = self.local_port_range & 0xFFFF, self.local_port_range >> 16
         first, last = self.host.ports.ephemeral
-        if low < first:
-            low = first
-        if high == 0 or high > last:
-            high = last
-        return (low, high) if low <= high else None
+        low, high = self.local_port_range & 0xFFFF, self.local_port_range >> 16
+        return (
+            low if first <= low <= last else first,
+            high if first <= high <= last else last,
+        )
 
 
 class Host:
@@ -935,8 +934,6 @@ class Host:
         if not sock.bound_port or not sock.files:
             self.ports.release(sock)
             sock.port = 0
-        if not sock.bound_address:
-            sock.address = ANY4 if sock.family == AF_INET else ANY6
 
     # Views.
 

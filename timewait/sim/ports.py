@@ -69,8 +69,8 @@ def overlap(new: Holder, old: Holder) -> bool:
     if a == b:
         return True
     if new.family == socket.AF_INET:
-        # An IPv4 newcomer asks only whether the IPv6 holder's IPv4 half is in its way.
-        return b == ANY6 and not old.v6only
+        # An IPv6 holder counts by its IPV6_V6ONLY alone, wherever it is connected to by now.
+        return not old.v6only and (b == ANY6 or a == ANY4)
     if b == ANY6 and not (old.v6only and is_v4(a)):
         return True
     return a == ANY6 and not (new.v6only and is_v4(b))

@@ -31,7 +31,6 @@ _SOCK_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _KNOWN_FLAGS: Final = (
     socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_CMSG_CLOEXEC
 )
-IP_LOCAL_PORT_RANGE: Final = 51  # not in Python's socket module
 IPV6_V6ONLY: Final = socket.IPV6_V6ONLY
 
 
