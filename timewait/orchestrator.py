@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
@@ -62,13 +62,15 @@ _RESET: Final = struct.pack("ii", 1, 0)
 class Stack(Protocol):
     """What answers the socket calls, and what can be seen of it.
 
-    `blind` says in words what its observers cannot see.
+    `blind` says in words what its observers cannot see; `virtual` whether its
+    time is, so that waiting takes none.
     """
 
     name: str
     observer: str
     blind: tuple[str, ...]
     profiles: dict[str, str]
+    virtual: bool
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -84,6 +86,9 @@ class Stack(Protocol):
 
     def prepare(self, scenario: Scenario) -> Scenario:
         """The scenario with its port chosen. Raises `ScenarioError` where it cannot run here."""
+
+    def run(self, main: Callable[[], Coroutine[Any, Any, None]], backend: str = "asyncio") -> None:
+        """Run it on a loop of the stack's own."""
 
     def close(self) -> None:
         """Give back what the stack itself holds."""
@@ -172,7 +177,7 @@ class Orchestrator:
         finally:
             self._leave_nothing()
         if trouble:
-            self.record(Note(self.stack.now(), str(trouble)))
+            self._record(Note(self.stack.now(), str(trouble)))
             raise trouble
 
     # The steps
@@ -180,7 +185,7 @@ class Orchestrator:
     def _begin(self) -> None:
         self.scenario = self.stack.prepare(self.scenario)
         self._former = {(row.local, row.remote) for row in self.stack.rows(self.scenario.port)}
-        self.record(
+        self._record(
             RunStarted(
                 self.stack.now(),
                 self.stack.name,
@@ -367,7 +372,7 @@ class Orchestrator:
         )
         began = self.stack.now()
         failed, free_after = self._try_to_listen(), self._free_after()
-        self.record(
+        self._record(
             events.Restart(
                 began,
                 failed is None,
@@ -406,14 +411,14 @@ class Orchestrator:
         while self._holders() or self._try_to_listen():
             left = self._free_after()
             if left is None:
-                self.record(Note(self.stack.now(), "no timer will free the port: not waited for"))
+                self._record(Note(self.stack.now(), "no timer will free the port: not waited for"))
                 return
             held = self.stack.now()
             wait(held - began, left)
             await anyio.sleep(min(0.25, max(left / 2, 0.005)))
         now = self.stack.now()
         wait(now - began, 0.0)
-        self.record(events.Restart(now, ok=True, free_after=0.0, held_until=held))
+        self._record(events.Restart(now, ok=True, free_after=0.0, held_until=held))
         self._snapshot("the port is free again")
 
     # The applications at the two ends
@@ -439,6 +444,12 @@ class Orchestrator:
             self._close(end)
 
     # What is recorded
+
+    def _record(self, event: Event) -> None:
+        """Record it, after everything that the stack's observers have seen before it."""
+        for seen in self.stack.seen():
+            self.record(seen)
+        self.record(event)
 
     def _call(
         self, end: _End, call: str, function: Callable[[], T], result: object = None
@@ -478,13 +489,11 @@ class Orchestrator:
         self, actor: str, call: str, began: float, failed: OSError | None = None, **what: Any
     ) -> None:
         name = _errno_name(failed) if failed else None
-        self.record(Called(self.stack.now(), actor, call, errno=name, began=began, **what))
+        self._record(Called(self.stack.now(), actor, call, errno=name, began=began, **what))
 
     def _snapshot(self, label: str) -> None:
-        for event in self.stack.seen():
-            self.record(event)
         rows = tuple(self._rows())
-        self.record(Snapshot(self.stack.now(), label, rows, self.stack.observer))
+        self._record(Snapshot(self.stack.now(), label, rows, self.stack.observer))
 
     def _rows(self) -> list[Row]:
         """The scenario's sockets as netstat would list them: listener, server's side, clients'.

@@ -14,7 +14,6 @@ from functools import cached_property
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import anyio
 from attrs import define, frozen
 
 from timewait import events, report
@@ -22,7 +21,7 @@ from timewait.events import Address, Called, Event, Row, RunStarted, Snapshot, T
 from timewait.kernel.ticks import tick, wheel_step
 from timewait.orchestrator import Orchestrator, Stack, Waiting
 from timewait.scenario import Scenario, ScenarioError
-from timewait.stacks import KernelStack
+from timewait.stacks import KernelStack, ModelStack
 from timewait.tcp.states import State
 
 if TYPE_CHECKING:
@@ -247,7 +246,9 @@ def _whose(sides: set[Any]) -> Side | None:
     return "both" if len(sides) > 1 else next(iter(sides), None)
 
 
-def _stack(scenario: Scenario, on: str, allow_network: bool) -> Stack:
+def _stack(
+    scenario: Scenario, on: str, profiles: dict[str, str] | None, allow_network: bool
+) -> Stack:
     if on not in scenario.stacks:
         where = " and ".join(f"{stack!r}" for stack in scenario.stacks)
         raise ScenarioError(f"{scenario.name} does not run on {on!r}; it runs on {where}")
@@ -256,7 +257,7 @@ def _stack(scenario: Scenario, on: str, allow_network: bool) -> Stack:
             f"{scenario.host} is beyond loopback: allow it with --allow-network "
             "(allow_network=True)"
         )
-    return KernelStack()
+    return KernelStack() if on == "kernel" else ModelStack(scenario, profiles)
 
 
 def _orchestrator(
@@ -288,6 +289,7 @@ async def run(
     *,
     record: Callable[[Event], object] | None = None,
     wait: Waiting | bool = False,
+    profiles: dict[str, str] | None = None,
     allow_network: bool = False,
 ) -> Run:
     """Do the scenario on a stack, from async code under asyncio or trio.
@@ -295,14 +297,19 @@ async def run(
     `on` is "kernel" or "model". Every event goes to `record` as it happens (an
     `events.Writer`, for one). With `wait`, a refused restart is tried until it
     succeeds; where `wait` is a function it hears the seconds waited and left.
-    Beyond loopback only with `allow_network`.
+    `profiles` names the model's TCP for each role, `{"server": "linux", "client":
+    "freebsd"}`. The kernel goes beyond loopback only with `allow_network`.
 
     Raises `ScenarioError` where the scenario cannot be run here, `StepHung`
     (one of those) where a step did not settle within the time limit.
     """
     seen: list[Event] = []
-    with closing(_stack(scenario, on, allow_network)) as stack:
-        await _orchestrator(scenario, stack, seen, record, wait).perform()
+    with closing(_stack(scenario, on, profiles, allow_network)) as stack:
+        orchestrator = _orchestrator(scenario, stack, seen, record, wait)
+        if stack.virtual:
+            stack.run(orchestrator.perform)
+        else:
+            await orchestrator.perform()
     return _run(seen)
 
 
@@ -312,12 +319,13 @@ def run_sync(
     *,
     record: Callable[[Event], object] | None = None,
     wait: Waiting | bool = False,
+    profiles: dict[str, str] | None = None,
     allow_network: bool = False,
     backend: str = "asyncio",
 ) -> Run:
     """As `run`, from ordinary code; `backend` is "asyncio" or "trio"."""
     seen: list[Event] = []
-    with closing(_stack(scenario, on, allow_network)) as stack:
+    with closing(_stack(scenario, on, profiles, allow_network)) as stack:
         orchestrator = _orchestrator(scenario, stack, seen, record, wait)
-        anyio.run(orchestrator.perform, backend=backend)
+        stack.run(orchestrator.perform, backend)
     return _run(seen)

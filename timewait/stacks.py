@@ -6,13 +6,17 @@ connections; nothing above this file knows which one it has.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any, Final
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
+from ipaddress import ip_address
+from typing import Any, Final, cast
 
+import anyio
 from attrs import evolve
 
 from timewait.events import Event, Row
@@ -20,9 +24,10 @@ from timewait.port import hold_port
 from timewait.scenario import Scenario, ScenarioError
 from timewait.tcp.states import State
 
-__all__ = ["KernelStack"]
+__all__ = ["KernelStack", "ModelStack"]
 
 _NONE_TO_SPARE: Final = 16  # descriptors that an event loop and observers want for themselves
+_PORT: Final = 9090  # on a modelled host every port is free
 
 
 class KernelStack:
@@ -33,9 +38,10 @@ class KernelStack:
     """
 
     name = "kernel"
-    profiles: dict[str, str] = {"server": "linux", "client": "linux"}  # noqa: RUF012
+    virtual = False
 
     def __init__(self) -> None:
+        self.profiles = {"server": "linux", "client": "linux"}
         self._opened = ExitStack()
         self.observer, self._table, self.blind = _table(self._opened)
         self._origin = time.monotonic()
@@ -58,6 +64,10 @@ class KernelStack:
         """The kernel's table, limited to the port."""
         return self._table(port)
 
+    def run(self, main: Callable[[], Coroutine[Any, Any, None]], backend: str = "asyncio") -> None:
+        """Run it on a loop of the machine's own: anyio's backend "asyncio" or "trio"."""
+        anyio.run(main, backend=backend)
+
     def seen(self) -> list[Event]:
         """Nothing beyond the table's instants."""
         return []
@@ -77,6 +87,122 @@ class KernelStack:
             return evolve(scenario, port=hold_port().release())
         except OSError as wrong:
             raise ScenarioError(f"no free port: {wrong.strerror}") from None
+
+
+class ModelStack:
+    """A modelled host, or two: `SimSocket`, virtual time, and every event seen.
+
+    On a loopback address both ends live on one host, as they do on the
+    kernel; on any other the server has a host and the clients have one. A
+    segment takes `delay` seconds either way: even loopback takes time, and it
+    is what makes a simultaneous close possible. `profiles` names the TCP of
+    each role; two different ones take two hosts.
+    """
+
+    name = "model"
+    observer = "model"
+    virtual = True
+    blind: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        profiles: dict[str, str] | None = None,
+        *,
+        seed: int = 0,
+        delay: float = 0.000_02,
+    ) -> None:
+        from timewait.sim import Network
+
+        self.profiles = {"server": "linux", "client": "linux"} | (profiles or {})
+        self._network = Network(seed)
+        server, client = self.profiles["server"], self.profiles["client"]
+        if ip_address(scenario.host).is_loopback and server == client:
+            both = self._network.host("machine", profile=server)
+            self._hosts = {"server": both, "client": both}
+        else:
+            self._hosts = {
+                "server": self._network.host("server", *_beyond(scenario.host), profile=server),
+                "client": self._network.host("client", profile=client),
+            }
+            self._network.connect("server", "client", delay=0.0)
+        self._network.delay("any", delay, times=None)
+        self._observer = self._network.observe()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._network.clock.now
+
+    def socket(self, actor: str, family: int) -> socket.socket:
+        """A non-blocking modelled socket on the actor's host."""
+        from timewait.sim.socket import _HERE, SimSocket
+
+        there = copy_context()
+        there.run(_HERE.set, self._hosts["server" if actor == "server" else "client"])
+        sock = there.run(SimSocket, family)
+        sock.setblocking(False)
+        return cast(socket.socket, sock)
+
+    def rows(self, port: int) -> list[Row]:
+        """The tables of the modelled hosts, limited to the port."""
+        return [row for host in set(self._hosts.values()) for row in host.rows(port)]
+
+    def seen(self) -> list[Event]:
+        """Every transition and segment since this was last asked."""
+        return self._observer.read()
+
+    def prepare(self, scenario: Scenario) -> Scenario:
+        """Choose the port, and an address for a server that has a host of its own."""
+        host = scenario.host
+        if len(set(self._hosts.values())) > 1:
+            host = next(iter(_beyond(host)), self._hosts["server"].addresses[0])
+        return evolve(scenario, host=host, port=scenario.port or _PORT)
+
+    def run(self, main: Callable[[], Coroutine[Any, Any, None]], backend: str = "asyncio") -> None:
+        """Run it on the simulated loop, whatever loop the caller may be on."""
+        from timewait.sim import run
+
+        with _outside_any_loop(), self._observer:
+            run(main, hosts=self._network)
+
+
+def _beyond(host: str) -> tuple[str, ...]:
+    """The address if it can be one host's own among several."""
+    plain = ip_address(host)
+    return () if plain.is_loopback or plain.is_unspecified else (host,)
+
+
+@contextmanager
+def _outside_any_loop() -> Iterator[None]:
+    """Step out of the event loop this code may be on, which stands still meanwhile.
+
+    A simulation takes no real time to wait, so it can be done between two
+    steps of the caller's loop; asyncio only has to be told that this is meant.
+    """
+    outer = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    marks = _loop_marks()
+    library = marks and marks.name
+    if marks:
+        marks.name = "asyncio"
+    try:
+        yield
+    finally:
+        if marks:
+            marks.name = library
+        asyncio._set_running_loop(outer)
+
+
+def _loop_marks() -> Any:
+    """Where trio leaves the mark that anyio goes by; None where there is no trio."""
+    try:
+        from sniffio import thread_local
+    except ImportError:
+        return None
+    return thread_local
 
 
 def _descriptors_left() -> int | None:
