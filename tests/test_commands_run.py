@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from timewait import Run, Scenario, events
 from timewait.scenario import BUILT_IN
 
 
@@ -49,6 +50,8 @@ def test_server_first_on_the_kernel_as_json() -> None:
         (["server-first", "--host", "192.0.2.1"], "beyond loopback"),
         (["server-first", "--host", "192.0.2.1", "--allow-network"], "not an address of this"),
         (["server-first", "--clients", "0"], "0"),
+        (["server-first", "--profile", "peer=linux"], "server=NAME or client=NAME"),
+        (["server-first", "--profile", "server=beos"], "beos"),
         (["server-first", "--clients", "10000000"], "file descriptors"),
         (["server-first", "--events", "/nowhere/run.jsonl"], "/nowhere/run.jsonl: No such file"),
     ],
@@ -58,3 +61,79 @@ def test_bad_input_is_one_line_and_status_2(args: list[str], why: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert why in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_scenario_conforms_on_both_stacks(name: str) -> None:
+    told = document(name)
+    kernel, model = told["runs"]
+    assert (kernel["stack"], model["stack"]) == ("kernel", "model")
+    assert told["verdict"]["conforms"] is True
+    assert told["verdict"]["divergence"] is None
+    if name != "simultaneous":  # loopback serialises it, a link that takes time does not
+        assert kernel["active_closer"] == model["active_closer"]
+        assert kernel["time_wait"]["holder"] == model["time_wait"]["holder"]
+        assert kernel["time_wait"]["sockets"] == model["time_wait"]["sockets"]
+        assert kernel["restart"]["errno"] == model["restart"]["errno"]
+        assert [states(each) for each in kernel["snapshots"]] == [
+            states(each) for each in model["snapshots"]
+        ]
+
+
+def states(snapshot: Any) -> tuple[str, list[str]]:
+    return snapshot["label"], [row["state"] for row in snapshot["rows"]]
+
+
+def test_both_side_by_side_fit_eighty_columns() -> None:
+    done = timewait("run", "server-first")
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "\x1b" not in done.stdout
+    for words in (
+        "kernel (sock_diag)",
+        "model (linux)",
+        "closed first",
+        "EADDRINUSE from bind()",
+        "kernel: conforms",
+        "model: conforms",
+        "the tables of the two are the same",
+    ):
+        assert words in done.stdout
+
+
+def test_a_run_is_kept_as_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    assert timewait("run", "half-close", "--on", "model", "--events", str(path)).returncode == 0
+    with path.open("rb") as lines:
+        run = Run.from_events(events.read(lines))
+    assert run.time_wait.holder == "client"
+    assert run.check()
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(timewait("scenarios", "--toml", "abort").stdout.replace("abort", "my-abort", 1))
+    told = document(str(path), "--on", "model")
+    assert told["scenario"] == "my-abort"
+    assert told["runs"][0]["restart"]["ok"] is True
+
+
+def test_a_step_that_hangs_is_one_line_and_status_2(tmp_path: Path) -> None:
+    path = tmp_path / "hang.toml"
+    Scenario(time_limit=0.1).listen().connect().eof("server").save(path)
+    done = timewait("run", str(path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "step 3 (server sees the end of the stream) hung" in done.stderr
+    assert "[1 LISTEN, 2 ESTABLISHED]" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.wall
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_waiting_for_the_port_takes_what_the_timer_wheel_allows() -> None:
+    told = document("server-first", "--wait")
+    kernel, model = told["runs"]
+    assert 59.9 < kernel["restart"]["waited"] < 70
+    assert abs(model["restart"]["waited"] - 60) < 0.01
+    assert told["verdict"]["conforms"]

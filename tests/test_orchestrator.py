@@ -10,12 +10,30 @@ import time
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from timewait import Scenario, ScenarioError, State, StepHung, events
-from timewait.events import Called, Event, Note, Snapshot
+from timewait.events import Called, Event, Note, Snapshot, Transition
 from timewait.kernel.sock_diag import sockets
 from timewait.run import run_sync
 from timewait.scenario import BUILT_IN
+from timewait.tcp.profiles import profile
+from timewait.tcp.transitions import go
+
+# A stack that ends where TCP says TIME_WAIT.
+LINUX = profile("linux")
+WRONG = evolve(
+    LINUX,
+    name="no-time-wait",
+    differences={
+        **LINUX.differences,
+        **{
+            cell: go(State.CLOSED, source="nobody")
+            for cell, row in LINUX.table.items()
+            if row.next is State.TIME_WAIT
+        },
+    },
+)
 
 both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 
@@ -75,6 +93,62 @@ def test_the_tables_of_server_first_step_by_step() -> None:
     assert connect[:3] == [(port, State.LISTEN)] + [(port, State.ESTABLISHED)] * 2
     assert [state for _, state in connect[3:]] == [State.ESTABLISHED] * 2
     assert closes == again == [(port, State.TIME_WAIT)] * 2
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_a_deliberately_wrong_model_is_caught(side: str) -> None:
+    story = Scenario.built_in("server-first" if side == "server" else "clients-first")
+    run = story.run_sync(on="kernel")
+    assert run.check()
+    verdict = run.check(profiles={side: WRONG})
+    assert not verdict
+    assert "TIME_WAIT" in verdict.explain()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_model_does_as_the_kernel_does(name: str) -> None:
+    kernel = Scenario.built_in(name).run_sync(on="kernel")
+    model = Scenario.built_in(name).run_sync(on="model")
+    assert kernel.check()
+    assert model.check()
+    if name != "simultaneous":
+        assert model.active_closer == kernel.active_closer
+        assert model.time_wait.holder == kernel.time_wait.holder
+        assert model.restart.error == kernel.restart.error
+        for ours, theirs in zip(kernel.snapshots, model.snapshots, strict=True):
+            assert [row.state for row in ours.rows] == [row.state for row in theirs.rows]
+
+
+def test_on_the_model_a_simultaneous_close_is_truly_simultaneous() -> None:
+    run = Scenario.built_in("simultaneous").run_sync(on="model")
+    assert (run.active_closer, run.time_wait.holder, run.time_wait.sockets) == ("both", "both", 4)
+    assert State.CLOSING in {event.new for event in run.events if isinstance(event, Transition)}
+
+
+def test_sixty_seconds_pass_at_once_on_the_model() -> None:
+    run = Scenario.built_in("server-first").run_sync(on="model", wait=True)
+    assert run.restart.waited == pytest.approx(60, abs=0.01)
+    assert run.wait_fault is None
+    assert run.snapshots[-1].rows[0].state is State.LISTEN
+
+
+def test_a_restart_after_a_pause_on_the_model() -> None:
+    story = Scenario().listen().connect().close("server")
+    assert story.pause(59.9).restart().run_sync(on="model").restart.ok is False
+    assert story.pause(60.1).restart().run_sync(on="model").restart.ok is True
+
+
+def test_two_profiles_live_on_two_hosts() -> None:
+    story = Scenario().listen().connect().close("client").close("server")
+    run = story.run_sync(on="model", profiles={"client": "freebsd"})
+    assert run.time_wait.seconds_left == pytest.approx(60, abs=0.1)  # 2 x MSL of 30 s
+    assert len({row.local[0] for row in run.snapshots[1].rows}) == 2
+    assert run.check()
+
+
+def test_the_same_seed_gives_the_same_events() -> None:
+    first, second = (Scenario.built_in("half-close").run_sync(on="model") for _ in range(2))
+    assert first.events == second.events
 
 
 def test_reuse_address_on_both_servers_lets_the_second_start() -> None:

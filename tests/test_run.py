@@ -153,10 +153,13 @@ def test_events_without_a_head_are_no_run() -> None:
 def test_a_scenario_runs_from_async_code(backend: str) -> None:
     story = Scenario.built_in("server-first")
 
-    async def main() -> Run:
-        return await story.run(on="kernel")
+    async def main() -> tuple[Run, Run]:
+        model = await story.run(on="model")
+        await anyio.sleep(0)  # the caller's own loop goes on
+        return model, await story.run(on="kernel")
 
-    assert anyio.run(main, backend=backend).restart.error == errno.EADDRINUSE
+    for run in anyio.run(main, backend=backend):
+        assert run.restart.error == errno.EADDRINUSE
 
 
 def test_a_stack_that_the_scenario_does_not_know_is_named() -> None:

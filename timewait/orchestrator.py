@@ -55,7 +55,6 @@ _PASSING: Final = frozenset(
     {State.SYN_SENT, State.SYN_RECEIVED, State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK}
 )
 _LOOK_FIRST, _LOOK_AT_MOST = 0.0002, 0.02  # seconds between two looks at the table
-_PEER_CLOSED: Final = frozenset({State.CLOSE_WAIT, State.TIME_WAIT})
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -125,6 +124,7 @@ class _End:
     received: int = 0
     eof: bool = False
     open: bool = True
+    over: bool = False  # it sends no more: closed, or shut down
 
     @property
     def name(self) -> str:
@@ -225,6 +225,7 @@ class Orchestrator:
                     await self._send(end, step.size)
             case Shutdown():
                 for end in self._ends(step.who):
+                    end.over = True
                     self._call(end, "shutdown", partial(end.sock.shutdown, socket.SHUT_WR))
             case Close():
                 self._close_all(step.who)
@@ -347,7 +348,7 @@ class Orchestrator:
 
     def _close(self, end: _End, reset: bool = False) -> None:
         if end.open:
-            end.open = False
+            end.open, end.over = False, True
             anyio.notify_closing(end.sock)
             if reset:
                 linger = partial(end.sock.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -531,12 +532,13 @@ class Orchestrator:
         for end in (*self._servers, *self._clients):
             row = table.get((end.local, end.remote))
             peer = self._peers.get((end.remote, end.local))
-            if row and row.state in _PASSING:
+            over = peer is not None and peer.over
+            if row and (row.state in _PASSING or (row.state is State.FIN_WAIT_2 and over)):
                 waits.append(f"{end.name} is still in {row.state}")
             elif end.open and not end.eof:
                 if isinstance(step, Eof) and end in self._ends(step.who):
                     waits.append(f"nothing ended the stream that {end.name} reads")
-                elif end.reads and (row is None or row.state in _PEER_CLOSED):
+                elif over and (end.reads or (row and row.state is State.ESTABLISHED)):
                     waits.append(f"{end.name} has not noticed that the other end closed")
                 came = end.received if end.reads else row.recv_q if row else None
                 if peer and came is not None and came < peer.sent:

@@ -173,14 +173,19 @@ class Checker:
             self._dispatch(waiting.popleft()[1])
 
     def _insert(self, t: float, event: Event | _Begun) -> None:
-        """Put an event where its time is, behind those of the same time."""
+        """Put an event where its time is, behind those of the same time.
+
+        A call's beginning goes before them: what it caused may bear the very
+        same time, as it does where time is virtual.
+        """
         waiting = self._waiting
         if t < self._done:
             what = event.call if isinstance(event, _Begun) else event
             self._late(what)
             return
         place = len(waiting)
-        while place and waiting[place - 1][0] > t:
+        first = isinstance(event, _Begun)
+        while place and (waiting[place - 1][0] > t or (first and waiting[place - 1][0] == t)):
             place -= 1
         waiting.insert(place, (t, event))
 

@@ -34,7 +34,7 @@ __all__ = ["command"]
 @click.option(
     "--on",
     type=click.Choice(["kernel", "model", "both"]),
-    default="kernel",
+    default="both",
     show_default=True,
     help="The stack: this machine's kernel, the model, or both side by side.",
 )
@@ -49,6 +49,13 @@ __all__ = ["command"]
     type=click.Path(dir_okay=False),
     metavar="FILE.jsonl",
     help="Write every event there as it happens, as JSON Lines.",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="ROLE=NAME",
+    help="The model's TCP for server or client, linux if not given; repeatable.",
 )
 @click.option("--allow-network", is_flag=True, help="Allow an address beyond loopback.")
 @click.option(
@@ -67,6 +74,7 @@ def command(
     port: int | None,
     clients: int | None,
     events: str | None,
+    profiles: tuple[str, ...],
     allow_network: bool,
     backend: str,
     as_json: bool,
@@ -74,6 +82,7 @@ def command(
     """Run it, print what came of it, return 0 or 1."""
     try:
         chosen = _chosen(scenario, clients)
+        named = _profiles(profiles)
         changes: dict[str, Any] = {"host": host, "port": port}
         chosen = evolve(chosen, **{k: v for k, v in changes.items() if v is not None})
         with ExitStack() as stack:
@@ -87,11 +96,12 @@ def command(
                             each,
                             record=writer,
                             wait=waiting or wait,
+                            profiles=named,
                             allow_network=allow_network,
                             backend=backend,
                         )
                     )
-                chosen = runs[0].scenario  # the port that was picked serves both
+                    chosen = runs[0].scenario  # the port that was picked serves both
     except ScenarioError as wrong:
         raise click.ClickException(str(wrong)) from None
     except OSError as wrong:
@@ -110,6 +120,23 @@ def _chosen(scenario: str, clients: int | None) -> Scenario:
             raise ScenarioError("--clients is for built-in scenarios; a file says how many itself")
         return Scenario.load(scenario)
     return Scenario.built_in(scenario, 2 if clients is None else clients)
+
+
+def _profiles(named: tuple[str, ...]) -> dict[str, str]:
+    """The profile of each role, from ROLE=NAME."""
+    from timewait.tcp.profiles import profile
+
+    chosen = {}
+    for each in named:
+        role, _, name = each.partition("=")
+        if role not in ("server", "client"):
+            raise ScenarioError(f"--profile {each}: server=NAME or client=NAME is expected")
+        try:
+            profile(name)
+        except ValueError as wrong:
+            raise ScenarioError(f"--profile {each}: {wrong}") from None
+        chosen[role] = name
+    return chosen
 
 
 def _document(scenario: Scenario, runs: list[Run], verdicts: list[Verdict]) -> dict[str, Any]:
