@@ -24,7 +24,6 @@ from timewait.tcp.transitions import go
 LINUX = profile("linux")
 WRONG = evolve(
     LINUX,
-    name="no-time-wait",
     differences={
         **LINUX.differences,
         **{
