@@ -599,6 +599,10 @@ class Sock:
             self.host.counters["ListenOverflows"] += 1
             self.host.counters["ListenDrops"] += 1
             return
+        if old is State.TIME_WAIT and segment.flags & (SYN | ACK | RST) == SYN:
+            if self._reopened(segment):
+                return
+            conn.passive = False
         conn.segment(segment, self.host.network.clock.now)
         self.after(old)
         if old is State.TIME_WAIT and conn.state is State.CLOSED and segment.flags & SYN:
@@ -609,6 +613,28 @@ class Sock:
             self.host.next_iss = None
         if self.watch is not None:
             self.watch[self.fd] = self
+
+    def _reopened(self, segment: Segment) -> bool:
+        """Whether a SYN ends this TIME_WAIT for a new connection of a listener's.
+
+        The socket of the old one has no part in it (tcp_timewait_state_process, TCP_TW_SYN).
+        """
+        host, conn = self.host, self.conn
+        assert conn is not None
+        assert self.key is not None
+        if host.listener(self.key) is None:
+            return False
+        trial = Connection.restore(conn.profile, conn.snapshot())
+        trial.passive = True
+        trial.segment(segment, host.network.clock.now)
+        if trial.state is not State.SYN_RECEIVED:
+            return False
+        key = self.key
+        host.end_time_wait(self, "SYN_REOPENS")
+        host.next_iss = trial.iss
+        host.arrive(key, segment)
+        host.next_iss = None
+        return True
 
     def _stop_listening(self) -> None:
         """`inet_csk_listen_stop`: half-open connections are forgotten, waiting ones reset."""

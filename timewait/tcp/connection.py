@@ -191,6 +191,7 @@ class Connection:
         "_ack_due",
         "_ato",
         "_cells",
+        "_eof_read",
         "_fin",
         "_last_text",
         "_out_of_order",
@@ -293,6 +294,7 @@ class Connection:
         self.ts_recent = self.ts_offset = 0
         self.options = _DEFAULT
         self._tx = self._rx = b""
+        self._eof_read = False
         self._fin = 0  # 1: queued behind the text, 2: sent
         self._out_of_order: tuple[tuple[int, bytes, bool], ...] = ()
         self._recover: int | None = None
@@ -362,6 +364,7 @@ class Connection:
 
     def _nothing_to_read(self, now: float) -> None:
         if self.fin_received or self.read_shut:
+            self._eof_read = self.fin_received
             return
         if self.error is not None:
             raise TCPError(self.take_error() or errnos.ECONNRESET)
@@ -552,6 +555,10 @@ class Connection:
         if flags & ACK:
             acked = (seg.ack - self.snd_una) & MASK
             if not 0 < acked <= (self.snd_nxt - self.snd_una) & MASK:
+                hurry = self.profile.parameters.syn_hurry
+                if hurry and not self.retransmits:
+                    # tcp_rcv_synsent_state_process: what was to end it may have been ignored.
+                    self.t_retransmit = now + hurry
                 return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
             if flags & RST:
                 return _RST_EXACT
@@ -571,13 +578,13 @@ class Connection:
             return _SYN_AGAIN
         if not self.profile.parameters.linux_checks:
             return self._in_window(seg, flags, now)
-        # tcp_check_req looks at the ACK before the window, and takes any RST in the window.
+        # tcp_check_req looks at the ACK before the window.
         if flags & ACK and seg.ack != self.snd_nxt:
             return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
-        if paws or not self._fits(seg):
+        if paws or not self._fits_request(seg):
             return _RST_OUTSIDE if flags & RST else _UNACCEPTABLE
         if flags & RST:
-            return _RST_TO_PASSIVE
+            return _RST_TO_PASSIVE if seg.seq == self.rcv_nxt else _RST_IN_WINDOW
         if flags & SYN and seg.seq != self.irs:
             return _SYN_TO_PASSIVE
         if not flags & ACK:
@@ -588,7 +595,7 @@ class Connection:
         """An orphan's FIN_WAIT_2 is a small socket on Linux: it knows only sequence numbers."""
         if not self.orphaned or not self.profile.parameters.small_sockets:
             return self._in_window(seg, flags, now)
-        if self._paws(seg, now, 0) or not self._fits(seg):
+        if self._paws(seg, now, 0) or not self._fits_request(seg):
             return _UNACCEPTABLE
         if flags & RST:
             return _RST_EXACT
@@ -733,13 +740,16 @@ class Connection:
         return None if flags & ACK else _NO_ACK
 
     def _completes_simultaneous_open(self, seg: Segment, flags: int) -> bool:
-        return (
+        completes = (
             self.state is SYN_RECEIVED
             and flags & ACK != 0
             and seg.seq == self.irs
             and seg.ack == self.snd_nxt
             and not seg.data
         )
+        if completes:
+            self._ack_due = 2  # its SYN is a repetition, to be acknowledged at once
+        return completes
 
     def _after_fin(self, seg: Segment, flags: int) -> int:
         """Text or a FIN after the peer's FIN: it is told again that all had arrived."""
@@ -761,13 +771,30 @@ class Connection:
             return window != 0 or not (seg.data or seg.flags & FIN)
         return offset < window or 0 < (offset + seg.length) & MASK <= window
 
-    def _fits_loosely(self, seg: Segment) -> bool:
-        """Linux's test (tcp_sequence): it may also touch either edge of the window."""
-        end = seg.seq + seg.length
+    def _fits_request(self, seg: Segment) -> bool:
+        """Linux's test where there is no full socket (tcp_in_window): nothing at the edge too."""
+        window = (self.rcv_adv - self.rcv_nxt) & MASK
         offset = (seg.seq - self.rcv_nxt) & MASK
-        return not (end - self.rcv_wup) & HALF and (
-            offset & HALF != 0 or offset <= (self.rcv_adv - self.rcv_nxt) & MASK
-        )
+        length = seg.length
+        if offset == 0 or (offset == window and not length):
+            return True
+        end = (offset + length) & MASK
+        return 0 < end < HALF and (offset & HALF != 0 or offset < window)
+
+    def _fits_loosely(self, seg: Segment) -> bool:
+        """Linux's test (tcp_sequence): it may also touch either edge of the window.
+
+        Text beyond the right edge is looked at only while nothing waits to be read.
+        """
+        if (seg.seq + seg.length - self.rcv_wup) & HALF:
+            return False
+        room = (self.rcv_adv - self.rcv_nxt) & MASK
+        offset = (seg.seq - self.rcv_nxt) & MASK
+        if offset & HALF:
+            offset -= MASK + 1
+        if offset + len(seg.data) <= room:
+            return True
+        return offset <= room and not self._rx and (not self.fin_received or self._eof_read)
 
     def _paws(self, seg: Segment, now: float, tolerance: int) -> bool:
         """Whether the segment's timestamp is older than the last one (RFC 7323 §5)."""
@@ -1313,9 +1340,15 @@ class Connection:
         nxt = self.rcv_nxt
         window = (self.rcv_adv - nxt) & MASK
         space = self.rcv_buf - len(self._rx)
-        if space > window or window & HALF:
-            window = space
         scale = self.rcv_scale
+        if window & HALF:
+            window = 0
+        if space > window:
+            if scale or not self.profile.parameters.linux_checks:
+                window = space
+            elif space >= window + self._rcv_mss:
+                # __tcp_select_window: an unscaled window grows by whole segments.
+                window = space - space % self._rcv_mss
         if scale:
             window = (window + (1 << scale) - 1) >> scale
         if window > 0xFFFF:

@@ -34,6 +34,7 @@ class Parameters:
     rto_max: float = 60.0
     rto_floor_on_variance: bool = False  # RTO = SRTT + max(rto_min, 4 RTTVAR)
     syn_retries: int = 6
+    syn_hurry: float = 0.0  # Linux: a wrong ACK of the SYN has it sent again so soon
     syn_linear: int = 0  # so many SYN timeouts pass before they double
     synack_retries: int = 5
     give_up_after: float = 100.0  # R2, from the first transmission
@@ -319,6 +320,7 @@ _LINUX_FIXED = {
     "first_ack_delay": 0.004,
     "quick_acks": 16,
     "drop_synfin": True,
+    "syn_hurry": 0.008,
     "linux_checks": True,
     "small_sockets": True,
 }
@@ -350,10 +352,12 @@ _LINUX_ROWS: Rows = {
     (S.LAST_ACK, E.RST_AFTER_FIN): go(S.CLOSED, "report_reset", "forget", source=_reset_check),
     (S.TIME_WAIT, E.RST_IN_WINDOW): ignored(_tw, "only a RST at RCV.NXT counts"),
     # Acknowledgments of what was never sent.
-    (S.ESTABLISHED, E.ACK_OF_UNSENT): ignored("tcp_rcv_established", "discarded"),
     **{
         (state, E.ACK_OF_UNSENT): stay("challenge_ack", source=_state_process)
-        for state in (S.FIN_WAIT_1, S.FIN_WAIT_2, S.CLOSE_WAIT, S.CLOSING, S.LAST_ACK)
+        for state in (
+            *(S.ESTABLISHED, S.FIN_WAIT_1, S.FIN_WAIT_2),
+            *(S.CLOSE_WAIT, S.CLOSING, S.LAST_ACK),
+        )
     },
     # Text that nobody will read.
     **{
