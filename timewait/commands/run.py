@@ -172,7 +172,7 @@ def _show(scenario: Scenario, runs: list[Run], verdicts: list[Verdict]) -> None:
     out.print()
     for run, verdict in zip(runs, verdicts, strict=True):
         out.print(report.verdict(run, verdict))
-    if len(runs) > 1 and all(verdicts):
+    if len(runs) > 1:
         out.print(report.agreement(*runs))
 
 

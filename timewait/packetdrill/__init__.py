@@ -45,7 +45,8 @@ def play(
     if on == "model":
         from timewait.packetdrill.on_model import ModelStack
 
-        return run(script, ModelStack(settings, profile), settings)
+        with ModelStack(settings, profile) as model:
+            return run(script, model, settings)
 
     from timewait.packetdrill.on_kernel import KernelStack, undisturbed
 

@@ -33,7 +33,7 @@ _WITHOUT_EFFECT: Final = (
     "tcp_slow_start_after_idle tcp_pacing_ss_ratio tcp_pacing_ca_ratio tcp_notsent_lowat "
     "tcp_no_metrics_save tcp_no_ssthresh_metrics_save tcp_limit_output_bytes tcp_autocorking "
     "tcp_tso_rtt_log tcp_min_rtt_wlen tcp_syncookies tcp_fastopen_key tcp_adv_win_scale "
-    "tcp_invalid_ratelimit tcp_ecn_fallback tcp_shrink_window tcp_moderate_rcvbuf "
+    "tcp_ecn_fallback tcp_shrink_window tcp_moderate_rcvbuf "
     "ip_no_pmtu_disc"
 )
 
@@ -214,6 +214,13 @@ class ModelStack:
         self._pending: list[Pending] = []
         self.beyond: set[str] = set()
 
+    def __enter__(self) -> ModelStack:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for live in self.calls.fds.values():
+            live.close()
+
     def _socket(self, family: int, kind: int, protocol: int) -> _ModelSocket:
         if protocol not in (0, socket.IPPROTO_TCP) or kind & 15 != socket.SOCK_STREAM:
             raise Unsupported("UDP on the model")
@@ -355,6 +362,8 @@ class ModelStack:
                     self._set(window_scale=max(0, min(14, int(math.log2(largest)) - 15)))
                 case "tcp_fin_timeout":
                     self._set(tcp_fin_timeout=float(value))
+                case "tcp_invalid_ratelimit":
+                    self._set(challenge_interval=int(value) / 1000)
                 case "tcp_rfc1337":
                     self._set(tcp_rfc1337=value != "0")
                 case "tcp_ecn" if value in ("0", "2"):

@@ -36,7 +36,7 @@ from timewait.packetdrill.script import (
     Word,
 )
 from timewait.packetdrill.settings import Settings, sysctls
-from timewait.tcp.segment import ACK, SYN
+from timewait.tcp.segment import ACK, RST, SYN
 
 __all__ = ["Failure", "Outcome", "Pending", "Stack", "TooLate", "run"]
 
@@ -197,6 +197,11 @@ def run(script: Script, stack: Stack, settings: Settings) -> Outcome:
             # Past a feature that the stack does not claim to have, nothing is expected of it.
             outcome, why = "unsupported", f"{', '.join(sorted(stack.beyond))}: {why}"
         return Outcome(script.path, outcome, failure.line, why, runner.log.diagram(stack.name))
+    except Exception as broken:
+        if stack.real:
+            raise
+        why = f"the model failed: {type(broken).__name__}: {broken}"
+        return Outcome(script.path, "failed", runner.line, why, runner.log.diagram(stack.name))
     return Outcome(script.path, "passed")
 
 
@@ -213,6 +218,7 @@ class _Runner:
         self.pending: tuple[Event, Pending] | None = None
         self.names: dict[str, int] = {}
         self.log = _Log()
+        self.line = 0
         # What relative times count from, and the time tolerances are a share of.
         self.last_time = 0.0
         self.last_inbound: float | None = None
@@ -231,6 +237,7 @@ class _Runner:
     # -- time
 
     def event(self, event: Event) -> None:
+        self.line = event.line
         when, action = event.when, event.action
         inbound = isinstance(action, Packet) and action.inbound
         base = 0.0
@@ -572,6 +579,8 @@ class _Runner:
             return frame
         syn = bool(frame.flags & SYN)
         seq = frame.seq - self.local_offset(connection, syn)
+        if frame.seq == 0 and frame.flags == RST | ACK:
+            seq = 0  # a reset by a host that knows of no connection: a number of nobody's
         offset = 0 if syn else connection.live_remote_isn
         ack = frame.ack - offset if frame.flags & ACK else frame.ack
         options = []
