@@ -17,6 +17,7 @@ from attrs import define, field
 
 from timewait.check import explanations as ex
 from timewait.check import reasons
+from timewait.check.binds import RULE, Binds, Holder, Options
 from timewait.check.explanations import Explanations
 from timewait.check.sequence import Contradiction, Sequence
 from timewait.check.verdict import (
@@ -32,6 +33,7 @@ from timewait.events import (
     Called,
     Event,
     Lost,
+    Restart,
     Row,
     RunStarted,
     SegmentSeen,
@@ -39,6 +41,7 @@ from timewait.events import (
     Transition,
 )
 from timewait.tcp.profiles import Profile, profile
+from timewait.tcp.states import Event as Tcp
 from timewait.tcp.states import State
 
 __all__ = ["Checker", "Connection", "check"]
@@ -86,6 +89,8 @@ class Connection:
     ending: bool = False
     sent: list[int] = field(factory=lambda: [0, 0])
     read: list[int] = field(factory=lambda: [0, 0])
+    expires: list[float] = field(factory=lambda: [0.0, 0.0])  # by its timer, when last looked at
+    options: list[Options] = field(factory=lambda: [frozenset(), frozenset()])
     queued: list[int] = field(factory=lambda: [0, 0])  # unread, when last looked at
 
     @property
@@ -132,6 +137,7 @@ class Checker:
         self._on_end = on_end
         self._ends: dict[tuple[Address, Address], tuple[Connection, int]] = {}
         self._listening: set[Address] = set()
+        self._listeners: dict[Address, State] = {}
         self._profiles: tuple[Profile, Profile]
         self._model: Explanations
         self._from_start = False
@@ -149,10 +155,13 @@ class Checker:
             SegmentSeen: self._segment,
             Snapshot: self._snapshot,
             Called: self._called,
+            Restart: self._restarted,
             _Begun: self._begun,
             RunStarted: self._started,
             Lost: self._missed,
         }
+        self._binds = Binds()
+        self._port: int | None = None
         self._choose_profiles({})
 
     # The stream.
@@ -227,10 +236,13 @@ class Checker:
         self._ends.clear()
         self._ending.clear()
         self._listening.clear()
+        self._listeners.clear()
         self._forgotten = False
         self._choose_profiles(event.profiles)
         self._blind = event.blind
         self._from_start = True
+        self._binds = Binds()
+        self._port = (event.scenario or {}).get("port")
         words = set(event.observer.replace("+", " ").replace(",", " ").split())
         self._declared = 0
         if "tracepoint" in words:
@@ -250,9 +262,8 @@ class Checker:
     def _transition(self, event: Transition) -> None:
         found = self._ends.get((event.local, event.remote))
         if found is None:
-            if event.remote[1] == 0 or event.remote[0] in ("*", ""):
-                if event.new is State.LISTEN:
-                    self._listening.add(event.local)
+            if event.remote[1] == 0 or event.local[1] == 0 or event.remote[0] in ("*", ""):
+                self._listener(event)
                 return
             if event.new == event.old or (event.new is State.LISTEN and event.old is State.CLOSED):
                 return
@@ -276,6 +287,34 @@ class Checker:
             512 | end << 8 | _PEERLESS[event.old] << 4 | _PEERLESS[event.new],
             event,
         )
+
+    def _listener(self, event: Transition) -> None:
+        """A socket without a peer: it listens, or it does not."""
+        if event.local[1] == 0:
+            return
+        known = self._listeners.get(event.local, State.CLOSED if self._declared else event.old)
+        self._listeners[event.local] = event.new
+        if event.new is State.LISTEN:
+            self._listening.add(event.local)
+        if known is not event.old:
+            why = f"it was {known}, not {event.old}"
+        elif not any(
+            row.kind == "go" and row.next is event.new
+            for (state, what), row in self._profiles[0].table.items()
+            if state is event.old and what in _WITHOUT_PEER
+        ):
+            why = f"no call leads from {event.old} to {event.new}"
+        else:
+            return
+        self._wrong_bind(event, event.local, why, f"{_OPENED} (profile {self._profiles[0].name})")
+
+    def _listens(self, event: Called) -> None:
+        """A listener was opened or closed: every transition being seen, this was seen too."""
+        assert event.local is not None
+        state = State.LISTEN if event.call == "listen" else State.CLOSED
+        known = self._listeners.get(event.local, State.CLOSED)
+        if self._declared and event.errno is None and known is not state and not self._lost:
+            self._wrong_bind(event, event.local, f"its socket is {known}, not {state}", _OPENED)
 
     def _segment(self, event: SegmentSeen) -> None:
         found = self._ends.get((event.src, event.dst))
@@ -338,6 +377,7 @@ class Checker:
         match event.call:
             case "send" | "write" | "sendall" if type(event.result) is int:
                 connection.sent[end] += event.result
+                what = ex.SEND_BEGUN
             case "setsockopt" if event.result == {"SO_LINGER": [1, 0]}:
                 what = ex.LINGER_BEGUN
             case "shutdown":
@@ -356,8 +396,7 @@ class Checker:
 
     def _called(self, event: Called) -> None:
         if event.local is None or event.remote is None or event.remote[1] == 0:
-            if event.call == "listen" and event.errno is None and event.local:
-                self._listening.add(event.local)
+            self._called_without_peer(event)
             return
         self._sources.add("calls with their results")
         found = self._ends.get((event.local, event.remote))
@@ -366,6 +405,9 @@ class Checker:
                 return
             found = self._begin(event.local, event.remote, event.call == "accept")
         connection, end = found
+        if event.call in ("connect", "accept") and event.errno is None:
+            actor = event.actor if event.call == "connect" else None
+            connection.options[end] = self._binds.options_of(event.local, actor)
         connection.recent.append(event)
         what = 0
         if event.errno in ("ECONNRESET", "ETIMEDOUT"):
@@ -386,6 +428,77 @@ class Checker:
             if what == ex.CONNECTED and event.began is not None and connection.divergence is None:
                 connection.mode |= ex.CALLS_A << end
                 connection.number = self._model.close(connection.mode, connection.number)
+
+    def _called_without_peer(self, event: Called) -> None:
+        if event.local is not None and event.remote is None and event.call in ("listen", "close"):
+            self._listens(event)
+        if event.local is None or event.call not in ("bind", "listen"):
+            self._binds.called(event)
+            return
+        if event.call == "listen" and event.errno is None:
+            self._listening.add(event.local)
+        wrong = self._binds.judge(
+            event, self._holders(event.local[1], event), self._from_start and not self._lost
+        )
+        self._binds.called(event)
+        if wrong:
+            self._wrong_bind(event, event.local, wrong, RULE)
+
+    def _holders(self, port: int, event: Event) -> list[Holder]:
+        """The ends that have this port, or may have."""
+        found = []
+        for connection in self.connections():
+            for end in (0, 1):
+                if connection.ends[end][1] != port or connection.divergence is not None:
+                    continue
+                self._settle(connection)
+                number = connection.number
+                if connection.timed:
+                    number = self._clock(connection, number, event.t)
+                pairs = connection.model.members(number)
+                states = {pair[end] & 15 for pair in pairs}
+                if states - {ex.CLOSED}:
+                    certain = not states & {ex.CLOSED, ex.SYN_RECEIVED, ex.SYN_SENT}
+                    holder = Holder(
+                        connection.ends[end][0],
+                        port,
+                        State(max(states)),
+                        connection.options[end],
+                        certain,
+                        connect_bound=end == 1,
+                    )
+                    found.append(holder)
+        return found
+
+    def _restarted(self, event: Restart) -> None:
+        """The port is said to be free in so many seconds: is that when its holders let go?"""
+        if event.free_after is None or event.ok or self._port is None:
+            return
+        free = event.t + event.free_after
+        expire = []
+        for connection in self.connections():
+            for end in (0, 1):
+                if connection.ends[end][1] == self._port and connection.divergence is None:
+                    if connection.expires[end] > event.t:
+                        expire.append(connection.expires[end])
+                    elif not connection.facts >> 8 * end & ex.MAY_BE_OVER:
+                        return
+        if expire and abs(free - max(expire)) > _CLOCKS:
+            self._wrong_bind(
+                event,
+                ("port", self._port),
+                f"the port is said to be free at {free:.3f} s, and its last holder's timer runs "
+                f"until {max(expire):.3f} s",
+                self._time_wait_rule(0),
+            )
+
+    def _wrong_bind(self, event: Event, address: Address, why: str, rule: str) -> None:
+        if len(self._divergences) < _DIVERGENCES_KEPT:
+            self._divergences.append(
+                Divergence(
+                    event.t, address_text(address), event_text(event), why, rule, kind="bind"
+                )
+            )
 
     def _missed(self, event: Lost) -> None:
         self._lost += event.count
@@ -408,7 +521,7 @@ class Checker:
             else:
                 passive = local[1] < remote[1]
         ends = (local, remote) if passive else (remote, local)
-        mode = 0
+        mode = 0 if _same_host(*ends) else ex.DOUBLES
         if self._declared and _same_host(*ends):
             mode = self._declared | self._declared << 2
         number = (
@@ -540,7 +653,7 @@ class Checker:
         limit = parameters.time_wait if row.state is State.TIME_WAIT else parameters.fin_wait_2
         if left is None or limit is None or connection.divergence is not None:
             return
-        over = event.t + left
+        over = connection.expires[end] = event.t + left
         if left > limit + _TIMER_STEP:
             why = f"{row.state} has {left:.3f} s left, and lasts {limit:g} s"
         elif row.state is not State.TIME_WAIT or not connection.facts >> 8 * end & ex.MAY_TIME_WAIT:
@@ -692,6 +805,8 @@ def _model(server: Profile, client: Profile) -> Explanations:
 
 _EXACT: Final = {"model": ex.EVERY, "tracepoint": ex.FULL_SOCKETS}
 _READS: Final = frozenset({State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSE_WAIT})
+_WITHOUT_PEER: Final = frozenset({Tcp.OPEN_PASSIVE, Tcp.CLOSE, Tcp.ABORT})
+_OPENED: Final = "RFC 9293 §3.10.1, §3.10.4: OPEN makes a listener, CLOSE ends it"
 _OVER: Final = ex.MAY_BE_OVER | ex.MAY_BE_OVER << 8
 _TELLS: Final = {
     "connect": ex.CONNECTED,

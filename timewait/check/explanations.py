@@ -65,6 +65,9 @@ MAY_CLOSE_ALL_READ: Final = 1 << 25  # and nothing can be left unread
 MAY_SHUT_DOWN: Final = 1 << 26
 LINGER: Final = 1 << 27  # SO_LINGER {1, 0} is set
 MAY_CLOSE_UNREAD: Final = 1 << 32  # and something is certainly left unread
+TOLD: Final = 1 << 33  # Linux has reported the end of the full socket
+SENT: Final = 1 << 34  # its user has sent text
+RESENT: Final = 1 << 35  # it had reason to send its FIN again
 _MAY_CLOSE: Final = MAY_CLOSE | MAY_CLOSE_ALL_READ | MAY_CLOSE_UNREAD
 _MAY: Final = _MAY_CLOSE | MAY_SHUT_DOWN | LINGER
 # How it came to close its side, kept to the end (four bits; see `cause`).
@@ -83,7 +86,7 @@ ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT = 
 _SYNCHRONIZED: Final = frozenset(range(4, 11))
 _ENDED: Final = FIN_IN | FIN_ACKED
 # What is still true of an end that has no connection any more.
-_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE | CAUSE
+_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE | CAUSE | RESENT
 
 # Modes. How an end's transitions are reported:
 UNSEEN: Final = 0
@@ -99,7 +102,8 @@ F2_OVER_B: Final = 1 << 8
 LATE: Final = 1 << 9  # a retransmission may have been given up
 CALLS_A: Final = 1 << 10  # every call of A's user is reported, as it is made and as it returns
 CALLS_B: Final = 1 << 11
-ANYTHING: Final = TW_OVER_A | TW_OVER_B | F2_OVER_A | F2_OVER_B | LATE
+DOUBLES: Final = 1 << 12  # the network may deliver a segment twice
+ANYTHING: Final = TW_OVER_A | TW_OVER_B | F2_OVER_A | F2_OVER_B | LATE | DOUBLES
 
 # Symbols: what was observed, as one number.
 _SEG: Final = 0  # a segment's kind (9 bits)
@@ -119,6 +123,7 @@ CLOSED_BY_CALL: Final = 8
 SHUT_DOWN_BY_CALL: Final = 9
 NOT_TIME_WAIT: Final = 10
 CLOSE_BEGUN_UNREAD: Final = 11
+SEND_BEGUN: Final = 12
 
 
 def moved(end: int, old: int, new: int) -> int:
@@ -240,8 +245,9 @@ class Explanations:
         x, y = (pair[1], pair[0]) if end else pair
         # Only these of the mode's bits decide what can be done.
         timers = mode >> (6 if end else 5) & 1 | (mode >> (8 if end else 7) & 1) << 1
-        calls = mode >> (11 if end else 10) & 1
+        calls = mode >> (11 if end else 10) & 1 | (mode >> (10 if end else 11) & 1) << 1
         context = timers | (mode >> 9 & 1) << 2 | (mode >> 4 & 1) << 3 | calls << 4
+        context |= (mode >> 12 & 1) << 6
         key = (context, end, x, y)
         known = self._steps.get(key)
         if known is None:
@@ -252,6 +258,8 @@ class Explanations:
         table = self._tables[end]
         segments = context & 8
         state = x & 15
+        # What shows that the peer has sent text, or may have.
+        text = W_TEXT if segments else SENT if context & 32 else W_ACK
 
         def by(event: Event, set_bits: int = 0) -> Iterator[Step]:
             row = table[State(state), event]
@@ -279,7 +287,7 @@ class Explanations:
             for event in _CALLS:
                 if x & ORPHAN or (event is Event.SHUTDOWN and x & FIN_OUT):
                     continue
-                if event is Event.CLOSE_UNREAD and not y & (W_TEXT if segments else W_ACK):
+                if event is Event.CLOSE_UNREAD and not y & text:
                     continue
                 if context & 16 and not _licensed(x, event):
                     continue
@@ -292,6 +300,7 @@ class Explanations:
             yield Step(end, None, None, x | CHILD)
         if state == FIN_WAIT_2 and x & ORPHAN and not x & SMALL:
             yield Step(end, None, None, x | SMALL)
+            yield Step(end, None, None, x | SMALL | TOLD)
         # Timeouts.
         if context & 1 and state == TIME_WAIT:
             yield from by(Event.TIME_WAIT_OVER)
@@ -299,8 +308,10 @@ class Explanations:
             yield from by(Event.FIN_WAIT_2_OVER)
         if context & 4 and state in (2, 3, 4, 5, 7, 8, 9):
             yield from by(Event.GIVE_UP, FAILED)
+            if x & FIN_OUT and not x & (FIN_ACKED | RESENT):
+                yield from by(Event.RETRANSMIT, RESENT)
         # Segments.
-        for event, bits in _arrivals(x, y, segments, context & 4):
+        for event, bits in _arrivals(x, y, text, context & 64):
             yield from by(event, bits)
 
     def _open(self, end: int, row: Row, segments: int) -> Iterator[Step]:
@@ -337,7 +348,7 @@ class Explanations:
         if x & 15 in (CLOSED, LISTEN):
             x &= _OUTLIVES
         elif x & 15 == TIME_WAIT:
-            x &= ~(CHILD | SMALL | PASSIVE)
+            x &= ~(CHILD | SMALL | PASSIVE | TOLD)
         elif x & 15 != SYN_RECEIVED:
             x &= ~(CHILD | PASSIVE)
         if not x & CAUSE:
@@ -460,7 +471,7 @@ def _cause(event: Event, acts: tuple[str, ...], x: int) -> int:
     return 0
 
 
-def _arrivals(x: int, y: int, segments: int, late: int) -> Iterator[tuple[Event, int]]:
+def _arrivals(x: int, y: int, text: int, doubles: int) -> Iterator[tuple[Event, int]]:
     """What the segments that `y` has put on the wire can amount to for `x`, and what it then
     knows: RFC 9293 §3.10.7 in terms of what matters here.
     """
@@ -473,9 +484,9 @@ def _arrivals(x: int, y: int, segments: int, late: int) -> Iterator[tuple[Event,
         if x & FIN_IN:
             yield Event.RST_AFTER_FIN, FAILED
     if state == CLOSED:
-        # After an orderly end all of the peer's segments have arrived, and only those that it
-        # sends again later find nobody.
-        if x & RST_DUE or (x & _ENDED == _ENDED and not late):
+        # After an orderly end all of the peer's segments have arrived; only an answer to a FIN
+        # that was sent again finds nobody.
+        if x & RST_DUE or (x & _ENDED == _ENDED and not (x & RESENT or doubles)):
             return
         if y & W_SYN and y & 15 == SYN_SENT:
             yield Event.NO_ACK, 0
@@ -511,7 +522,7 @@ def _arrivals(x: int, y: int, segments: int, late: int) -> Iterator[tuple[Event,
             yield Event.FIN, FIN_IN
     if waits and y & W_ACK_FIN:
         yield Event.ACK_OF_FIN, FIN_ACKED
-    if x & ORPHAN and y & (W_TEXT if segments else W_ACK) and state in (FIN_WAIT_1, FIN_WAIT_2):
+    if x & ORPHAN and y & text and state in (FIN_WAIT_1, FIN_WAIT_2):
         yield Event.TEXT_AFTER_CLOSE, 0
 
 
@@ -525,7 +536,8 @@ def reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None, 
     if after & CHILD and not before & CHILD:
         return ((CLOSED, SYN_RECEIVED),)
     if after & SMALL and not before & SMALL:
-        return ((FIN_WAIT_2, CLOSED), (FIN_WAIT_2, FIN_WAIT_2))
+        # What it became is looked up: too late, it is in TIME_WAIT already.
+        return ((FIN_WAIT_2, CLOSED), (FIN_WAIT_2, TIME_WAIT)) if after & TOLD else (None,)
     if old == new:
         return (None,)
     if new == SYN_RECEIVED and after & PASSIVE:
@@ -533,7 +545,7 @@ def reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None, 
     if old == SYN_RECEIVED and before & PASSIVE and not before & CHILD:
         return (None,) if new == CLOSED else ()
     if before & SMALL:
-        return (None, (old, new))
+        return (None,) if before & TOLD else (None, (old, new))
     if old == TIME_WAIT:
         if new == SYN_SENT:
             return ((CLOSED, SYN_SENT), (TIME_WAIT, SYN_SENT))
@@ -629,6 +641,7 @@ _LICENCE: Final = {
     CLOSE_BEGUN_UNREAD: MAY_CLOSE_UNREAD,
     SHUTDOWN_BEGUN: MAY_SHUT_DOWN,
     LINGER_BEGUN: LINGER,
+    SEND_BEGUN: SENT,
 }
 
 

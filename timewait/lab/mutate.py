@@ -1,0 +1,526 @@
+"""A checker that accepts everything is worthless: change one thing in a true trace and see.
+
+Each operator makes mutants of a list of events by changing one thing that an
+observer could not honestly have reported. The check must reject a mutant, or
+TCP allows it too; which of its classes those are, and why, is said here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeAlias
+
+from attrs import define, evolve, field, frozen
+
+from timewait.check import Verdict, check
+from timewait.events import (
+    Called,
+    Event,
+    Restart,
+    Row,
+    SegmentSeen,
+    Snapshot,
+    Transition,
+)
+from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
+from timewait.tcp.states import State
+
+__all__ = ["OPERATORS", "Mutant", "Outcome", "Result", "mutants", "run"]
+
+Events: TypeAlias = Sequence[Event]
+
+
+@frozen
+class Mutant:
+    """A trace with one thing changed: by which operator, at which event, what."""
+
+    operator: str
+    at: int
+    what: str
+    events: list[Event]
+
+
+_Operator: TypeAlias = Callable[[Events, int, random.Random], Iterator[tuple[str, list[Event]]]]
+OPERATORS: Final[dict[str, _Operator]] = {}
+
+
+def _operator(function: _Operator) -> _Operator:
+    OPERATORS[function.__name__.strip("_").replace("_", "-")] = function
+    return function
+
+
+def _replaced(events: Events, at: int, *by: Event) -> list[Event]:
+    return [*events[:at], *by, *events[at + 1 :]]
+
+
+def _swapped(events: Events, at: int, other: int) -> list[Event]:
+    """Two events change places; each takes the other's time."""
+    out = list(events)
+    out[at] = evolve(events[other], t=events[at].t)
+    out[other] = evolve(events[at], t=events[other].t)
+    return out
+
+
+def _next_of(events: Events, at: int, kind: type, **same: Any) -> int | None:
+    for i in range(at + 1, len(events)):
+        event = events[i]
+        if isinstance(event, kind) and all(getattr(event, k) == v for k, v in same.items()):
+            return i
+    return None
+
+
+# Transitions.
+
+
+@_operator
+def _transition_dropped(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    if isinstance(events[at], Transition):
+        yield "", _replaced(events, at)
+
+
+@_operator
+def _transitions_swapped(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Transition):
+        other = _next_of(events, at, Transition, local=event.local, remote=event.remote)
+        if other is not None:
+            yield "", _swapped(events, at, other)
+
+
+@_operator
+def _transition_doubled(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Transition) and not event.sampled:
+        yield "", _replaced(events, at, event, event)
+
+
+@_operator
+def _transition_target(events: Events, at: int, rng: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Transition):
+        others = [s for s in State if s not in (event.new, event.old, State.LISTEN)]
+        for new in rng.sample(others, 2):
+            yield f"to {new.name}", _replaced(events, at, evolve(event, new=new))
+
+
+@_operator
+def _transition_origin(events: Events, at: int, rng: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Transition) and not event.sampled:
+        others = [s for s in State if s not in (event.new, event.old, State.LISTEN)]
+        old = rng.choice(others)
+        if event.old is not State.LISTEN or old is not State.CLOSED:
+            yield f"from {old.name}", _replaced(events, at, evolve(event, old=old))
+
+
+@_operator
+def _transition_of_the_peer(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Transition):
+        yield "", _replaced(events, at, evolve(event, local=event.remote, remote=event.local))
+
+
+@_operator
+def _transition_invented(events: Events, at: int, rng: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Transition) and event.new is not State.CLOSED and not event.sampled:
+        new = rng.choice([s for s in State if s not in (event.new, State.LISTEN)])
+        extra = evolve(event, old=event.new, new=new)
+        yield f"{extra.old.name} -> {new.name}", _replaced(events, at, event, extra)
+
+
+# TIME_WAIT.
+
+
+def _with_rows(events: Events, at: int, rows: list[Row]) -> list[Event]:
+    snapshot = events[at]
+    assert isinstance(snapshot, Snapshot)
+    return _replaced(events, at, evolve(snapshot, rows=tuple(rows)))
+
+
+def _rows_in(events: Events, at: int, *states: State) -> Iterator[tuple[list[Row], int, Row]]:
+    event = events[at]
+    if isinstance(event, Snapshot):
+        for i, row in enumerate(event.rows):
+            if row.state in states:
+                yield list(event.rows), i, row
+
+
+@_operator
+def _time_wait_on_the_wrong_side(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    for rows, i, row in _rows_in(events, at, State.TIME_WAIT):
+        rows[i] = evolve(row, local=row.remote, remote=row.local)
+        yield "row", _with_rows(events, at, rows)
+    if isinstance(event, Transition) and event.new is State.TIME_WAIT:
+        other = evolve(event, local=event.remote, remote=event.local, old=State.LAST_ACK)
+        yield "transition", _replaced(events, at, other, evolve(event, new=State.CLOSED))
+
+
+@_operator
+def _time_wait_missing(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    for rows, i, _row in _rows_in(events, at, State.TIME_WAIT):
+        del rows[i]
+        yield "", _with_rows(events, at, rows)
+
+
+@_operator
+def _time_wait_two_seconds_short(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    for rows, i, row in _rows_in(events, at, State.TIME_WAIT):
+        if row.seconds_left is not None:
+            rows[i] = evolve(row, seconds_left=max(row.seconds_left - 2.0, 0.0))
+            yield "by its timer", _with_rows(events, at, rows)
+    event = events[at]
+    if isinstance(event, Transition) and event.new is State.TIME_WAIT and not event.sampled:
+        gone = Transition(
+            event.t + 58.0, event.local, event.remote, State.TIME_WAIT, State.CLOSED, event.source
+        )
+        if _next_of(events, at, Transition, local=event.local, remote=event.remote) is None:
+            yield "by its end", sorted([*events, gone], key=lambda e: e.t)
+
+
+@_operator
+def _time_wait_too_long(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    for rows, i, row in _rows_in(events, at, State.TIME_WAIT):
+        if row.seconds_left is not None:
+            rows[i] = evolve(row, seconds_left=row.seconds_left + 5.0)
+            yield "by its timer", _with_rows(events, at, rows)
+    event = events[at]
+    if isinstance(event, Snapshot) and at == len(events) - 1:
+        held = [
+            evolve(row, seconds_left=None) for _, _, row in _rows_in(events, at, State.TIME_WAIT)
+        ]
+        if held:
+            later = evolve(event, t=event.t + 70.0, rows=tuple(held))
+            yield "still there", [*events, later]
+
+
+# Snapshots.
+
+
+@_operator
+def _row_state(events: Events, at: int, rng: random.Random) -> Iterator[Any]:
+    for rows, i, row in _rows_in(events, at, *set(State) - {State.LISTEN}):
+        others = [s for s in State if s not in (row.state, State.LISTEN, State.CLOSED)]
+        rows[i] = evolve(row, state=rng.choice(others), timer=None, seconds_left=None)
+        yield rows[i].state.name, _with_rows(events, at, rows)
+
+
+@_operator
+def _row_missing(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    for rows, i, _row in _rows_in(events, at, *set(State) - {State.LISTEN, State.TIME_WAIT}):
+        del rows[i]
+        yield "", _with_rows(events, at, rows)
+
+
+@_operator
+def _row_from_the_past(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Snapshot):
+        now = {(row.local, row.remote) for row in event.rows}
+        for earlier in events[:at]:
+            if isinstance(earlier, Snapshot):
+                for row in earlier.rows:
+                    if row.state is not State.LISTEN and (row.local, row.remote) not in now:
+                        now.add((row.local, row.remote))
+                        yield row.state.name, _with_rows(events, at, [*event.rows, row])
+
+
+# Segments.
+
+
+def _segment(events: Events, at: int) -> SegmentSeen | None:
+    event = events[at]
+    return event if isinstance(event, SegmentSeen) else None
+
+
+@_operator
+def _segment_dropped(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    if _segment(events, at):
+        yield "", _replaced(events, at)
+
+
+@_operator
+def _segments_swapped(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event:
+        other = _next_of(events, at, SegmentSeen)
+        if other is not None and {event.src, event.dst} == {
+            events[other].src,  # type: ignore[union-attr]
+            events[other].dst,  # type: ignore[union-attr]
+        }:
+            yield "", _swapped(events, at, other)
+
+
+@_operator
+def _segment_from_the_peer(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event:
+        yield "", _replaced(events, at, evolve(event, src=event.dst, dst=event.src))
+
+
+@_operator
+def _sequence_off_by_one(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and not event.flags & SYN:
+        for by in (1, -1):
+            moved = evolve(event, seq=(event.seq + by) & 0xFFFFFFFF)
+            yield f"{by:+d}", _replaced(events, at, moved)
+
+
+@_operator
+def _ack_off_by_one(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and event.flags & ACK and not event.flags & RST:
+        moved = evolve(event, ack=(event.ack - 1) & 0xFFFFFFFF)
+        yield "-1", _replaced(events, at, moved)
+
+
+@_operator
+def _ack_of_unsent(events: Events, at: int, rng: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and event.flags & ACK:
+        by = rng.choice((1, 2, 1000))
+        moved = evolve(event, ack=(event.ack + by) & 0xFFFFFFFF)
+        yield f"+{by}", _replaced(events, at, moved)
+
+
+@_operator
+def _fin_without_ack_flag(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and event.flags & FIN:
+        yield "", _replaced(events, at, evolve(event, flags=event.flags & ~ACK, ack=0))
+
+
+@_operator
+def _fin_removed(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and event.flags & FIN:
+        yield "", _replaced(events, at, evolve(event, flags=event.flags & ~FIN))
+
+
+@_operator
+def _fin_added(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and not event.flags & (FIN | SYN | RST):
+        yield "", _replaced(events, at, evolve(event, flags=event.flags | FIN))
+
+
+@_operator
+def _ack_of_fin_dropped(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and event.flags & FIN:
+        end = (event.seq + event.length + 1) & 0xFFFFFFFF
+        answers = [
+            i
+            for i, other in enumerate(events)
+            if i > at
+            and isinstance(other, SegmentSeen)
+            and (other.src, other.dst) == (event.dst, event.src)
+            and other.flags & ACK
+            and other.ack == end
+        ]
+        if answers:
+            yield "", [e for i, e in enumerate(events) if i not in answers]
+
+
+@_operator
+def _rst_invented(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and not event.flags & RST:
+        end = (event.seq + event.length + (event.flags & FIN) + (event.flags >> 1 & 1)) & 0xFFFFFFFF
+        extra = evolve(event, flags=RST | ACK, seq=end, length=0)
+        yield "", _replaced(events, at, event, extra)
+
+
+@_operator
+def _rst_for_fin(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and event.flags & FIN:
+        yield "", _replaced(events, at, evolve(event, flags=RST | ACK))
+
+
+@_operator
+def _syn_again(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and not event.flags & (SYN | RST):
+        extra = evolve(event, flags=SYN, ack=0, length=0)
+        yield "", _replaced(events, at, event, extra)
+
+
+@_operator
+def _text_invented(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and event.flags & FIN:
+        after = (event.seq + event.length + 1) & 0xFFFFFFFF
+        extra = evolve(event, flags=ACK | PSH, seq=after, length=10)
+        yield "after the FIN", _replaced(events, at, event, extra)
+
+
+# Calls.
+
+
+@_operator
+def _close_not_called(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Called) and event.call in ("close", "shutdown") and event.remote:
+        yield event.call, _replaced(events, at)
+
+
+@_operator
+def _close_called_earlier(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Called) and event.call == "close" and event.remote and event.began:
+        for i in range(at - 1, -1, -1):
+            other = events[i]
+            if isinstance(other, Snapshot):
+                t = other.t - 1e-6
+                moved = evolve(event, t=t, began=t - 1e-6)
+                yield "before a snapshot", [*events[:i], moved, *events[i:at], *events[at + 1 :]]
+                break
+
+
+@_operator
+def _end_of_stream_early(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Called) and event.call == "recv" and event.result:
+        yield "", _replaced(events, at, evolve(event, result=0))
+    if isinstance(event, Called) and event.call in ("connect", "accept") and event.errno is None:
+        early = evolve(event, call="recv", result=0, began=event.t)
+        yield "at once", _replaced(events, at, event, early)
+
+
+@_operator
+def _error_invented(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Called) and event.call == "recv" and event.errno is None:
+        yield "", _replaced(events, at, evolve(event, errno="ECONNRESET", result=None))
+
+
+@_operator
+def _linger_changed(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if not isinstance(event, Called) or not event.remote or event.began is None:
+        return
+    if event.call == "setsockopt" and event.result == {"SO_LINGER": [1, 0]}:
+        yield "not set", _replaced(events, at)
+    if event.call == "close":
+        t = event.began - 1e-6
+        linger = evolve(event, t=t, began=t, call="setsockopt", result={"SO_LINGER": [1, 0]})
+        before = events[at - 1] if at else None
+        if not (isinstance(before, Called) and before.call == "setsockopt"):
+            yield "set", _replaced(events, at, linger, event)
+
+
+# Binds.
+
+
+@_operator
+def _bind_should_fail(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if (
+        isinstance(event, Called)
+        and event.errno == "EADDRINUSE"
+        and event.call in ("bind", "listen")
+    ):
+        done = evolve(event, errno=None)
+        out = _replaced(events, at, done)
+        yield (
+            event.call,
+            [
+                evolve(e, ok=True, errno=None, call=None, free_after=0.0)
+                if isinstance(e, Restart) and abs(e.t - event.t) < 0.1
+                else e
+                for e in out
+            ],
+        )
+
+
+@_operator
+def _bind_should_succeed(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    earlier = any(isinstance(e, Called) and e.call == "bind" for e in events[:at])
+    if isinstance(event, Called) and event.errno is None and event.call == "bind" and earlier:
+        yield event.call, _replaced(events, at, evolve(event, errno="EADDRINUSE"))
+
+
+@_operator
+def _free_too_early(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Restart) and not event.ok and event.free_after and event.free_after > 2:
+        yield "", _replaced(events, at, evolve(event, free_after=event.free_after - 2.0))
+
+
+# Running them.
+
+
+def mutants(events: Events, seed: int = 0) -> Iterator[Mutant]:
+    """Every mutant of these events, in order."""
+    rng = random.Random(seed)
+    for name, operator in OPERATORS.items():
+        for at in range(len(events)):
+            for what, changed in operator(events, at, rng):
+                if changed != list(events):
+                    yield Mutant(name, at, what, changed)
+
+
+@define
+class Outcome:
+    """One operator's mutants: how many, how many rejected, and the others by why TCP allows them."""
+
+    made: int = 0
+    rejected: int = 0
+    allowed: dict[str, int] = field(factory=dict)
+    examples: dict[str, str] = field(factory=dict)
+
+    @property
+    def unexplained(self) -> int:
+        """Accepted mutants without a class."""
+        return self.allowed.get(UNEXPLAINED, 0)
+
+
+UNEXPLAINED: Final = "not explained"
+
+
+@define
+class Result:
+    """What became of all mutants, by operator."""
+
+    outcomes: dict[str, Outcome] = field(factory=dict)
+
+    def add(self, mutant: Mutant, verdict: Verdict, why: str | None) -> None:
+        """Count one mutant."""
+        outcome = self.outcomes.setdefault(mutant.operator, Outcome())
+        outcome.made += 1
+        if not verdict:
+            outcome.rejected += 1
+            return
+        why = why or UNEXPLAINED
+        outcome.allowed[why] = outcome.allowed.get(why, 0) + 1
+        outcome.examples.setdefault(why, f"event {mutant.at} {mutant.what}".strip())
+
+
+def run(
+    events: Events,
+    *,
+    seed: int = 0,
+    profiles: dict[str, Any] | None = None,
+    result: Result | None = None,
+) -> Result:
+    """Check every mutant of a trace. The trace itself must conform, or `ValueError`."""
+    whole = check(events, profiles=profiles)
+    if not whole:
+        raise ValueError(
+            "the trace itself does not conform: nothing can be learnt from its mutants"
+        )
+    result = result or Result()
+    for mutant in mutants(events, seed):
+        verdict = check(mutant.events, profiles=profiles)
+        result.add(mutant, verdict, None if not verdict else why_allowed(mutant, events))
+    return result
+
+
+def why_allowed(mutant: Mutant, events: Events) -> str | None:
+    """The class of an accepted mutant: why TCP allows it, or the observers cannot know."""
+    return None
