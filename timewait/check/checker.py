@@ -141,7 +141,7 @@ class Checker:
         self._profiles: tuple[Profile, Profile]
         self._model: Explanations
         self._from_start = False
-        self._declared = 0
+        self._declared = self._declared_segments = 0
         self._count = 0
         self._connections = 0
         self._divergences: list[Divergence] = []
@@ -249,6 +249,8 @@ class Checker:
             self._declared = ex.FULL_SOCKETS
         if event.stack == "model" and "model" in words:
             self._declared = ex.EVERY
+        seen = {"model", "capture", "wire"} & words
+        self._declared_segments = ex.SEGMENTS if seen else 0
 
     def _choose_profiles(self, named: Mapping[str, str]) -> None:
         chosen = {"server": "linux", "client": "linux", **named, **self._given}
@@ -523,7 +525,7 @@ class Checker:
         ends = (local, remote) if passive else (remote, local)
         mode = 0 if _same_host(*ends) else ex.DOUBLES
         if self._declared and _same_host(*ends):
-            mode = self._declared | self._declared << 2
+            mode = self._declared | self._declared << 2 | self._declared_segments
         number = (
             self._model.start(mode)
             if self._from_start and not self._forgotten
@@ -689,7 +691,7 @@ class Checker:
         """For how long an ended connection is kept: while somebody may look at its TIME_WAIT."""
         if "states at instants" not in self._sources:
             return 2.0
-        return max(p.parameters.time_wait for p in self._profiles) + _WHEEL + 1.0
+        return 3 * max(p.parameters.time_wait for p in self._profiles)
 
     def _may_end(self, connection: Connection) -> None:
         if connection.facts & _OVER == _OVER and not connection.ending:

@@ -280,9 +280,7 @@ class Explanations:
                 listening = table[State.CLOSED, Event.OPEN_PASSIVE].next
                 if listening is not None:
                     row = table[listening, Event.SYN]
-                    yield from self._apply(
-                        end, Event.SYN, row, x & ~(WIRE | CAUSE), PASSIVE, segments
-                    )
+                    yield from self._apply(end, Event.SYN, row, CLOSED, PASSIVE, segments)
         else:
             for event in _CALLS:
                 if x & ORPHAN or (event is Event.SHUTDOWN and x & FIN_OUT):

@@ -204,14 +204,15 @@ class Sequence:
                         f"it acknowledges {ack}, and the octets from {low} were never seen",
                         _UNSENT,
                     )
-        if x.ack is not None and seq_diff(ack, x.ack) < 0:
+        known = x.ack if x.ack is not None or y.isn is None else seq_add(y.isn, 1)
+        if known is not None and seq_diff(ack, known) < 0:
             if self.exact and not (x.former is not None and x.former.ack == ack):
                 raise Contradiction(
-                    f"it acknowledges {ack}, and {x.ack} was acknowledged already", _BACKWARDS
+                    f"it acknowledges {ack}, and {known} was acknowledged already", _BACKWARDS
                 )
             if not self.exact and not kind & OLD and kind & (FIN | TEXT):
                 raise Contradiction(
-                    f"new octets acknowledge {ack}, and {x.ack} was acknowledged already",
+                    f"new octets acknowledge {ack}, and {known} was acknowledged already",
                     _BACKWARDS,
                 )
             return

@@ -467,7 +467,7 @@ def mutants(events: Events, seed: int = 0) -> Iterator[Mutant]:
 
 @define
 class Outcome:
-    """One operator's mutants: how many, how many rejected, and the others by why TCP allows them."""
+    """One operator's mutants: how many, how many rejected, the others by why TCP allows them."""
 
     made: int = 0
     rejected: int = 0
