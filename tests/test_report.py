@@ -55,11 +55,14 @@ def test_the_summary_answers_the_four_questions(run: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("server-first", ["TIME_WAIT is on the server's side", "EADDRINUSE for 60 s"]),
+        (
+            "server-first",
+            ["TIME_WAIT is on the server's side", "for 60 s: bind() fails with EADDRINUSE"],
+        ),
         ("clients-first", ["on the clients' side", "nothing holds its port"]),
         ("abort", ["A reset ended", "starts again at once"]),
-        ("orphan", ["orphans in FIN_WAIT_2", "EADDRINUSE for 60 s"]),
-        ("close-wait-leak", ["CLOSE_WAIT", "until the sockets that hold it are closed"]),
+        ("orphan", ["orphans in FIN_WAIT_2", "for 60 s: bind() fails with EADDRINUSE"]),
+        ("close-wait-leak", ["CLOSE_WAIT", "until the sockets that hold its port are closed"]),
     ],
 )
 def test_the_story_says_why(name: str, words: list[str]) -> None:

@@ -144,7 +144,7 @@ def _answers(run: Run) -> Iterator[tuple[str, str]]:
     if again.free_after is None:
         free = "no timer says" if again.ok is False else "-"
     else:
-        free = "at once" if not again.free_after else f"{again.free_after:.1f} s"
+        free = "at once" if not again.free_after else f"in {again.free_after:.1f} s"
     yield "port is free", free
     if again.waited is not None and run.wait_allowed:
         least, most = run.wait_allowed
@@ -182,11 +182,11 @@ def story(run: Run) -> str:
         why = "nothing holds" if not _on_port(run) else "the sockets' options let it share"
         return f"{text} The server starts again at once: {why} its port."
     until = (
-        "until the sockets that hold it are closed"
+        "until the sockets that hold its port are closed"
         if again.free_after is None
         else f"for {again.free_after:.0f} s"
     )
-    return f"{text} The server cannot start again: {again.name} {until}."
+    return f"{text} The server cannot start again {until}: {again.call}() fails with {again.name}."
 
 
 def _on_port(run: Run) -> bool:

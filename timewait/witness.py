@@ -34,6 +34,7 @@ from attrs import define, field, frozen
 
 from timewait.events import Address, Called, Event, Row, RunStarted, Snapshot, Transition
 from timewait.ledger import End, Entry, Ledger, Place
+from timewait.port import HeldPort
 from timewait.tcp.states import State
 
 if TYPE_CHECKING:
@@ -522,13 +523,16 @@ class Witness:
     ) -> None:
         """A server could be started on the port now; tried for real, leaving nothing behind.
 
-        Without `reuse_address` as a server that sets no option.
+        Without `reuse_address` as a server that sets no option. A `HeldPort`
+        that is still held is released first.
 
         Raises `AssertionError`; `UnusedPort` where nothing was seen on the port.
         """
         __tracebackhide__ = True
         number = self._used(port)
         assert number is not None
+        if isinstance(port, HeldPort):
+            port.release()
         self._wait(lambda: self._held_otherwise(number) and _refusal(number, host, reuse_address))
         if refused := _refusal(number, host, reuse_address):
             with self._lock:

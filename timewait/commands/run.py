@@ -172,7 +172,7 @@ def _show(scenario: Scenario, runs: list[Run], verdicts: list[Verdict]) -> None:
     out.print()
     for run, verdict in zip(runs, verdicts, strict=True):
         out.print(report.verdict(run, verdict))
-    if len(runs) > 1:
+    if len(runs) > 1 and all(verdicts):
         out.print(report.agreement(*runs))
 
 

@@ -1,0 +1,447 @@
+"""The plugin in other people's suites: each test here writes one, runs it and reads its report."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import timewait
+import timewait.port
+import timewait.sim
+import timewait.witness  # (loaded here, so that suites run inside this process share it)
+
+pytest_plugins = ["pytester"]
+
+Run = Callable[..., pytest.RunResult]
+
+# What a suite under test does with sockets.
+HELP = """
+import asyncio
+import socket
+import pytest
+
+async def echo(reader, writer):
+    writer.write(await reader.read(100))
+    writer.close()
+
+def pair(port):
+    listener = port.listen()
+    client = socket.create_connection(listener.getsockname())
+    server, _ = listener.accept()
+    listener.close()
+    return client, server
+
+def client_first(port):
+    client, server = pair(port)
+    client.close()
+    server.close()
+
+def server_first(port):
+    client, server = pair(port)
+    server.close()
+    client.close()
+
+kept = []
+
+@pytest.fixture(autouse=True, scope="session")
+def close_what_was_kept():
+    yield
+    for sock in kept:
+        sock.close()
+
+def leak(port):
+    client, server = pair(port)
+    kept.append(server)
+    client.close()
+"""
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a suite of one file, with options and an ini file."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(timewait.__file__).parent.parent))
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+    def run(code: str, *options: str, ini: str = "", inside: bool = True) -> pytest.RunResult:
+        pytester.makepyfile(help=HELP, test_suite=f"from help import *\n{textwrap.dedent(code)}")
+        pytester.makeini(f"[pytest]\n{ini}")
+        start = pytester.runpytest_inprocess if inside else pytester.runpytest_subprocess
+        return start("-p", "timewait.pytest_plugin", *options)
+
+    return run
+
+
+def test_a_suite_that_does_not_use_it_sees_nothing_of_it(suite: Run) -> None:
+    code = """
+        import sys
+        def test_nothing_is_loaded():
+            loaded = {name for name in sys.modules if name.startswith("timewait")}
+            assert loaded == {"timewait", "timewait.pytest_plugin"}
+        def test_sockets_are_pythons():
+            import inspect
+            assert inspect.getmodule(socket.socket.accept) is socket
+            assert "close" not in vars(socket.socket) or socket.socket.close.__module__ == "socket"
+    """
+    result = suite(code, inside=False)
+    result.assert_outcomes(passed=2)
+    assert "tcp" not in result.stdout.str().replace("test_suite.py", "")
+    assert result.stderr.lines == []
+
+
+def test_the_fixture_tells_who_closed_first(suite: Run) -> None:
+    result = suite("""
+        def test_it(tcp, tcp_port):
+            server_first(tcp_port)
+            assert tcp.active_closer(tcp_port) == "server"
+            tcp.assert_no_leak()
+            tcp.assert_closed_by("client", port=tcp_port)
+    """)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            ">*tcp.assert_closed_by*",
+            "E*AssertionError: 1 connection not closed first by the client",
+            "E*closed first by the server (FIN): the server called close in ESTABLISHED, "
+            "at *help.py:* in server_first",
+            "E*server: TIME_WAIT for * s, * s left",
+            "E*created at *help.py:* in pair",
+            "*= tcp =*",
+            "1 test watched: 3 sockets opened, 1 left in TIME_WAIT, 0 leaks, 0 resets",
+            "  test_suite.py::test_it: 3 sockets opened, 1 left in TIME_WAIT*",
+        ]
+    )
+    assert "witness.py:" not in result.stdout.str()  # the failure is the test's line
+
+
+def test_a_leak_is_told_with_its_stack(suite: Run) -> None:
+    result = suite(
+        """
+        def test_it(tcp, tcp_port):
+            leak(tcp_port)
+            tcp.assert_no_leak()
+        """,
+        "--tcp-stacks",
+    )
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "E*AssertionError: 1 socket left open",
+            "E*server's side 127.0.0.1:*",
+            f"E*CLOSE_WAIT for * s, open in * (pid {os.getpid()})",
+            "E*closed first by the client*",
+            "E*created at *help.py:* in pair",
+            "E*help.py:* in leak",
+            "E*test_suite.py:* in test_it",
+            "1 test watched: 3 sockets opened, 0 left in TIME_WAIT, 1 leak, 0 resets",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "story", "verdict"),
+    [
+        ("no_leaks=True", "client_first", None),
+        ("no_leaks=True", "leak", "tcp(no_leaks=True): 1 socket left open"),
+        ("closed_by='client'", "client_first", None),
+        ("closed_by='client'", "server_first", "tcp(closed_by='client'): 1 connection not closed*"),
+        ("closed_by='client'", "len", "tcp(closed_by='client'): *no connection was seen*"),
+        ("time_wait_budget=0", "server_first", "tcp(time_wait_budget=0): 1 socket left in TIME_W*"),
+        ("time_wait_budget=1", "server_first", None),
+        ("no_resets=True", "server_first", None),
+        ("no_leaks=True, port=1", "client_first", None),
+        ("closed_by='client', port=1", "client_first", "*: *no connection to port 1; the ports*"),
+    ],
+)
+def test_the_marker_sets_limits(suite: Run, limits: str, story: str, verdict: str | None) -> None:
+    port = "'ab'" if story == "len" else "tcp_port"
+    result = suite(f"""
+        @pytest.mark.tcp({limits})
+        def test_it(tcp_port):
+            {story}({port})
+    """)
+    if verdict is None:
+        result.assert_outcomes(passed=1)
+    else:
+        result.assert_outcomes(passed=1, errors=1)
+        result.stdout.fnmatch_lines(["*ERROR at teardown of test_it*", verdict.replace("(", "(")])
+
+
+def test_limits_are_checked_after_the_tests_own_fixtures_are_gone(suite: Run) -> None:
+    result = suite("""
+        @pytest.fixture
+        def connection(tcp_port):
+            client, server = pair(tcp_port)
+            yield
+            client.close()
+            server.close()
+
+        @pytest.mark.tcp(no_leaks=True)
+        def test_marked(connection): pass
+
+        @pytest.mark.tcp(no_leaks=True)
+        def test_with_the_fixture_asked_for_last(connection, tcp): pass
+    """)
+    result.assert_outcomes(passed=2)
+
+
+def test_what_wider_fixtures_open_is_not_the_tests(suite: Run) -> None:
+    result = suite("""
+        @pytest.fixture(scope="module")
+        def connection():
+            from timewait import hold_port
+            with hold_port() as port:
+                client, server = pair(port)
+                yield
+                client.close()
+                server.close()
+
+        @pytest.mark.tcp(no_leaks=True)
+        def test_first(connection): pass
+    """)
+    result.assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("marker", "word"),
+    [
+        ("tcp(no_leak=True)", "no_leak is not among no_leaks"),
+        ("tcp(True)", "takes names only"),
+        ("tcp(no_leaks=1)", "no_leaks is true or false, not 1"),
+        ("tcp(closed_by='nobody')", 'closed_by is "client" or "server", not \'nobody\''),
+        ("tcp(time_wait_budget=-1)", "time_wait_budget is a number from 0, not -1"),
+        ("tcp(time_wait_budget=True)", "time_wait_budget is a number from 0, not True"),
+        ("tcp(port=70000)", "port is a port, 1 to 65535, not 70000"),
+        ("tcp_sim(seeds=0)", "seeds is a number from 1"),
+        ("tcp_sim(seeds='many')", "seeds is a number from 1, or numbers, not 'many'"),
+        ("tcp_sim(seeds=[1, 'x'])", "seeds are numbers from 0"),
+        ("tcp_sim(3)", "takes seeds, hosts and profile, by name"),
+        ("tcp_sim(profile='vms')", "vms"),
+    ],
+)
+def test_a_marker_that_makes_no_sense_is_an_error_at_collection(
+    suite: Run, marker: str, word: str
+) -> None:
+    result = suite(f"@pytest.mark.{marker}\ndef test_it(): pass\ndef test_other(): pass")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*ERROR collecting test_suite.py*"])
+    assert "test_suite.py::test_it: " in result.stdout.str()
+    assert word in result.stdout.str()
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+
+
+def test_both_markers_make_no_sense_together(suite: Run) -> None:
+    result = suite("@pytest.mark.tcp_sim()\ndef test_it(tcp): pass")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*a test on the simulation has none*"])
+
+
+@pytest.mark.parametrize(
+    ("ini", "word"),
+    [
+        ("tcp_closed_by = nobody", 'closed_by is "client" or "server"'),
+        ("tcp_time_wait_budget = few", "time_wait_budget is a number from 0, not 'few'"),
+    ],
+)
+def test_an_ini_file_that_makes_no_sense_ends_the_run(suite: Run, ini: str, word: str) -> None:
+    result = suite("def test_it(): pass", ini=ini, inside=False)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert word in result.stderr.str()
+
+
+def test_limits_for_a_whole_suite(suite: Run) -> None:
+    result = suite(
+        """
+        import unittest
+
+        def test_clean(tcp_port): client_first(tcp_port)
+        def test_without_any(): pass
+        def test_wrong_way(tcp_port): server_first(tcp_port)
+        @pytest.mark.tcp(closed_by="server")
+        def test_allowed(tcp_port): server_first(tcp_port)
+        class TestOld(unittest.TestCase):
+            def test_leak(self):
+                from timewait import hold_port
+                leak(hold_port())
+        """,
+        ini="tcp_no_leaks = true\ntcp_closed_by = client",
+    )
+    result.assert_outcomes(passed=5, errors=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*ERROR at teardown of test_wrong_way*",
+            "*ERROR at teardown of TestOld.test_leak*",
+            "*= tcp =*",
+            "5 tests watched: 12 sockets opened, 3 left in TIME_WAIT, 1 leak, 0 resets",
+            "  test_suite.py::TestOld::test_leak: 3 sockets opened, 0 left in TIME_WAIT, 1 leak*",
+        ]
+    )
+
+
+def test_the_summary_names_the_worst_five(suite: Run) -> None:
+    result = suite(
+        """
+        @pytest.mark.parametrize("n", range(8))
+        def test_it(n):
+            from timewait import hold_port
+            for _ in range(n):
+                server_first(hold_port())
+        """,
+        "--tcp",
+    )
+    result.assert_outcomes(passed=8)
+    result.stdout.fnmatch_lines(
+        [
+            "8 tests watched: 84 sockets opened, 28 left in TIME_WAIT, 0 leaks, 0 resets",
+            *(
+                f"  test_suite.py::test_it[[]{n}]: {3 * n} sockets opened, {n} left in TIME_WAIT*"
+                for n in (7, 6, 5, 4, 3)
+            ),
+        ],
+        consecutive=True,
+    )
+
+
+def test_under_xdist_each_worker_blames_its_own(suite: Run) -> None:
+    result = suite(
+        """
+        import time
+        @pytest.mark.parametrize("n", range(4))
+        def test_it(n, tcp, tcp_port):
+            client, server = pair(tcp_port)
+            time.sleep(0.2)  # both workers have connections now
+            assert len(tcp.connections) == 1
+            assert len(tcp.leaks) == 2
+            client.close()
+            server.close()
+            tcp.assert_no_leak()
+        """,
+        "-pxdist.plugin",
+        "-n2",
+        inside=False,
+    )
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(
+        ["4 tests watched: 12 sockets opened, 4 left in TIME_WAIT, 0 leaks, 0 resets"]
+    )
+
+
+def test_a_port_the_test_never_used_is_an_error_that_says_so(suite: Run) -> None:
+    result = suite("""
+        def test_it(tcp, tcp_port):
+            client_first(tcp_port)
+            tcp.assert_no_time_wait(port=1)
+    """)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E*UnusedPort: port 1 was never used; the ports used were *"])
+
+
+def test_the_held_port_is_bindable_until_something_holds_it(suite: Run) -> None:
+    result = suite("""
+        def test_free(tcp, tcp_port):
+            client_first(tcp_port)
+            tcp.assert_bindable(tcp_port)
+
+        def test_kept(tcp, tcp_port):
+            server_first(tcp_port)
+            tcp.assert_bindable(tcp_port)
+    """)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["E*port * cannot be bound without SO_REUSEADDR: EADDRINUSE"])
+
+
+def test_without_any_observer_the_fixture_skips_and_a_suite_goes_on(
+    suite: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing() -> None:
+        raise OSError(95, "no way to list TCP sockets here")
+
+    monkeypatch.setattr("timewait.witness._table", nothing)
+    code = "def test_asks(tcp): pass\ndef test_does_not(): pass"
+    result = suite(code, "-rs", "--tcp")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*tcp: no way to list TCP sockets here"])
+
+
+# --- on the simulation --------------------------------------------------------------------
+
+
+def test_a_test_on_the_simulation_waits_for_nothing(suite: Run) -> None:
+    result = suite("""
+    @pytest.mark.tcp_sim(seeds=3)
+    async def test_coroutine(tmp_path):
+        server = await asyncio.start_server(echo, "localhost", 9090)
+        reader, writer = await asyncio.open_connection("localhost", 9090)
+        writer.write(b"hello")
+        assert await reader.read() == b"hello"
+        writer.close()
+        await asyncio.sleep(3600)
+        server.close()
+
+    def test_function_that_returns_one(tcp_sim):
+        assert tcp_sim.seed == 0
+        async def body():
+            await asyncio.sleep(3600)
+            assert tcp_sim.host.rows() == []
+        return body()
+
+    @pytest.mark.tcp_sim
+    class TestMethods:
+        async def test_method(self):
+            await asyncio.sleep(3600)
+    """)
+    result.assert_outcomes(passed=3)
+
+
+def test_a_failing_seed_is_printed_with_its_replay(suite: Run) -> None:
+    code = """
+    @pytest.mark.tcp_sim(seeds=range(1, 50))
+    async def test_it(tcp_sim):
+        assert tcp_sim.seed < 7
+    """
+    result = suite(code)
+    result.assert_outcomes(failed=1)
+    replay = "pytest test_suite.py::test_it --tcp-sim-seed=7"
+    result.stdout.fnmatch_lines([f"E*tcp_sim: failed with seed 7; replay: {replay}"])
+    assert suite(code, "--tcp-sim-seed=7").ret == pytest.ExitCode.TESTS_FAILED
+    assert suite(code, "--tcp-sim-seed=6").ret == pytest.ExitCode.OK
+
+
+def test_the_ini_file_sets_the_seeds(suite: Run) -> None:
+    code = """
+    seen = []
+    def test_it(tcp_sim): seen.append(tcp_sim.seed)
+    def test_them(): assert seen == [0, 1, 2, 3]
+    """
+    suite(code, ini="tcp_sim_seeds = 4").assert_outcomes(passed=2)
+
+
+def test_anyios_plugin_beside_it(suite: Run) -> None:
+    result = suite(
+        """
+    @pytest.mark.anyio
+    async def test_on_the_kernel(tcp, tcp_port, anyio_backend):
+        import anyio
+        listener = tcp_port.listen()
+        client = await anyio.connect_tcp("127.0.0.1", tcp_port.number)
+        server, _ = listener.accept()
+        listener.close()
+        await client.aclose()
+        server.close()
+        assert await tcp.settled()
+        tcp.assert_closed_by("client", port=tcp_port)
+        tcp.assert_no_leak()
+
+    @pytest.mark.anyio
+    @pytest.mark.tcp_sim
+    async def test_on_the_simulation():
+        import anyio
+        await anyio.sleep(3600)
+    """,
+        "-panyio.pytest_plugin",
+    )
+    result.assert_outcomes(passed=4)
