@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -445,3 +447,47 @@ def test_anyios_plugin_beside_it(suite: Run) -> None:
         "-panyio.pytest_plugin",
     )
     result.assert_outcomes(passed=4)
+
+
+@pytest.fixture(scope="session")
+def pytest_asyncio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytest-asyncio in a folder of its own: beside other tests it would change how they run."""
+    folder = tmp_path_factory.mktemp("pytest-asyncio")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder)
+    if subprocess.run([*pip, "pytest-asyncio>=1.0"], capture_output=True).returncode:
+        pytest.skip("pytest-asyncio cannot be installed here (no pip, or no package index)")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["strict", "auto"])
+def test_pytest_asyncio_beside_it(
+    suite: Run, pytest_asyncio: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [str(Path(timewait.__file__).parent.parent), str(pytest_asyncio)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    code = """
+    @pytest.mark.asyncio
+    async def test_on_the_kernel(tcp, tcp_port):
+        server = await asyncio.start_server(echo, sock=tcp_port.listen())
+        reader, writer = await asyncio.open_connection("127.0.0.1", tcp_port.number)
+        writer.write(b"x")
+        assert await reader.read() == b"x"
+        writer.close()
+        assert await tcp.settled()
+        tcp.assert_closed_by("server", port=tcp_port)
+        tcp.assert_no_leak()
+        server.close()
+
+    @pytest.mark.tcp_sim(seeds=2)
+    async def test_on_the_simulation():
+        await asyncio.sleep(3600)
+
+    @pytest.mark.tcp_sim
+    class TestMethods:
+        async def test_method(self):
+            await asyncio.sleep(3600)
+    """
+    options = ("-ppytest_asyncio.plugin", f"--asyncio-mode={mode}")
+    ini = "asyncio_default_fixture_loop_scope = function\nfilterwarnings = error"
+    suite(code, *options, ini=ini, inside=False).assert_outcomes(passed=3)

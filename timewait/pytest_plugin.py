@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import shlex
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _LIMITS: Final = "no_leaks, no_resets (true or false), closed_by, time_wait_budget, port, stacks"
 _FOUND: Final = "timewait"  # the name under which a test's figures travel in its report
 _WORST: Final = 5
+_AROUND: Final = pytest.StashKey[list[pytest.Mark]]()  # the markers of a module or class
 
 
 # --- options and markers ------------------------------------------------------------------
@@ -78,10 +81,10 @@ def _suite_limits(config: pytest.Config) -> dict[str, Any]:
     return limits
 
 
-def _limits(item: pytest.Item) -> dict[str, Any]:
-    """The limits on a test, the closest marker's first. Raises `pytest.UsageError`."""
-    limits = _suite_limits(item.config)
-    for mark in reversed(list(item.iter_markers("tcp"))):
+def _limits(config: pytest.Config, marks: Iterable[pytest.Mark]) -> dict[str, Any]:
+    """The limits on a test; the last marker is the closest. Raises `pytest.UsageError`."""
+    limits = _suite_limits(config)
+    for mark in marks:
         if mark.args:
             raise pytest.UsageError(f"@pytest.mark.tcp takes names only: {_LIMITS}")
         limits |= _validated(dict(mark.kwargs), "@pytest.mark.tcp: ")
@@ -108,42 +111,70 @@ def _validated(limits: dict[str, Any], where: str) -> dict[str, Any]:
 # --- collection ---------------------------------------------------------------------------
 
 
-@pytest.hookimpl(hookwrapper=True, trylast=True)
-def pytest_pycollect_makeitem() -> Generator[None, Any, None]:
-    """Give marked tests what they ask for, before plugins that run coroutines see them."""
-    outcome = yield
-    made = outcome.get_result()
-    for item in made if isinstance(made, list) else ():
-        if isinstance(item, pytest.Function):
-            simulated = "tcp_sim" in item.fixturenames or item.get_closest_marker("tcp_sim")
-            watched = "tcp" in item.fixturenames or item.get_closest_marker("tcp")
-            if watched or simulated:
-                try:
-                    _prepare(item, bool(watched), bool(simulated))
-                except pytest.UsageError as wrong:
-                    raise pytest.Collector.CollectError(f"{item.nodeid}: {wrong}") from None
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: object) -> None:
+    """Prepare a test function that asks for something here; leave all others alone.
+
+    This runs for every name of every test module: first what is cheap.
+    """
+    if not isinstance(obj, FunctionType) or hasattr(obj, "_timewait_simulated"):
+        return
+    try:
+        around = collector.stash[_AROUND]
+    except KeyError:
+        around = collector.stash[_AROUND] = list(collector.iter_markers())[::-1]
+    own = vars(obj).get("pytestmark")
+    code = obj.__code__
+    if own or around:
+        marks = [mark for mark in (*around, *(own or ())) if mark.name in ("tcp", "tcp_sim")]
+    else:
+        marks = []
+    if marks or "tcp" in code.co_varnames or "tcp_sim" in code.co_varnames:
+        arguments = inspect.signature(obj).parameters
+        if collector.istestfunction(obj, name):  # type: ignore[attr-defined]
+            try:
+                _prepare(collector, name, obj, marks, arguments.keys())
+            except pytest.UsageError as wrong:
+                test = f"{collector.nodeid}::{name}"
+                raise pytest.Collector.CollectError(f"{test}: {wrong}") from None
 
 
-def _prepare(item: pytest.Function, watched: bool, simulated: bool) -> None:
+def _prepare(
+    collector: pytest.Collector,
+    name: str,
+    body: FunctionType,
+    marks: list[pytest.Mark],
+    arguments: Collection[str],
+) -> None:
+    names = {mark.name for mark in marks}
+    watched, simulated = (
+        ("tcp" in names or "tcp" in arguments),
+        ("tcp_sim" in names or "tcp_sim" in arguments),
+    )
     if watched and simulated:
         raise pytest.UsageError(
             "tcp watches the kernel's connections, and a test on the simulation has none"
         )
-    if simulated:
-        item.obj = _on_the_simulation(item)
-    else:
-        _limits(item)
-        _set_up_first(item)
+    if watched:
+        _limits(collector.config, [mark for mark in marks if mark.name == "tcp"])
+        pytest.mark.usefixtures("tcp")(body)
+    elif simulated:
+        # A plain function in its place, so that plugins that run coroutines let it be.
+        seeds, made_of = _simulation(collector.config, marks)
+        setattr(collector.obj, name, _on_the_simulation(body, seeds, made_of))  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where the whole suite is watched, watch every test."""
-    if config.getoption("tcp") or _suite_limits(config):
-        for item in items:
-            names = getattr(item, "fixturenames", None)
-            on_kernel = names is not None and "tcp_sim" not in names
-            if on_kernel and not item.get_closest_marker("tcp_sim"):
-                _set_up_first(item)
+    """Set `tcp` up first where it is used: everywhere, if the whole suite is watched."""
+    everywhere = config.getoption("tcp") or _suite_limits(config)
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        if "tcp" in names or (everywhere and names != () and not _is_simulated(item)):
+            _set_up_first(item)
+
+
+def _is_simulated(item: pytest.Item) -> bool:
+    return hasattr(getattr(item, "obj", None), "_timewait_simulated")
 
 
 def _set_up_first(item: pytest.Item) -> None:
@@ -181,19 +212,20 @@ def tcp(request: pytest.FixtureRequest) -> Iterator[Witness | None]:
     from timewait.witness import Witness
 
     item = request.node
-    limits = _limits(item)
+    marks = list(item.iter_markers("tcp"))[::-1]
+    limits = _limits(request.config, marks)
     stacks = limits.get("stacks") or request.config.getoption("tcp_stacks")
     try:
         witness = Witness(stacks=stacks)
         witness.__enter__()
     except OSError as blind:
-        if item.get_closest_marker("tcp") or "tcp" in inspect.signature(item.obj).parameters:
+        if marks or "tcp" in inspect.signature(item.obj).parameters:
             pytest.skip(f"tcp: {blind.strerror or blind}")
         yield None  # the whole suite is watched, where it can be
         return
     try:
         yield witness
-        strict = any("closed_by" in mark.kwargs for mark in item.iter_markers("tcp"))
+        strict = any("closed_by" in mark.kwargs for mark in marks)
         wrong = list(_broken(witness, limits, strict))
     finally:
         item.user_properties.append((_FOUND, _figures(witness)))
@@ -258,16 +290,17 @@ def tcp_sim() -> Simulated:
     return Simulated()
 
 
-def _simulation(item: pytest.Function) -> tuple[list[int], dict[str, Any]]:
+def _simulation(
+    config: pytest.Config, marks: list[pytest.Mark]
+) -> tuple[list[int], dict[str, Any]]:
     """The seeds of a test and what its simulation is made of. Raises `pytest.UsageError`."""
-    ini = item.config.getini("tcp_sim_seeds") or "1"
-    seeds: Any = int(ini) if ini.isdecimal() else ini
-    made_of: dict[str, Any] = {}
-    if mark := item.get_closest_marker("tcp_sim"):
+    ini = config.getini("tcp_sim_seeds") or "1"
+    made_of: dict[str, Any] = {"seeds": int(ini) if ini.isdecimal() else ini}
+    for mark in marks:
         if mark.args or mark.kwargs.keys() - {"seeds", "hosts", "profile"}:
             raise pytest.UsageError("@pytest.mark.tcp_sim takes seeds, hosts and profile, by name")
-        made_of = dict(mark.kwargs)
-        seeds = made_of.pop("seeds", seeds)
+        made_of |= mark.kwargs
+    seeds = made_of.pop("seeds")
     if type(seeds) is int and seeds > 0:
         seeds = range(seeds)
     if not isinstance(seeds, Iterable) or isinstance(seeds, str):
@@ -282,21 +315,21 @@ def _simulation(item: pytest.Function) -> tuple[list[int], dict[str, Any]]:
             profile(made_of["profile"])
         except (ValueError, TypeError) as unknown:
             raise pytest.UsageError(f"tcp_sim: {unknown}") from None
-    only = item.config.getoption("tcp_sim_seed")
+    only = config.getoption("tcp_sim_seed")
     return (seeds if only is None else [only]), made_of
 
 
-def _on_the_simulation(item: pytest.Function) -> Callable[..., None]:
-    """A plain function in place of the test's, which runs it once a seed on the simulated loop."""
-    seeds, made_of = _simulation(item)
-    body = item.obj
+def _on_the_simulation(
+    body: FunctionType, seeds: list[int], made_of: dict[str, Any]
+) -> Callable[..., None]:
+    """A plain function that runs the body once a seed on the simulated loop."""
 
     @functools.wraps(body)
-    def run(**arguments: Any) -> None:
+    def run(*instance: Any, **arguments: Any) -> None:
         from timewait import sim
 
         async def main() -> None:
-            result = body(**arguments)
+            result = body(*instance, **arguments)
             if inspect.isawaitable(result):
                 await result
 
@@ -306,10 +339,12 @@ def _on_the_simulation(item: pytest.Function) -> Callable[..., None]:
             try:
                 sim.run(main, seed=seed, **made_of)
             except Exception as failure:
-                again = f"pytest {shlex.quote(item.nodeid)} --tcp-sim-seed={seed}"
+                test = os.environ.get("PYTEST_CURRENT_TEST", body.__name__).rpartition(" (")[0]
+                again = f"pytest {shlex.quote(test)} --tcp-sim-seed={seed}"
                 failure.add_note(f"tcp_sim: failed with seed {seed}; replay: {again}")
                 raise
 
+    run._timewait_simulated = True  # type: ignore[attr-defined]
     return run
 
 
