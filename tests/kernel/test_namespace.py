@@ -1,7 +1,6 @@
 """Private network namespaces, made as root and as anybody else."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import timewait
 from timewait.kernel.namespace import Namespace, sysctl, why_not
 from timewait.kernel.sock_diag import sockets
 
@@ -21,20 +19,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-
-
-@pytest.fixture(scope="module")
-def importable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package that any user can read."""
-    home = tmp_path_factory.mktemp("home")
-    for path in (home, *home.parents[:2]):
-        path.chmod(0o755)
-    shutil.copytree(
-        Path(timewait.__file__).parent,
-        home / "timewait",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    return home
 
 
 def python(*prefix: str, home: Path, program: str) -> str:

@@ -21,7 +21,7 @@ from attrs import define, field
 
 from timewait.tcp.segment import ACK, Options, Segment
 
-__all__ = ["Packet", "checksum", "decode", "encode"]
+__all__ = ["NotTCP", "Packet", "checksum", "decode", "encode", "host_text"]
 
 _IPV4: Final = Struct(">BBHHHBBH4s4s")
 _IPV6: Final = Struct(">IHBB16s16s")
@@ -33,6 +33,10 @@ _FRAGMENT: Final = 0x3FFF  # "more fragments" and the offset
 _FRAGMENT_HEADER: Final = 44
 _AUTHENTICATION_HEADER: Final = 51
 _EXTENSION_HEADERS: Final = frozenset((0, 43, _FRAGMENT_HEADER, _AUTHENTICATION_HEADER, 60))
+
+
+class NotTCP(ValueError):
+    """An IP packet that carries something else."""
 
 
 @define(unsafe_hash=True)
@@ -70,18 +74,19 @@ def decode(
     """The TCP packet that `data`, an IPv4 or IPv6 packet, holds.
 
     `verify` checks the IPv4 and TCP checksums (what a kernel hands to its
-    local captures often has none yet). `truncated` allows text to be missing
-    at the end. `wire_length` is the packet's length where the IP header gives
-    none (0), as in the over-long packets of segmentation offload; it defaults
-    to `len(data)`.
+    local captures often has none yet). `truncated` allows text and TCP
+    options to be missing at the end. `wire_length` is the packet's length
+    where the IP header gives none (0), as in the over-long packets of
+    segmentation offload; it defaults to `len(data)`.
 
-    Raises `ValueError` where that is no whole TCP segment, saying why.
+    Raises `ValueError` where that is no whole TCP segment, saying why, and
+    `NotTCP`, which is one, where it is another protocol's.
     """
     size = len(data)
     version = data[0] >> 4 if size else 0
     if version == 4:
         if size < 20:
-            raise ValueError(f"an IPv4 header cut off at {size} bytes")
+            raise ValueError("a packet cut off within its headers")
         first, tos, total, ident, fragment, hop_limit, protocol, _, source, target = (
             _IPV4.unpack_from(data)
         )
@@ -93,7 +98,7 @@ def decode(
         end = total or wire_length or size
     elif version == 6:
         if size < 40:
-            raise ValueError(f"an IPv6 header cut off at {size} bytes")
+            raise ValueError("a packet cut off within its headers")
         word, payload, protocol, hop_limit, source, target = _IPV6.unpack_from(data)
         tos = word >> 20 & 0xFF
         ident = 0
@@ -104,19 +109,19 @@ def decode(
     else:
         raise ValueError("not an IP packet" if size else "an empty packet")
     if protocol != IPPROTO_TCP:
-        raise ValueError(f"not TCP but IP protocol {protocol}")
+        raise NotTCP(f"not TCP but IP protocol {protocol}")
     if end > size and not truncated:
         raise ValueError(f"a packet of {end} bytes of which {size} are there")
     if end < start + 20:
         raise ValueError(f"no room for a TCP header: {end - start} bytes")
     if size < start + 20:
-        raise ValueError("a TCP header that is cut off")
+        raise ValueError("a packet cut off within its headers")
     sport, dport, seq, ack, offset, flags, window, _, _ = _TCP.unpack_from(data, start)
     text = start + (offset >> 4) * 4
     if text < start + 20 or text > end:
         raise ValueError(f"a TCP header that says it has {text - start} bytes")
-    if text > size:
-        raise ValueError("TCP options that are cut off")
+    if text > size and not truncated:
+        raise ValueError("a packet cut off within its headers")
     if verify:
         if version == 4 and checksum(data[: (data[0] & 15) * 4]) != 0:
             raise ValueError("a wrong IPv4 header checksum")
@@ -124,8 +129,8 @@ def decode(
             raise ValueError("a wrong TCP checksum")
     raw_options = data[start + 20 : text] if text > start + 20 else b""
     return Packet(
-        (_host(source), sport),
-        (_host(target), dport),
+        (host_text(source), sport),
+        (host_text(target), dport),
         Segment(
             seq,
             ack if flags & ACK else 0,
@@ -224,7 +229,8 @@ def _tcp_checksum(source: bytes, target: bytes, tcp: bytes | bytearray) -> int:
 
 
 @lru_cache(maxsize=1 << 16)
-def _host(address: bytes) -> str:
+def host_text(address: bytes) -> str:
+    """An address of 4 or 16 bytes as text."""
     return inet_ntop(AF_INET if len(address) == 4 else AF_INET6, address)
 
 
@@ -233,7 +239,7 @@ def _skip_extensions(data: bytes, protocol: int) -> tuple[int, int]:
     start = 40
     while protocol in _EXTENSION_HEADERS:
         if start + 8 > len(data):
-            raise ValueError("an IPv6 extension header that is cut off")
+            raise ValueError("a packet cut off within its headers")
         following, length = data[start], data[start + 1]
         if protocol == _FRAGMENT_HEADER:
             if int.from_bytes(data[start + 2 : start + 4], "big") & 0xFFF9:
