@@ -74,6 +74,7 @@ _FIN_AND_ACK_OF_SYN = int(Event.FIN_AND_ACK_OF_SYN)
 _FIN_AND_ACK_OF_FIN = int(Event.FIN_AND_ACK_OF_FIN)
 _FIN_AGAIN, _TEXT_AFTER_CLOSE = int(Event.FIN_AGAIN), int(Event.TEXT_AFTER_CLOSE)
 _RETRANSMIT, _GIVE_UP = int(Event.RETRANSMIT), int(Event.GIVE_UP)
+_ACK_OF_SYN_AFTER_SHUTDOWN = int(Event.ACK_OF_SYN_AFTER_SHUTDOWN)
 _PROBE, _KEEPALIVE = int(Event.PROBE), int(Event.KEEPALIVE)
 _DELAYED_ACK = int(Event.DELAYED_ACK)
 _TIME_WAIT_OVER, _FIN_WAIT_2_OVER = int(Event.TIME_WAIT_OVER), int(Event.FIN_WAIT_2_OVER)
@@ -261,7 +262,7 @@ class Connection:
         *,
         iss: int,
         mss: int = 1460,
-        rcv_buf: int = 64240,
+        rcv_buf: int = 65536,
         snd_buf: int = 1 << 18,
         timestamps: bool | None = None,
         outbox: list[Segment] | None = None,
@@ -363,12 +364,12 @@ class Connection:
         return data
 
     def _nothing_to_read(self, now: float) -> None:
-        if self.fin_received or self.read_shut:
-            self._eof_read = self.fin_received
+        if self.fin_received:
+            self._eof_read = True
             return
         if self.error is not None:
             raise TCPError(self.take_error() or errnos.ECONNRESET)
-        if self.state is CLOSED and self.write_shut:
+        if self.read_shut or (self.state is CLOSED and self.write_shut):
             return
         self._step(_RECEIVE, b"", now)
 
@@ -379,7 +380,7 @@ class Connection:
         """
         self._step(_SHUTDOWN, None, now)
         if self.state is not LISTEN:
-            self.write_shut = True
+            self.write_shut = self.state is not CLOSED
 
     def shutdown_read(self, now: float) -> None:
         """Nobody will read any more: shutdown(2)'s SHUT_RD. The peer is not told.
@@ -388,6 +389,10 @@ class Connection:
         """
         if self.state is CLOSED or self.state is TIME_WAIT:
             raise TCPError(errnos.ENOTCONN)
+        if self.state is LISTEN:
+            self.abort(now)
+        elif self.state is SYN_SENT:
+            self.shutdown(now)
         self.read_shut = True
 
     def close(self, now: float) -> None:
@@ -396,7 +401,7 @@ class Connection:
 
     def abort(self, now: float) -> None:
         """The RFC's ABORT (§3.10.5): a RST, and everything is forgotten."""
-        self._step(_ABORT, None, now)
+        self._step(_CLOSE_UNREAD if self._rx else _ABORT, None, now)
 
     def status(self) -> Status:
         """The RFC's STATUS (§3.10.6)."""
@@ -524,9 +529,8 @@ class Connection:
         """Take a segment that arrived (RFC 9293 §3.10.7)."""
         if self.t_keepalive != INF:
             self._heard(now)
-        cells = self._cells
-        event = cells[_LOOK](self, seg, seg.flags, now)
-        new, onwards, actions, row = cells[event]
+        event = self._cells[_LOOK](self, seg, seg.flags, now)
+        new, onwards, actions, row = self._cells[event]
         # As `_step` does; here because every segment comes this way.
         if new is None:
             for action in actions:
@@ -560,6 +564,8 @@ class Connection:
                     # tcp_rcv_synsent_state_process: what was to end it may have been ignored.
                     self.t_retransmit = now + hurry
                 return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
+            if self.profile.parameters.linux_checks and self._echoes_another_syn(seg, now):
+                return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
             if flags & RST:
                 return _RST_EXACT
             if not flags & SYN:
@@ -578,10 +584,11 @@ class Connection:
             return _SYN_AGAIN
         if not self.profile.parameters.linux_checks:
             return self._in_window(seg, flags, now)
-        # tcp_check_req looks at the ACK before the window.
-        if flags & ACK and seg.ack != self.snd_nxt:
-            return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
-        if paws or not self._fits_request(seg):
+        # tcp_check_req: the window is the SYN,ACK's, and an ACK is looked at before it.
+        self.rcv_adv = (self.rcv_nxt + min(self.rcv_buf, 0xFFFF)) & MASK
+        if flags & (ACK | RST) == ACK and seg.ack != self.snd_nxt:
+            return _ACK_OF_UNSENT
+        if paws or not self._fits_request(seg) or self._echoes_another_syn(seg, now):
             return _RST_OUTSIDE if flags & RST else _UNACCEPTABLE
         if flags & RST:
             return _RST_TO_PASSIVE if seg.seq == self.rcv_nxt else _RST_IN_WINDOW
@@ -668,14 +675,24 @@ class Connection:
         if acked > flight:
             if not acked & HALF:
                 return _ACK_OF_UNSENT
-            if MASK + 1 - acked > self.max_wnd or self.state is SYN_RECEIVED:
+            # Nobody can have held back an ACK of what was never acknowledged.
+            most = (self.snd_una - self.iss - self.passive) & MASK
+            if MASK + 1 - acked > min(self.max_wnd, most) or self.state is SYN_RECEIVED:
                 return _ACK_TOO_OLD
         elif acked:
-            of_syn = self.snd_una == self.iss
+            of_syn = self.snd_una == self.iss and (
+                self.state is SYN_RECEIVED or self.state is FIN_WAIT_1
+            )
             of_fin = self._fin == 2 and acked == flight
             self._acknowledged(seg.ack, acked, flight, now)
+            if of_syn and self.write_shut and self.state is SYN_RECEIVED:
+                # The user has shut down already: go on from FIN_WAIT_1.
+                self._step(_ACK_OF_SYN_AFTER_SHUTDOWN, seg, now)
+                of_syn = False
         elif self.state is SYN_RECEIVED:
-            return _ACK_TOO_OLD
+            if not self.profile.parameters.linux_checks:
+                return _ACK_TOO_OLD
+            of_syn = True  # tcp_ack finds nothing wrong with an ACK of nothing
         # SND.WND, unless the segment is older than the last that told it.
         if not ((seg.seq - self.snd_wl1) & MASK or (seg.ack - self.snd_wl2) & MASK) & HALF:
             self.snd_wl1 = seg.seq
@@ -695,7 +712,7 @@ class Connection:
                 if again and not of_fin:
                     return again
             else:
-                if data and (self.orphaned or self.read_shut):
+                if self.orphaned or self.read_shut:
                     end = (seg.seq + len(data) - self.rcv_nxt) & MASK
                     if 0 < end < HALF and self.write_shut and self.state is not SYN_RECEIVED:
                         return _TEXT_AFTER_CLOSE
@@ -716,7 +733,13 @@ class Connection:
             return _NO_ACK
 
         # First, the sequence number, and PAWS (RFC 7323 §5.3: never for a RST).
-        if not flags & RST and self._paws(seg, now, 1):
+        if (
+            not flags & RST
+            and self._paws(seg, now, 1)
+            and not (linux and self._repeats_an_ack(seg, flags))
+        ):
+            if linux and flags & (ACK | SYN | FIN) == ACK and not seg.data and offset & HALF:
+                return _NO_ACK  # an ACK overtaken by others (PAWSOldAck)
             return _SYN_UNEXPECTED if flags & SYN else _UNACCEPTABLE
         if not (self._fits_loosely(seg) if linux else self._fits(seg)):
             if flags & RST:
@@ -756,8 +779,10 @@ class Connection:
         past = (self.rcv_nxt - seg.seq) & MASK
         if past == 0 or past & HALF:
             return 0  # beyond the FIN: not this connection's, ignored
-        if self.profile.parameters.linux_checks and len(seg.data) > past:
-            return _TEXT_AFTER_CLOSE
+        if self.profile.parameters.linux_checks and seg.length > past:
+            if len(seg.data) > past:
+                return _TEXT_AFTER_CLOSE
+            self.rcv_nxt = (self.rcv_nxt + 1) & MASK  # a FIN one later is taken as well
         if flags & FIN and seg.length == past:
             return _FIN_AGAIN
         self._ack_due = 2
@@ -802,6 +827,29 @@ class Connection:
         if not self.timestamps or options is None or options.ts_val is None or not self.ts_recent:
             return False
         return 0 < (self.ts_recent - tolerance - options.ts_val) & MASK < HALF
+
+    def _repeats_an_ack(self, seg: Segment, flags: int) -> bool:
+        """Whether an old timestamp is only a duplicate ACK overtaken (tcp_disordered_ack)."""
+        options = seg.options
+        window = seg.window << self.snd_scale
+        return (
+            flags & (ACK | SYN | FIN) == ACK
+            and not seg.data
+            and seg.seq == self.rcv_nxt == self.snd_wl1
+            and seg.ack == self.snd_una
+            and 0 < window <= self.snd_wnd
+            and options is not None
+            and (self.ts_recent - (options.ts_val or 0)) & MASK <= 1200 * self.rto
+        )
+
+    def _echoes_another_syn(self, seg: Segment, now: float) -> bool:
+        """Whether it echoes a timestamp that no SYN of ours carried (RFC 7323 §3.2)."""
+        options = seg.options
+        if not self.timestamps or options is None or options.ts_val is None or not options.ts_ecr:
+            return False
+        first = self._tsval(self.first_sent or now)
+        last = self._tsval(now if self.state is SYN_SENT else self._rtt_at)
+        return (options.ts_ecr - first) & MASK > (last - first) & MASK
 
     def _note_timestamp(self, seg: Segment) -> None:
         options = seg.options
@@ -887,17 +935,20 @@ class Connection:
 
     def _take_out_of_order(self, seq: int, data: bytes, fin: bool, now: float) -> bool:
         """Text left of RCV.NXT is trimmed; text to the right waits for what is missing."""
-        self._ack_due = 2
         nxt = self.rcv_nxt
         offset = (seq - nxt) & MASK
         room = (self.rcv_adv - nxt) & MASK
         if offset & HALF:
             past = MASK + 1 - offset
             if past > len(data) or (past == len(data) and not fin):
+                self._ack_due = 2
                 self._quicken()  # all of it was here before
                 return False
             seq, data, offset = nxt, data[past:], 0
+        if offset or self._out_of_order:
+            self._ack_due = 2
         if offset + len(data) > room:
+            self._ack_due = 2
             if offset >= room:
                 return False
             data, fin = data[: room - offset], False
@@ -980,7 +1031,7 @@ class Connection:
 
     def _send_syn(self, _seg: None, now: float) -> None:
         self.snd_nxt = (self.iss + 1) & MASK
-        self._rtt_seq, self._rtt_at = self.snd_nxt, now
+        self._rtt_seq = self.snd_nxt
         self._start_retransmitting(now)
         self._emit_syn(SYN, now)
 
@@ -994,6 +1045,12 @@ class Connection:
         """Our SYN, or SYN,ACK: the window unscaled, all options offered or answered."""
         parameters = self.profile.parameters
         answer = flags & ACK
+        self._rtt_at = now
+        if parameters.linux_checks:
+            # tcp_select_initial_window: whole segments.
+            whole = self.adv_mss - 12 if answer and self.timestamps else self.adv_mss
+            if self.rcv_buf > whole and (self.passive or not answer):
+                self.rcv_buf -= self.rcv_buf % whole
         window = self.rcv_buf if self.rcv_buf < 0xFFFF else 0xFFFF
         self.rcv_adv = (self.rcv_nxt + window) & MASK
         scale: int | None = parameters.window_scale
@@ -1038,7 +1095,7 @@ class Connection:
     def _send_syn_ack(self, seg: Segment, now: float) -> None:
         self._note_syn(seg)
         self.snd_nxt = (self.iss + 1) & MASK
-        self._rtt_seq, self._rtt_at = self.snd_nxt, now
+        self._rtt_seq = self.snd_nxt
         self.rto = self.profile.parameters.rto_initial
         self.retransmits = 0
         self._start_retransmitting(now)
@@ -1058,6 +1115,8 @@ class Connection:
     def _establish(self, seg: Segment, now: float) -> None:
         self.retransmits = 0
         self._last_text = now
+        if self.passive:
+            self.last_challenge = -INF
         if self.srtt is None:
             self.rto = self.profile.parameters.rto_initial
         if self.options.keepalive:
@@ -1091,9 +1150,11 @@ class Connection:
         """Send what may be sent: text, then the FIN."""
         if not self._tx and self._fin != 1:
             return
-        if self._fin == 2 or self.snd_una == self.iss:
-            return  # all sent, or our SYN is not acknowledged yet
-        sent = (self.snd_nxt - self.snd_una) & MASK
+        if self._fin == 2 or self.state is SYN_SENT or self.state is SYN_RECEIVED:
+            return
+        if self._recover is not None:
+            return  # nothing new until what was retransmitted is acknowledged
+        sent = (self.snd_nxt - self.snd_una - (self.snd_una == self.iss)) & MASK
         tx = self._tx
         mss = self._effective_mss() if tx else 1
         end = self.snd_una + self.snd_wnd
@@ -1153,17 +1214,16 @@ class Connection:
     def _queue_fin(self, _seg: None, now: float) -> None:
         self.write_shut = True
         self._fin = 1
-        if self._tx or self.snd_una != self.snd_nxt or not self.snd_wnd:
+        if self._tx or not self.snd_wnd:
             self._send_text(None, now)
             return
         self._fin = 2
         # No round trip is measured: nothing that follows would use it.
-        self.snd_nxt = (self.snd_nxt + 1) & MASK
-        self.first_sent = now
-        self.t_retransmit = now + self.rto
-        if self.options.user_timeout is not None:
-            self.t_user = now + self.options.user_timeout
-        self._emit(ACK | FIN, now, self.snd_una)
+        seq = self.snd_nxt
+        self.snd_nxt = (seq + 1) & MASK
+        if self.t_retransmit == INF:
+            self._start_retransmitting(now)
+        self._emit(ACK | FIN, now, seq)
 
     def _give_text(self, _data: bytes, now: float) -> None:
         """Text was read: tell the peer when that opens a window worth telling."""
@@ -1198,6 +1258,8 @@ class Connection:
             self.t_ack = now + self._ato
 
     def _acknowledge_fin(self, seg: Segment, now: float) -> None:
+        if self.rcv_wup == self.rcv_nxt:
+            return  # text of ours has carried it
         at_once = self.profile.parameters.first_ack_delay
         if not at_once or self._ack_due == 2:
             self._emit(ACK, now)
@@ -1281,6 +1343,7 @@ class Connection:
             if self.profile.parameters.small_sockets:
                 limit = max(limit, 3.5 * self.rto)  # tcp_fin_time
                 self.last_challenge = -INF
+                self._ack_due = 0  # what came with the ACK is not looked at
             self.t_wait = now + limit
 
     def _retransmit(self, _seg: None, now: float) -> None:
@@ -1354,9 +1417,14 @@ class Connection:
         if window > 0xFFFF:
             window = 0xFFFF
         self.rcv_adv = (nxt + (window << scale)) & MASK
+        if seq is None:
+            seq = self.snd_nxt
+            beyond = (seq - self.snd_una - self.snd_wnd) & MASK
+            if beyond and not beyond & HALF:
+                seq = self._within_window(beyond)
         self.out.append(
             Segment(
-                self.snd_nxt if seq is None else seq,
+                seq,
                 nxt,
                 flags,
                 window,
@@ -1373,6 +1441,12 @@ class Connection:
             self._ack_due = 0
             if self._quick:
                 self._quick -= 1
+
+    def _within_window(self, beyond: int) -> int:
+        """Where to send an ACK from when the peer's window has shrunk (tcp_acceptable_seq)."""
+        if not self.profile.parameters.linux_checks or beyond < 1 << self.rcv_scale > 1:
+            return self.snd_nxt
+        return (self.snd_una + self.snd_wnd) & MASK
 
     # --- Snapshots -------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ class Event(IntEnum):
     SYN_UNEXPECTED = 18  # in a synchronized state
     SYN_REOPENS = 19  # in TIME_WAIT: newer than anything of the old connection
     UNACCEPTABLE = 20  # outside the window, or an old timestamp (PAWS)
-    NO_ACK = 21  # none of RST, SYN and ACK is set
+    NO_ACK = 21  # none of RST, SYN and ACK is set, or an ACK of no use any more
     ACK_OF_UNSENT = 22  # acknowledges what was never sent
     ACK_TOO_OLD = 23  # older than any window the peer was ever given (RFC 5961 §5)
     # Acceptable segments, by what they amount to.
@@ -141,6 +141,8 @@ class Event(IntEnum):
     DELAYED_ACK = 36
     TIME_WAIT_OVER = 37
     FIN_WAIT_2_OVER = 38
+    # Linux: the user had shut down before our SYN was acknowledged.
+    ACK_OF_SYN_AFTER_SHUTDOWN = 39
 
     def __str__(self) -> str:
         return self.name

@@ -409,11 +409,11 @@ _on(
         (SYN_RECEIVED, never("an acceptable segment acknowledges our SYN")),
         (
             (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2),
-            stay("acknowledge", "send_text", source=_74),
+            stay("send_text", "acknowledge", source=_74),
         ),
         (
             (CLOSE_WAIT, CLOSING, LAST_ACK),
-            stay("acknowledge", "send_text", source=_74, why="text after a FIN is ignored"),
+            stay("send_text", "acknowledge", source=_74, why="text after a FIN is ignored"),
         ),
     ],
     ignored(_74, "only the peer's FIN matters here"),
@@ -421,10 +421,10 @@ _on(
 _on(
     Event.ACK_OF_SYN,
     [
-        (SYN_RECEIVED, go(ESTABLISHED, "establish", "acknowledge", "send_text", source=_74)),
+        (SYN_RECEIVED, go(ESTABLISHED, "establish", "send_text", "acknowledge", source=_74)),
         (
             FIN_WAIT_1,
-            stay("establish", "acknowledge", "send_text", source=_74, why="closed early"),
+            stay("establish", "send_text", "acknowledge", source=_74, why="closed early"),
         ),
     ],
     never("our SYN is acknowledged already, or was never sent"),
@@ -441,7 +441,7 @@ _on(
 _on(
     Event.FIN,
     [
-        (ESTABLISHED, go(CLOSE_WAIT, "deliver_eof", "acknowledge_fin", "send_text", source=_74)),
+        (ESTABLISHED, go(CLOSE_WAIT, "deliver_eof", "send_text", "acknowledge_fin", source=_74)),
         (FIN_WAIT_1, go(CLOSING, "deliver_eof", "send_ack", "send_text", source=_74)),
         (FIN_WAIT_2, go(TIME_WAIT, "deliver_eof", "send_ack", "start_time_wait", source=_74)),
         ((CLOSED, LISTEN, SYN_SENT), never("classified by its flags alone")),
@@ -458,8 +458,8 @@ _on(
                 CLOSE_WAIT,
                 "establish",
                 "deliver_eof",
-                "acknowledge_fin",
                 "send_text",
+                "acknowledge_fin",
                 source=_74,
                 via=ESTABLISHED,
             ),
@@ -509,6 +509,12 @@ _on(
         ),
     ],
     never("somebody is left to read"),
+)
+
+_on(
+    Event.ACK_OF_SYN_AFTER_SHUTDOWN,
+    [],
+    never("a CLOSE in SYN_RECEIVED leads to FIN_WAIT_1 at once"),
 )
 
 # --- Timeouts ---------------------------------------------------------------------------------
