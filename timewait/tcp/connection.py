@@ -393,7 +393,7 @@ class Connection:
             self.abort(now)
         elif self.state is SYN_SENT:
             self.shutdown(now)
-        self.read_shut = True
+        self.read_shut = self.state is not CLOSED
 
     def close(self, now: float) -> None:
         """close(2): a FIN after the text; a RST where received text was not read."""
