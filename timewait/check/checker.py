@@ -64,6 +64,9 @@ class _Begun(NamedTuple):
     call: Called
 
 
+_Entry = tuple[float, int, int, "Event | _Begun"]  # time, mode, symbol, event
+
+
 @define(eq=False)
 class Connection:
     """What is known of one connection; `ends[0]` is the server's address."""
@@ -89,6 +92,10 @@ class Connection:
     ending: bool = False
     sent: list[int] = field(factory=lambda: [0, 0])
     read: list[int] = field(factory=lambda: [0, 0])
+    # What was seen since a quiet moment, after which set; and what is not explained yet.
+    base: int = 0
+    history: list[_Entry] = field(factory=list)
+    held: list[_Entry] = field(factory=list)
     expires: list[float] = field(factory=lambda: [0.0, 0.0])  # by its timer, when last looked at
     options: list[Options] = field(factory=lambda: [frozenset(), frozenset()])
     queued: list[int] = field(factory=lambda: [0, 0])  # unread, when last looked at
@@ -220,6 +227,14 @@ class Checker:
         self._problems[:0] = problems
         for connection in self.connections():
             self._settle(connection)
+            if connection.held:
+                self._untangle(connection, float("inf"))
+            if (
+                connection.mode & _BEHIND == _BEHIND
+                and connection.divergence is None
+                and self._done - connection.last > _CLOCKS
+            ):
+                self._all_reported(connection, connection.number, None)
             self._end(connection)
         return Verdict(self._evidence(), tuple(self._divergences))
 
@@ -532,6 +547,7 @@ class Checker:
             else self._model.anywhere(mode)
         )
         connection = Connection(ends, self._model, self._profiles, mode, number)
+        connection.base = number
         self._connections += 1
         self._ends[ends] = (connection, 0)
         self._ends[ends[1], ends[0]] = (connection, 1)
@@ -567,14 +583,30 @@ class Checker:
             self._advance(connection, ex.seen_in(end, state), event)
 
     def _advance(self, connection: Connection, symbol: int, event: Event | _Begun) -> None:
+        """Follow one observation of a connection."""
         if connection.divergence is not None:
             return
         t = event.t
+        if connection.held:
+            connection.held.append((t, connection.mode, symbol, event))
+            self._untangle(connection, t)
+            return
         mode = connection.mode
         model = connection.model
         number = connection.number
-        if t - connection.last > _LATE:
-            number = model.close(mode | ex.LATE, number)
+        quiet = t - connection.last
+        if quiet > _CLOCKS:
+            if mode & _BEHIND == _BEHIND:
+                number = self._all_reported(connection, number, event)
+                if not number:
+                    return
+            if quiet > _LATE:
+                number = model.close(mode | ex.LATE, number)
+            connection.base = number
+            connection.history.clear()
+        elif len(connection.history) >= _KEPT:
+            connection.base = number
+            connection.history.clear()
         connection.last = t
         if connection.timed:
             number = self._clock(connection, number, t)
@@ -584,15 +616,54 @@ class Checker:
             after = model.follow(mode, number, symbol)
         if not after:
             if not self._again(connection, number, symbol):
-                self._explain(connection, number, symbol, event)
+                connection.number = number
+                connection.held.append((t, mode, symbol, event))
+                self._untangle(connection, t)
                 return
             number = model.start(mode)
             after = connection.number
+        connection.history.append((t, mode, symbol, event))
         connection.step = (mode, number, symbol)
         connection.number = after
         facts = model.facts(after)
         if facts != connection.facts:
             self._note(connection, facts, t)
+
+    def _untangle(self, connection: Connection, now: float) -> None:
+        """Two observers' clocks differ a little: try what they saw in other orders.
+
+        Each observer's own order stands, and nothing is moved by more than
+        `_CLOCKS`. What is not explained so far may be by what is still to come.
+        """
+        t, _, symbol, event = connection.held[0]
+        entries = [*connection.history, *connection.held]
+        number = _in_any_order(connection.model, connection.base, entries)
+        if number:
+            connection.history.extend(connection.held)
+            connection.held.clear()
+            connection.step = None
+            connection.last = now
+            connection.number = connection.model.close(connection.mode, number)
+            facts = connection.model.facts(connection.number)
+            if facts != connection.facts:
+                self._note(connection, facts, now)
+        elif now - t > _CLOCKS or len({_lane(e[2]) for e in entries}) == 1:
+            connection.held.clear()
+            self._explain(connection, connection.number, symbol, event)
+
+    def _all_reported(
+        self, connection: Connection, number: int, event: Event | _Begun | None
+    ) -> int:
+        """Transitions that segments have shown have been reported by now."""
+        model, mode = connection.model, connection.mode
+        for end in (0, 1):
+            symbol = ex.told(end, ex.ALL_REPORTED)
+            after = model.follow(mode, number, symbol)
+            if not after:
+                self._explain(connection, number, symbol, event or connection.recent[-1])
+                return 0
+            number = after
+        return number
 
     def _again(self, connection: Connection, number: int, symbol: int) -> bool:
         """Whether this is a new connection between the same addresses, seen when already open."""
@@ -806,6 +877,7 @@ def _model(server: Profile, client: Profile) -> Explanations:
 
 
 _EXACT: Final = {"model": ex.EVERY, "tracepoint": ex.FULL_SOCKETS}
+_BEHIND: Final = ex.SEGMENTS | ex.FULL_SOCKETS  # a tracepoint reports after what it sends
 _READS: Final = frozenset({State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSE_WAIT})
 _WITHOUT_PEER: Final = frozenset({Tcp.OPEN_PASSIVE, Tcp.CLOSE, Tcp.ABORT})
 _OPENED: Final = "RFC 9293 §3.10.1, §3.10.4: OPEN makes a listener, CLOSE ends it"
@@ -817,6 +889,39 @@ _TELLS: Final = {
     "close": ex.CLOSED_BY_CALL,
 }
 _PEERLESS: Final = [0 if state is State.LISTEN else int(state) for state in State]
+
+
+def _lane(symbol: int) -> int:
+    """Whose observation this is: the segments', the transitions', the looks', the calls'."""
+    return (0, 1, 2, 2, 3)[symbol >> 9]
+
+
+def _in_any_order(model: Explanations, base: int, entries: list[_Entry]) -> int:
+    """The set after these observations, each observer's in its own order; 0 if none explains."""
+    lanes: dict[int, list[_Entry]] = {}
+    for entry in entries:
+        lanes.setdefault(_lane(entry[2]), []).append(entry)
+    queues = list(lanes.values())
+    reached: dict[tuple[int, ...], set[int]] = {tuple(0 for _ in queues): {base}}
+    for _ in entries:
+        following: dict[tuple[int, ...], set[int]] = {}
+        for places, numbers in reached.items():
+            waiting = [q[i][0] for q, i in zip(queues, places, strict=True) if i < len(q)]
+            first = min(waiting)
+            for lane, queue in enumerate(queues):
+                at = places[lane]
+                if at == len(queue) or queue[at][0] > first + _CLOCKS:
+                    continue
+                _, mode, symbol, _ = queue[at]
+                found = {model.follow(mode, model.close(mode, n), symbol) for n in numbers} - {0}
+                if found:
+                    then = (*places[:lane], at + 1, *places[lane + 1 :])
+                    following.setdefault(then, set()).update(found)
+        reached = following
+    ends = {n for numbers in reached.values() for n in numbers}
+    if len(ends) <= 1:
+        return ends.pop() if ends else 0
+    return model.number(pair for n in ends for pair in model.members(n))
 
 
 def _passive(old: State, new: State, source: str) -> bool | None:

@@ -68,6 +68,8 @@ MAY_CLOSE_UNREAD: Final = 1 << 32  # and something is certainly left unread
 TOLD: Final = 1 << 33  # Linux has reported the end of the full socket
 SENT: Final = 1 << 34  # its user has sent text
 RESENT: Final = 1 << 35  # it had reason to send its FIN again
+# A transition that Linux has still to report: it sends a segment first. Bit 44, old, new.
+UNREPORTED: Final = 0x1FF << 36
 _MAY_CLOSE: Final = MAY_CLOSE | MAY_CLOSE_ALL_READ | MAY_CLOSE_UNREAD
 _MAY: Final = _MAY_CLOSE | MAY_SHUT_DOWN | LINGER
 # How it came to close its side, kept to the end (four bits; see `cause`).
@@ -86,7 +88,7 @@ ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT = 
 _SYNCHRONIZED: Final = frozenset(range(4, 11))
 _ENDED: Final = FIN_IN | FIN_ACKED
 # What is still true of an end that has no connection any more.
-_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE | CAUSE | RESENT
+_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE | CAUSE | RESENT | UNREPORTED
 
 # Modes. How an end's transitions are reported:
 UNSEEN: Final = 0
@@ -124,6 +126,7 @@ SHUT_DOWN_BY_CALL: Final = 9
 NOT_TIME_WAIT: Final = 10
 CLOSE_BEGUN_UNREAD: Final = 11
 SEND_BEGUN: Final = 12
+ALL_REPORTED: Final = 13  # what Linux has done, it has reported by now
 
 
 def moved(end: int, old: int, new: int) -> int:
@@ -363,8 +366,15 @@ class Explanations:
                 # Addresses are not thought to be used again unless that is seen.
                 if step.event is Event.OPEN_ACTIVE and before:
                     continue
-                if how == UNSEEN or None in reports(how, before, step.after):
+                if how == UNSEEN:
                     yield after(pair, step)
+                    continue
+                for report in reports(how, before, step.after):
+                    if report is None:
+                        yield after(pair, step)
+                    elif how == FULL_SOCKETS and mode & SEGMENTS and not before & UNREPORTED:
+                        due = (256 | report[0] << 4 | report[1]) << 36
+                        yield after(pair, step._replace(after=step.after | due))
 
     def _after(self, mode: int, pairs: frozenset[Pair], symbol: int) -> Iterator[Pair]:
         what = symbol & 7 << 9
@@ -401,6 +411,11 @@ class Explanations:
         what = (symbol >> 4 & 15, symbol & 15)
         how = mode >> 2 * end & 3 or EVERY
         for pair in pairs:
+            if pair[end] & UNREPORTED:
+                if pair[end] >> 36 & 255 == symbol & 255:
+                    x = pair[end] & ~UNREPORTED
+                    yield (pair[0], x) if end else (x, pair[1])
+                continue
             for step in self.steps(mode, pair, end):
                 if what in reports(how, pair[end], step.after):
                     yield after(pair, step)
@@ -626,6 +641,8 @@ def _after_told(pairs: Iterable[Pair], end: int, what: int) -> Iterator[Pair]:
             x &= ~MAY_SHUT_DOWN
         elif what == NOT_TIME_WAIT:
             true = state != TIME_WAIT
+        elif what == ALL_REPORTED:
+            true = not x & UNREPORTED
         else:
             true = True
             x |= _LICENCE[what]

@@ -23,6 +23,7 @@ _TOLD = {
     ex.CONNECTED: "was told that the connection is established, and it cannot have been",
     ex.CLOSED_BY_CALL: "closed its socket, and its connection shows nothing of it",
     ex.SHUT_DOWN_BY_CALL: "shut down its sending side, and no FIN followed",
+    ex.ALL_REPORTED: "'s segments show a transition that was never reported",
     ex.NOT_TIME_WAIT: "is still in TIME_WAIT, long after 2MSL",
 }
 
