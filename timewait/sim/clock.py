@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 __all__ = ["Clock"]
+
+INF: Final = float("inf")
 
 _Entry: TypeAlias = tuple[float, int, Callable[[Any], object], Any]
 
@@ -25,10 +27,14 @@ class Clock:
     Entries due at the same instant run in the order they were asked for.
     """
 
-    __slots__ = ("_asked", "_heap", "_lanes", "now")
+    __slots__ = ("_asked", "_heap", "_lanes", "next", "now")
+
+    now: float
+    next: float  # when the next entry is due; infinity if nothing is
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.next = INF
         self._asked = 0
         self._heap: list[_Entry] = []
         self._lanes: dict[float, deque[_Entry]] = {}
@@ -37,6 +43,8 @@ class Clock:
         """Call `callback(argument)` at `when` seconds (at once if that is past)."""
         self._asked += 1
         heappush(self._heap, (when, self._asked, callback, argument))
+        if when < self.next:
+            self.next = when
 
     def after(self, seconds: float, callback: Callable[[Any], object], argument: Any) -> None:
         """Call `callback(argument)` in `seconds`, a length that many others wait too."""
@@ -44,13 +52,10 @@ class Clock:
         lane = self._lanes.get(seconds)
         if lane is None:
             lane = self._lanes[seconds] = deque()
-        lane.append((self.now + seconds, self._asked, callback, argument))
-
-    @property
-    def next(self) -> float | None:
-        """When the next entry is due, or None if nothing is."""
-        head = self._head()
-        return head[0][0] if head else None
+        when = self.now + seconds
+        lane.append((when, self._asked, callback, argument))
+        if when < self.next:
+            self.next = when
 
     def run_until(self, when: float) -> bool:
         """Move to the next instant with something due, `when` at the latest, and run it.
@@ -58,19 +63,21 @@ class Clock:
         Returns whether anything was run. Time never goes back: with `when` in
         the past, what is due now is run.
         """
-        head = self._head()
-        if head is None or (head[0][0] > when and head[0][0] > self.now):
+        if self.next > when and self.next > self.now:
             self.now = max(self.now, when)
             return False
-        self.now = max(self.now, head[0][0])
-        while head is not None and head[0][0] <= self.now:
+        self.now = max(self.now, self.next)
+        while self.next <= self.now:
+            head = self._head()
+            assert head is not None
             entry, lane = head
             if lane is None:
                 heappop(self._heap)
             else:
                 lane.popleft()
-            entry[2](entry[3])
             head = self._head()
+            self.next = INF if head is None else head[0][0]
+            entry[2](entry[3])
         return True
 
     def _head(self) -> tuple[_Entry, deque[_Entry] | None] | None:

@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from ipaddress import ip_address
 from random import Random
+from selectors import SelectorKey
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from zlib import crc32
 
@@ -80,11 +81,12 @@ class Sock:
         "address",
         "backlog",
         "bind_address_no_port",
-        "boot",
         "bound_address",
         "bound_port",
+        "clock",
         "conn",
         "connect_bound",
+        "dead",
         "embryos",
         "error",
         "family",
@@ -98,6 +100,7 @@ class Sock:
         "linger2",
         "listening",
         "local_port_range",
+        "network",
         "no_delay",
         "parent",
         "peer_key",
@@ -108,6 +111,7 @@ class Sock:
         "remote_port",
         "reuse_address",
         "reuse_port",
+        "selector_key",
         "shut",
         "sndbuf",
         "uid",
@@ -119,7 +123,9 @@ class Sock:
 
     def __init__(self, host: Host, family: int) -> None:
         self.host = host
-        self.boot = host.boots
+        self.network = host.network
+        self.clock = host.network.clock
+        self.dead = False  # its host went down
         self.family = family
         self.address = ANY4 if family == AF_INET else ANY6
         self.port = 0
@@ -155,7 +161,9 @@ class Sock:
         self.local_port_range = 0
         self.files = 0
         self.fd = -1
-        self.watch: dict[int, Sock] | None = None  # a selector's: whose readiness to look at again
+        # A selector's: whose readiness to look at again, and what it is watched for.
+        self.watch: dict[Sock, None] | None = None
+        self.selector_key: SelectorKey | None = None
         self.waker: float | None = None  # when the clock will look at the timers
 
     @property
@@ -219,7 +227,7 @@ class Sock:
                 fail(errno.EISCONN)
             self._start(address, port)
             self.phase = CONNECTING
-            self.host.network.drain()
+            self.network.drain()
             fail(errno.EINPROGRESS)
         state = self.state
         if state in (State.SYN_SENT, State.SYN_RECEIVED):
@@ -276,7 +284,7 @@ class Sock:
         self.conn = host.connection(self)
         host.tcp[self.key] = self
         host.counters["ActiveOpens"] += 1
-        self.conn.open_active(host.network.clock.now)
+        self.conn.open_active(self.clock.now)
         self.after(State.CLOSED)
 
     def accept(self) -> Sock:
@@ -295,16 +303,15 @@ class Sock:
         conn = self.conn
         if conn is None:
             fail(self.take_error() or errno.EPIPE)
-        network = self.host.network
         old = conn.state
         if conn.error:
             fail(self.take_error())
         try:
-            taken = conn.send(data, network.clock.now)
+            taken = conn.send(data, self.clock.now)
         finally:
             self.after(old)
-        if network._queue:
-            network.drain()
+        if self.network.queue:
+            self.network.drain()
         if taken == 0 and data:
             fail(errno.EAGAIN)
         return taken
@@ -322,10 +329,10 @@ class Sock:
             fail(errno.ENOTCONN)
         if conn.readable_bytes:
             old = conn.state
-            data = conn.receive(size, self.host.network.clock.now, peek)
+            data = conn.receive(size, self.clock.now, peek)
             self.after(old)
-            if self.host.network._queue:
-                self.host.network.drain()
+            if self.network.queue:
+                self.network.drain()
             return data
         if conn.error:
             fail(self.take_error())
@@ -336,7 +343,7 @@ class Sock:
     def shutdown(self, how: int) -> None:
         """shutdown(2): `inet_shutdown`, with its odd ways on sockets that are not connected."""
         bits = how + 1
-        now = self.host.network.clock.now
+        now = self.clock.now
         state = self.state
         if state is State.LISTEN:
             if bits & 1:
@@ -359,21 +366,21 @@ class Sock:
         if bits & 2:
             conn.shutdown(now)
         self.after(state)
-        self.host.network.drain()
+        self.network.drain()
         self.notify()
 
     def close(self) -> None:
         """The last file is closed: `inet_release`, `tcp_close`."""
         self.watch = None
         self.fd = -1
-        if not self.host.up:
+        if self.dead:
             return
         if self.listening:
             self._stop_listening()
         conn = self.conn
         if conn is not None:
             old = conn.state
-            now = self.host.network.clock.now
+            now = self.clock.now
             if old is State.CLOSED:
                 self.host.forget(self)
             elif self.linger == 0:
@@ -384,7 +391,7 @@ class Sock:
                 self.after(old)
         if self.conn is None:
             self.host.ports.release(self)
-        self.host.network.drain()
+        self.network.drain()
 
     def disconnect(self) -> None:
         """`tcp_disconnect`: back to a socket that was never connected, its bind(2) kept."""
@@ -393,7 +400,7 @@ class Sock:
             old = conn.state
             conn.on_transition = None
             if old is not State.CLOSED:
-                conn.abort(self.host.network.clock.now)
+                conn.abort(self.clock.now)
             self._flush()
             if old not in (State.CLOSED, State.TIME_WAIT):
                 self.host.moved(self, old, State.CLOSED, "DISCONNECT")
@@ -403,7 +410,7 @@ class Sock:
         if not self.bound_address:
             self.address = ANY4 if self.family == AF_INET else ANY6
         self.shut = 0
-        self.host.network.drain()
+        self.network.drain()
 
     def take_error(self) -> int:
         """SO_ERROR: what went wrong, told once."""
@@ -418,6 +425,8 @@ class Sock:
 
     def readable(self) -> bool:
         """Whether a selector would report EVENT_READ."""
+        if self.dead:
+            return False
         if self.listening:
             return bool(self.accepted)
         conn = self.conn
@@ -429,6 +438,8 @@ class Sock:
 
     def writable(self) -> bool:
         """Whether a selector would report EVENT_WRITE."""
+        if self.dead:
+            return False
         if self.listening:
             return False
         conn = self.conn
@@ -534,7 +545,7 @@ class Sock:
     def notify(self) -> None:
         """Have the selector look at this socket again."""
         if self.watch is not None:
-            self.watch[self.fd] = self
+            self.watch[self] = None
 
     # What follows any input to the connection.
 
@@ -550,13 +561,13 @@ class Sock:
         deadline = conn.deadline
         if deadline is not None and (self.waker is None or deadline < self.waker):
             self.waker = deadline
-            self.host.network.clock.at(deadline, self.wake, deadline)
+            self.clock.at(deadline, self.wake, deadline)
 
     def _flush(self) -> None:
         conn = self.conn
         assert conn is not None
         assert self.peer_key is not None
-        send = self.host.network.send
+        send = self.network.send
         for segment in conn.out:
             if segment.flags & RST:
                 self.host.counters["OutRsts"] += 1
@@ -574,16 +585,16 @@ class Sock:
         deadline = conn.deadline
         if deadline is None:
             return
-        now = self.host.network.clock.now
+        now = self.clock.now
         if deadline > now:
             self.waker = deadline
-            self.host.network.clock.at(deadline, self.wake, deadline)
+            self.clock.at(deadline, self.wake, deadline)
             return
         old = conn.state
         conn.expire(now)
         self.after(old)
         self.notify()
-        self.host.network.drain()
+        self.network.drain()
 
     def arrive(self, segment: Segment) -> None:
         """A segment for this connection."""
@@ -599,11 +610,7 @@ class Sock:
             self.host.counters["ListenOverflows"] += 1
             self.host.counters["ListenDrops"] += 1
             return
-        if old is State.TIME_WAIT and segment.flags & (SYN | ACK | RST) == SYN:
-            if self._reopened(segment):
-                return
-            conn.passive = False
-        conn.segment(segment, self.host.network.clock.now)
+        conn.segment(segment, self.clock.now)
         self.after(old)
         if old is State.TIME_WAIT and conn.state is State.CLOSED and segment.flags & SYN:
             # A new connection over the old one (tcp_timewait_state_process).
@@ -612,29 +619,7 @@ class Sock:
             self.host.arrive(self.key, segment)
             self.host.next_iss = None
         if self.watch is not None:
-            self.watch[self.fd] = self
-
-    def _reopened(self, segment: Segment) -> bool:
-        """Whether a SYN ends this TIME_WAIT for a new connection of a listener's.
-
-        The socket of the old one has no part in it (tcp_timewait_state_process, TCP_TW_SYN).
-        """
-        host, conn = self.host, self.conn
-        assert conn is not None
-        assert self.key is not None
-        if host.listener(self.key) is None:
-            return False
-        trial = Connection.restore(conn.profile, conn.snapshot())
-        trial.passive = True
-        trial.segment(segment, host.network.clock.now)
-        if trial.state is not State.SYN_RECEIVED:
-            return False
-        key = self.key
-        host.end_time_wait(self, "SYN_REOPENS")
-        host.next_iss = trial.iss
-        host.arrive(key, segment)
-        host.next_iss = None
-        return True
+            self.watch[self] = None
 
     def _stop_listening(self) -> None:
         """`inet_csk_listen_stop`: half-open connections are forgotten, waiting ones reset."""
@@ -644,7 +629,7 @@ class Sock:
             self.host.forget(embryo)
             embryo.conn = None
         self.embryos.clear()
-        now = self.host.network.clock.now
+        now = self.clock.now
         for child in self.accepted:
             child.parent = None
             assert child.conn is not None
@@ -655,7 +640,7 @@ class Sock:
         if not self.bound_port:
             self.host.ports.release(self)
             self.port = 0
-        self.host.network.drain()
+        self.network.drain()
 
     def _span(self) -> tuple[int, int] | None:
         """IP_LOCAL_PORT_RANGE within the host's own (`inet_sk_get_local_port_range`)."""
@@ -1014,6 +999,15 @@ class Host:
     def crash(self) -> None:
         """The host is gone: it sends nothing, and its programs' sockets are dead."""
         self.up = False
+        for sock in self.sockets():
+            sock.dead = True
+            sock.notify()
+        self.tcp.clear()
+        self.listeners.clear()
+
+    def sockets(self) -> list[Sock]:
+        """All sockets that programs on this host have open."""
+        return [sock for sock in self.network.files.values() if sock.host is self]
 
     def reboot(self) -> None:
         """The host is back, and remembers nothing."""

@@ -20,9 +20,11 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import copy_context
+from heapq import heapify, heappop
 from typing import Any, Final, NoReturn, TypeVar
 
 from timewait.sim.host import Host, Sock
@@ -33,8 +35,7 @@ __all__ = ["Deadlock", "LeavesSimulation", "SimLoop", "SimSelector", "run"]
 
 T = TypeVar("T")
 
-READ: Final = selectors.EVENT_READ
-WRITE: Final = selectors.EVENT_WRITE
+INF: Final = float("inf")
 EPOCH: Final = 1_767_225_600.0  # what time.time() says at the start: 2026-01-01T00:00:00Z
 
 
@@ -53,7 +54,7 @@ class SimSelector(selectors.BaseSelector):
         self.network = network
         self._keys: dict[int, selectors.SelectorKey] = {}
         # Sockets to look at: whatever happened to them, and those found ready last time.
-        self._touched: dict[int, Sock] = {}
+        self.touched: dict[Sock, None] = {}
         self.stuck: Callable[[], NoReturn] | None = None
 
     def _fd(self, fileobj: Any) -> int:
@@ -70,18 +71,19 @@ class SimSelector(selectors.BaseSelector):
         if fd in self._keys:
             raise KeyError(f"{fileobj!r} (FD {fd}) is already registered")
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
-        sock.watch = self._touched
-        self._touched[fd] = sock
+        sock.selector_key = key
+        sock.watch = self.touched
+        self.touched[sock] = None
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
         """Watch it no more."""
         fd = self._fd(fileobj)
         key = self._keys.pop(fd)
-        self._touched.pop(fd, None)
         sock = self.network.files.get(fd)
         if sock is not None:
-            sock.watch = None
+            sock.watch = sock.selector_key = None
+            self.touched.pop(sock, None)
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
@@ -90,7 +92,9 @@ class SimSelector(selectors.BaseSelector):
         if fd not in self._keys:
             raise KeyError(f"{fileobj!r} is not registered")
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
-        self._touched[fd] = self.network.files[fd]
+        sock = self.network.files[fd]
+        sock.selector_key = key
+        self.touched[sock] = None
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -98,14 +102,13 @@ class SimSelector(selectors.BaseSelector):
         clock = self.network.clock
         until = clock.now if timeout is not None and timeout <= 0 else None
         while True:
-            ready = self._ready() if self._touched else []
+            ready = self._ready() if self.touched else []
             if ready:
                 return ready
             if until is None:
-                until = float("inf") if timeout is None else clock.now + timeout
-            due = clock.next
-            if due is None or due > until:
-                if until == float("inf"):
+                until = INF if timeout is None else clock.now + timeout
+            if clock.next > until:
+                if until == INF:
                     assert self.stuck is not None
                     self.stuck()
                 clock.now = max(clock.now, until)
@@ -114,19 +117,20 @@ class SimSelector(selectors.BaseSelector):
 
     def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
         ready = []
-        for fd, sock in list(self._touched.items()):
-            key = self._keys.get(fd)
+        touched = self.touched
+        for sock in list(touched):
+            key = sock.selector_key
             mask = 0
             if key is not None:
-                if key.events & READ and sock.readable():
-                    mask = READ
-                if key.events & WRITE and sock.writable():
-                    mask |= WRITE
+                if key.events & 1 and sock.readable():
+                    mask = 1
+                if key.events & 2 and sock.writable():
+                    mask |= 2
             if mask:
                 assert key is not None
                 ready.append((key, mask))
             else:
-                del self._touched[fd]
+                del touched[sock]
         return ready
 
     def get_key(self, fileobj: Any) -> selectors.SelectorKey:
@@ -146,18 +150,111 @@ class SimSelector(selectors.BaseSelector):
 class SimLoop(asyncio.SelectorEventLoop):
     """asyncio's loop for one network; `time()` is virtual seconds since its start."""
 
+    # asyncio's own, which its type stubs do not tell.
+    _debug: bool
+    _stopping: bool
+    _ready: deque[Any]
+    _scheduled: list[Any]
+    _timer_cancelled_count: int
+    _remove_reader: Callable[[int], bool]
+    _remove_writer: Callable[[int], bool]
+
     def __init__(self, network: Network) -> None:
         self.network = network
-        self._selector_of_sim = SimSelector(network)
-        self._selector_of_sim.stuck = self._stuck
+        selector = SimSelector(network)
+        selector.stuck = self._stuck
+        self._touched = selector.touched
+        self._clock = network.clock
         self._thread = threading.get_ident()
         self._handled: dict[int, Any] = {}
-        super().__init__(self._selector_of_sim)
+        super().__init__(selector)
         self._clock_resolution = 1e-9  # asyncio runs what is due *before* now plus this
 
     def time(self) -> float:
         """Virtual seconds since the simulation began."""
         return self.network.clock.now
+
+    def _run_once(self) -> None:
+        """One iteration, in asyncio's order: sockets, timers, callbacks.
+
+        What asyncio's own does, less what a selector of the kernel's needs.
+        """
+        if self._debug:
+            super()._run_once()  # type: ignore[misc]
+            return
+        scheduled = self._scheduled
+        if self._timer_cancelled_count:
+            self._drop_cancelled()
+        clock = self._clock
+        ready = self._ready
+        if clock.next <= clock.now:
+            clock.run_until(clock.now)
+        if self._touched:
+            self._poll(ready)
+        if not (ready or self._stopping):
+            until = scheduled[0]._when if scheduled else INF
+            while not ready:
+                if clock.next > until:
+                    if until == INF:
+                        self._stuck()
+                    clock.now = max(clock.now, until)
+                    break
+                clock.run_until(until)
+                if self._touched:
+                    self._poll(ready)
+        if scheduled:
+            end = clock.now + 1e-9
+            while scheduled and scheduled[0]._when < end:
+                handle = heappop(scheduled)
+                handle._scheduled = False
+                ready.append(handle)
+        take = ready.popleft
+        for _ in range(len(ready)):
+            handle = take()
+            if not handle._cancelled:
+                handle._run()
+
+    def _poll(self, ready: deque[Any]) -> None:
+        """Add the callbacks of ready sockets."""
+        touched = self._touched
+        for sock in tuple(touched):
+            key = sock.selector_key
+            hot = False
+            if key is not None:
+                events = key.events
+                reader, writer = key.data
+                if events & 1 and sock.readable():
+                    hot = True
+                    if reader._cancelled:
+                        self._remove_reader(key.fd)
+                    else:
+                        ready.append(reader)
+                if events & 2 and sock.writable():
+                    hot = True
+                    if writer._cancelled:
+                        self._remove_writer(key.fd)
+                    else:
+                        ready.append(writer)
+            if not hot:
+                del touched[sock]
+
+    def _drop_cancelled(self) -> None:
+        """As asyncio: from the head always, everywhere if half of many are cancelled."""
+        scheduled = self._scheduled
+        if len(scheduled) > 100 and self._timer_cancelled_count > len(scheduled) // 2:
+            kept = []
+            for handle in scheduled:
+                if handle._cancelled:
+                    handle._scheduled = False
+                else:
+                    kept.append(handle)
+            heapify(kept)
+            scheduled[:] = kept
+            self._timer_cancelled_count = 0
+        else:
+            while scheduled and scheduled[0]._cancelled:
+                self._timer_cancelled_count -= 1
+                heappop(scheduled)._scheduled = False
 
     # No thread can wake this loop, so there is no pipe to be woken by.
 

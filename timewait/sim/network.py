@@ -127,7 +127,7 @@ class Network:
         self._last: dict[tuple[str, str], float] = {}
         self._by_address: dict[str, Host] = {}
         self._flows: dict[Key, _Flow] = {}
-        self._queue: deque[tuple[Host, Key, Segment]] = deque()
+        self.queue: deque[tuple[Host, Key, Segment]] = deque()
         self._draining = False
 
     # Hosts and names.
@@ -323,7 +323,7 @@ class Network:
             if extra:
                 self.clock.at(self.clock.now + extra, self._arrive, (receiver, key, segment))
             else:
-                self._queue.append((receiver, key, segment))
+                self.queue.append((receiver, key, segment))
         else:
             self._carry(sender, receiver, key, segment, extra)
         if repeat is not None:
@@ -362,13 +362,13 @@ class Network:
             when = self._last[pair] = max(when, self._last.get(pair, 0.0))
         if when <= self.clock.now:
             for _ in range(copies):
-                self._queue.append((receiver, key, segment))
+                self.queue.append((receiver, key, segment))
             return
         for _ in range(copies):
             self.clock.at(when, self._arrive, (receiver, key, segment))
 
     def _arrive(self, what: tuple[Host, Key, Segment]) -> None:
-        self._queue.append(what)
+        self.queue.append(what)
         self.drain()
 
     def drain(self) -> None:
@@ -376,7 +376,7 @@ class Network:
         if self._draining:
             return
         self._draining = True
-        queue = self._queue
+        queue = self.queue
         try:
             while queue:
                 host, key, segment = queue.popleft()
