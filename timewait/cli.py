@@ -29,6 +29,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "check": "Say whether TCP allows what an event file or a packet capture shows",
     },
     "Laboratory": {
+        "fuzz": "Play random programs and segments to kernel and model, and compare",
         "matrix": "Ask kernel and model who may take a held port, in every combination",
         "packetdrill": "run packetdrill scripts on the model or the kernel",
     },

@@ -21,16 +21,17 @@ from collections.abc import Iterable
 from ipaddress import ip_address
 from random import Random
 from selectors import SelectorKey
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 from zlib import crc32
 
 from timewait.events import Row, Transition
 from timewait.sim.network import Key, canonical
 from timewait.sim.ports import ANY4, ANY6, PortTable, is_v4
-from timewait.tcp.connection import Connection
+from timewait.tcp.connection import Connection, Hook
 from timewait.tcp.profiles import Profile, profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, Segment, seq_add
 from timewait.tcp.states import Event, State, Timer
+from timewait.tcp.time_wait import TimeWait
 
 if TYPE_CHECKING:
     from timewait.sim.network import Network
@@ -41,12 +42,14 @@ AF_INET: Final = socket.AF_INET
 AF_INET6: Final = socket.AF_INET6
 
 # What the file, not the protocol, remembers (Linux's socket_state).
-UNCONNECTED, CONNECTING, CONNECTED = range(3)
+UNCONNECTED, CONNECTING, CONNECTED, DISCONNECTING = range(4)
 
+INF: Final = float("inf")
 _LOOPBACK_MSS: Final = 32741  # lo's MTU of 65536, halved by Linux's window rule, less timestamps
 _SOMAXCONN: Final = 4096
 _RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
+_POLLIN, _POLLOUT, _POLLERR, _POLLHUP, _POLLRDHUP = 0x1, 0x4, 0x8, 0x10, 0x2000
 _TIMER_NAMES: Final = {
     Timer.RETRANSMIT: "retransmit",
     Timer.PROBE: "probe",
@@ -114,6 +117,7 @@ class Sock:
         "selector_key",
         "shut",
         "sndbuf",
+        "sport",
         "uid",
         "user_timeout",
         "v6only",
@@ -129,6 +133,7 @@ class Sock:
         self.family = family
         self.address = ANY4 if family == AF_INET else ANY6
         self.port = 0
+        self.sport = 0  # what getsockname() tells: it outlives the port
         self.remote = self.address
         self.remote_port = 0
         self.key: Key | None = None
@@ -185,9 +190,9 @@ class Sock:
             fail(errno.EADDRNOTAVAIL)
         if 0 < port < host.unprivileged_port_start and host.uid != 0:
             fail(errno.EACCES)
-        if self.conn is not None or self.listening or self.port:
+        if self.state is not State.CLOSED or self.port:
             fail(errno.EINVAL)
-        before = self.address, self.v6only
+        v6only = self.v6only
         self.address = address
         if self.family == AF_INET6 and address != ANY6 and not mapped:
             self.v6only = True
@@ -196,15 +201,17 @@ class Sock:
             try:
                 host.ports.bind(self, port, self._span())
             except OSError:
-                self.address, self.v6only = before
+                self.address = ANY4 if self.family == AF_INET else ANY6
+                self.v6only = v6only
                 self.bound_address = False
                 raise
             self.bound_port = port != 0
             self.connect_bound = False
+        self.sport = self.port
 
     def listen(self, backlog: int) -> None:
         """listen(2): `inet_listen`; the port is checked once more."""
-        if self.phase != UNCONNECTED or self.conn is not None:
+        if self.phase != UNCONNECTED or self.state not in (State.CLOSED, State.LISTEN):
             fail(errno.EINVAL)
         self.backlog = min(backlog & 0xFFFFFFFF, _SOMAXCONN)
         if self.listening:
@@ -215,15 +222,17 @@ class Sock:
         except OSError:
             self.listening = False
             raise
-        self.shut = 0
+        self.sport = self.port
         self.host.listen(self)
 
     def connect(self, address: str, port: int) -> None:
         """connect(2), non-blocking: EINPROGRESS, and what follows from calling again."""
+        if self.phase == DISCONNECTING:
+            fail(errno.EINVAL)
         if self.phase == CONNECTED:
             fail(errno.EISCONN)
         if self.phase == UNCONNECTED:
-            if self.listening or self.conn is not None:
+            if self.state is not State.CLOSED:
                 fail(errno.EISCONN)
             self._start(address, port)
             self.phase = CONNECTING
@@ -264,13 +273,13 @@ class Sock:
         self.address = source
         try:
             if self.port:
-                if host.taken(self, (source, self.port, address, port), None):
+                if host.taken((source, self.port, address, port), False):
                     fail(errno.EADDRNOTAVAIL)
             else:
                 host.ports.connect(
                     self,
                     (address, port),
-                    lambda chosen: host.taken(self, (source, chosen, address, port), self),
+                    lambda chosen: host.taken((source, chosen, address, port), True),
                     self._span(),
                 )
         except OSError:
@@ -279,9 +288,9 @@ class Sock:
         self.remote, self.remote_port = address, port
         self.key = (source, self.port, address, port)
         self.peer_key = (address, port, source, self.port)
-        self.shut = 0
-        self.error = 0
+        self.sport = self.port
         self.conn = host.connection(self)
+        self.conn.read_shut = bool(self.shut & 1)
         host.tcp[self.key] = self
         host.counters["ActiveOpens"] += 1
         self.conn.open_active(self.clock.now)
@@ -304,8 +313,10 @@ class Sock:
         if conn is None:
             fail(self.take_error() or errno.EPIPE)
         old = conn.state
-        if conn.error:
+        if conn.error or self.error:
             fail(self.take_error())
+        if self.shut & 2 and old is not State.SYN_SENT:
+            fail(errno.EPIPE)
         try:
             taken = conn.send(data, self.clock.now)
         finally:
@@ -334,7 +345,9 @@ class Sock:
             if self.network.queue:
                 self.network.drain()
             return data
-        if conn.error:
+        if conn.fin_received:
+            return b""  # whatever else went wrong since
+        if conn.error or self.error:
             fail(self.take_error())
         if conn.eof or conn.state is State.CLOSED:
             return b""
@@ -348,6 +361,9 @@ class Sock:
         if state is State.LISTEN:
             if bits & 1:
                 self._stop_listening()
+                self.shut = 0
+                if not self.bound_address:
+                    self.address = ANY4 if self.family == AF_INET else ANY6
             return
         if state is State.SYN_SENT:
             self.disconnect()
@@ -355,10 +371,11 @@ class Sock:
             self.notify()
             return
         if self.phase == CONNECTING:
-            self.phase = CONNECTED
+            closed = state in (State.SYN_RECEIVED, State.CLOSED)
+            self.phase = DISCONNECTING if closed else CONNECTED
         conn = self.conn
-        if conn is None or state in (State.CLOSED, State.TIME_WAIT):
-            self.shut |= bits
+        self.shut |= bits
+        if conn is None or state is State.CLOSED:
             self.notify()
             fail(errno.ENOTCONN)
         if bits & 1:
@@ -389,7 +406,9 @@ class Sock:
             else:
                 conn.close(now)
                 self.after(old)
-        if self.conn is None:
+                if old is State.FIN_WAIT_2:
+                    self.host.orphaned(self)
+        if self.state is State.CLOSED:
             self.host.ports.release(self)
         self.network.drain()
 
@@ -401,14 +420,17 @@ class Sock:
             conn.on_transition = None
             if old is not State.CLOSED:
                 conn.abort(self.clock.now)
-            self._flush()
-            if old not in (State.CLOSED, State.TIME_WAIT):
-                self.host.moved(self, old, State.CLOSED, "DISCONNECT")
-        self.host.forget(self)
+            if conn.out and self.peer_key is not None:
+                self.host.flush(self.peer_key)
+            if old is not State.CLOSED:
+                assert self.key is not None
+                self.host.moved(self.key, old, State.CLOSED, "DISCONNECT")
+                self.host.forget(self)
         self.conn = None
         self.phase = UNCONNECTED
         if not self.bound_address:
             self.address = ANY4 if self.family == AF_INET else ANY6
+        self.remote_port = 0
         self.shut = 0
         self.network.drain()
 
@@ -434,7 +456,7 @@ class Sock:
             return True
         if conn.readable_bytes or conn.eof or conn.error or self.error:
             return True
-        return conn.state is State.CLOSED or conn.state is State.TIME_WAIT
+        return conn.state is State.CLOSED
 
     def writable(self) -> bool:
         """Whether a selector would report EVENT_WRITE."""
@@ -526,21 +548,44 @@ class Sock:
                 return self.local_port_range
             case socket.IPPROTO_IPV6, socket.IPV6_V6ONLY if self.family == AF_INET6:
                 return int(self.v6only)
+        # ip_getsockopt's answer to another level, unlike ip_setsockopt's.
+        if level == socket.IPPROTO_IPV6 and self.family == AF_INET:
+            fail(errno.EOPNOTSUPP)
         fail(errno.ENOPROTOOPT)
 
     def linux_state(self) -> int:
-        """The state as TCP_INFO's first byte has it; a TIME_WAIT's socket is CLOSE by then."""
-        state = self.state
-        return _LINUX_STATES[State.CLOSED if state is State.TIME_WAIT else state]
+        """The state as TCP_INFO's first byte has it."""
+        return _LINUX_STATES[self.state]
 
     def peer_known(self) -> bool:
         """Whether getpeername() has an answer: not before connect(), not after the end."""
         state = self.state
-        return self.phase != UNCONNECTED and state not in (
-            State.CLOSED,
-            State.SYN_SENT,
-            State.TIME_WAIT,
-        )
+        return self.remote_port != 0 and state not in (State.CLOSED, State.SYN_SENT)
+
+    def poll(self) -> int:
+        """poll(2)'s bits: `tcp_poll`."""
+        if self.listening:
+            return _POLLIN if self.accepted else 0
+        conn = self.conn
+        state = self.state
+        reading_over = writing_over = False
+        mask = 0
+        if conn is not None:
+            reading_over = conn.read_shut or conn.fin_received or state is State.CLOSED
+            writing_over = conn.write_shut
+        shut = self.shut | reading_over | writing_over << 1
+        if shut == 3 or state is State.CLOSED:
+            mask |= _POLLHUP
+        if shut & 1:
+            mask |= _POLLIN | _POLLRDHUP
+        if state not in (State.SYN_SENT, State.SYN_RECEIVED):
+            if conn is not None and conn.readable_bytes:
+                mask |= _POLLIN
+            if shut & 2 or conn is None or state is State.CLOSED or conn.writable:
+                mask |= _POLLOUT
+        if self.error or (conn is not None and conn.error):
+            mask |= _POLLERR
+        return mask
 
     def notify(self) -> None:
         """Have the selector look at this socket again."""
@@ -554,7 +599,8 @@ class Sock:
         conn = self.conn
         assert conn is not None
         if conn.out:
-            self._flush()
+            assert self.peer_key is not None
+            self.host.flush(self.peer_key)
         state = conn.state
         if state is not old:
             self.host.changed(self, old, state)
@@ -562,17 +608,6 @@ class Sock:
         if deadline is not None and (self.waker is None or deadline < self.waker):
             self.waker = deadline
             self.clock.at(deadline, self.wake, deadline)
-
-    def _flush(self) -> None:
-        conn = self.conn
-        assert conn is not None
-        assert self.peer_key is not None
-        send = self.network.send
-        for segment in conn.out:
-            if segment.flags & RST:
-                self.host.counters["OutRsts"] += 1
-            send(self.host, self.peer_key, segment)
-        conn.out.clear()
 
     def wake(self, asked: float) -> None:
         """The clock calls: a timer is due, or was put off meanwhile."""
@@ -612,12 +647,6 @@ class Sock:
             return
         conn.segment(segment, self.clock.now)
         self.after(old)
-        if old is State.TIME_WAIT and conn.state is State.CLOSED and segment.flags & SYN:
-            # A new connection over the old one (tcp_timewait_state_process).
-            assert self.key is not None
-            self.host.next_iss = seq_add(conn.snd_nxt, 65537)
-            self.host.arrive(self.key, segment)
-            self.host.next_iss = None
         if self.watch is not None:
             self.watch[self] = None
 
@@ -652,6 +681,92 @@ class Sock:
             low if first <= low <= last else first,
             high if first <= high <= last else last,
         )
+
+
+class Remnant:
+    """What is left of a connection when TIME_WAIT begins, or FIN_WAIT_2 without a user.
+
+    Linux replaces the socket by a small one (`struct inet_timewait_sock`);
+    whoever still has the old one open sees it closed. `record` is what the
+    protocol needs, `since` when TIME_WAIT (or FIN_WAIT_2) began.
+    """
+
+    __slots__ = (
+        "address",
+        "connect_bound",
+        "family",
+        "host",
+        "key",
+        "port",
+        "record",
+        "reuse_address",
+        "reuse_port",
+        "since",
+        "uid",
+        "v6only",
+    )
+
+    # Both are TCP_TIME_WAIT to the port table, and neither ever listened.
+    state = State.TIME_WAIT
+    in_reuse_port_group = False
+
+    def __init__(self, sock: Sock, record: TimeWait, since: float) -> None:
+        assert sock.key is not None
+        self.host = sock.host
+        self.key = sock.key
+        self.record = record
+        self.since = since
+        self.family = sock.family
+        self.address = sock.address
+        self.port = sock.port
+        self.v6only = sock.v6only
+        self.reuse_address = sock.reuse_address
+        self.reuse_port = sock.reuse_port
+        self.uid = sock.uid
+        self.connect_bound = sock.connect_bound
+
+    def arrive(self, segment: Segment) -> None:
+        """A segment for the old connection, or a SYN for a new one."""
+        host = self.host
+        now = host.network.clock.now
+        conn = self.record.thaw(host.profile, now, host.out)
+        old = conn.state
+        # Whether a SYN may end it depends on whether anybody listens now.
+        conn.passive = host.listener(self.key) is not None
+        iss = conn.next_iss
+        if host.network.observers:
+            conn.on_transition = _reporter(host, self.key)
+        conn.segment(segment, now)
+        if conn.state is State.SYN_RECEIVED:
+            host.out.clear()
+            host.end(self)
+            host.next_iss = iss
+            host.arrive(self.key, segment)
+            host.next_iss = None
+            return
+        host.flush((self.key[2], self.key[3], self.key[0], self.key[1]))
+        if conn.state is State.CLOSED:
+            host.end(self)
+            return
+        if conn.state is not old:
+            self.since = now
+        self.record = TimeWait.freeze(conn)
+        if conn.state is not old:
+            host.await_end(self)
+
+    def over(self) -> None:
+        """Its time is up, unless a segment has started it again."""
+        host = self.host
+        if host.tcp.get(self.key) is not self:
+            return
+        clock = host.network.clock
+        if self.record.deadline > clock.now:
+            clock.at(self.record.deadline, Remnant.over, self)
+            return
+        shown = self.record.state
+        cause = "TIME_WAIT_OVER" if shown is State.TIME_WAIT else "FIN_WAIT_2_OVER"
+        host.moved(self.key, shown, State.CLOSED, cause)
+        host.end(self)
 
 
 class Host:
@@ -702,7 +817,8 @@ class Host:
         self.boots += 1
         seed = f"{self.network.seed}/{self.name}/{self.boots}"
         self.ports = PortTable(seed, ephemeral=self.ephemeral, reserved=self.reserved_ports)
-        self.tcp: dict[Key, Sock] = {}
+        self.tcp: dict[Key, Sock | Remnant] = {}
+        self.out: list[Segment] = []  # every connection's, emptied after each thing it is told
         self.listeners: dict[tuple[str, int], list[Sock]] = {}
         self.time_waits = 0
         self._random = Random(f"{seed}/iss")
@@ -760,9 +876,11 @@ class Host:
             iss=self._random.getrandbits(32) if iss is None else iss,
             mss=_LOOPBACK_MSS if self.is_local(sock.remote) else self.mtu - headers,
             timestamps=self.timestamps,
+            outbox=self.out,
         )
         if self.network.observers:
-            conn.on_transition = _reporter(sock)
+            assert sock.key is not None
+            conn.on_transition = _reporter(self, sock.key)
         return conn
 
     def listen(self, sock: Sock) -> None:
@@ -770,7 +888,7 @@ class Host:
         group = self.listeners.setdefault((sock.address, sock.port), [])
         group.append(sock)
         sock.in_reuse_port_group = sock.reuse_port
-        self.moved(sock, State.CLOSED, State.LISTEN, "OPEN_PASSIVE")
+        self.moved(_listening(sock), State.CLOSED, State.LISTEN, "OPEN_PASSIVE")
 
     def unlisten(self, sock: Sock) -> None:
         """It does so no more."""
@@ -778,7 +896,7 @@ class Host:
         group.remove(sock)
         if not group:
             del self.listeners[sock.address, sock.port]
-        self.moved(sock, State.LISTEN, State.CLOSED, "CLOSE")
+        self.moved(_listening(sock), State.LISTEN, State.CLOSED, "CLOSE")
 
     def listener(self, key: Key) -> Sock | None:
         """Who listens for `key`: the exact address before the wildcard, IPv4 before IPv6."""
@@ -800,49 +918,78 @@ class Host:
                 return fit[crc32(repr(key).encode()) % len(fit)]
         return None
 
-    def taken(self, new: Sock, key: Key, choosing: Sock | None) -> bool:
+    def taken(self, key: Key, choosing: bool) -> bool:
         """Whether a 4-tuple is in use; a TIME_WAIT that may be reused is ended.
 
-        `choosing` is None where bind(2) chose the port: then tcp_tw_reuse and
-        its delay are not asked (`tcp_twsk_unique`).
+        Unless the port is being chosen, it was bound by bind(2), and
+        tcp_tw_reuse and its delay are not asked (`tcp_twsk_unique`). Without
+        timestamps an old segment could be taken for a new one.
         """
         old = self.tcp.get(key)
         if old is None:
             return False
-        conn = old.conn
-        if conn is None or not (
-            conn.state is State.TIME_WAIT or (conn.orphaned and conn.state is State.FIN_WAIT_2)
+        if not isinstance(old, Remnant) or not old.record.timestamps or not self.timestamps:
+            return True
+        shown = old.record.state
+        if choosing and (
+            shown is not State.TIME_WAIT
+            or self.tw_reuse == 0
+            or (self.tw_reuse == 2 and not (_is_loopback(key[0]) or _is_loopback(key[2])))
+            or self.network.clock.now <= old.since + self.tw_reuse_delay
         ):
             return True
-        return not self._reusable(old, conn, key, choosing)
+        self.next_iss = old.record.next_iss
+        self.moved(key, shown, State.CLOSED, "REUSED")
+        self.end(old)
+        return False
 
-    def _reusable(self, old: Sock, conn: Connection, key: Key, choosing: Sock | None) -> bool:
-        """`tcp_twsk_unique`; with timestamps no old segment can be taken for a new one."""
-        if not conn.timestamps or not self.timestamps:
-            return False
-        if choosing is not None:
-            if conn.state is not State.TIME_WAIT or self.tw_reuse == 0:
-                return False
-            if self.tw_reuse == 2 and not (_is_loopback(key[0]) or _is_loopback(key[2])):
-                return False
-            since = conn.t_wait - self.profile.parameters.time_wait
-            if self.network.clock.now <= since + self.tw_reuse_delay:
-                return False
-        self.next_iss = seq_add(conn.snd_nxt, 65537)
-        self.end_time_wait(old, "REUSED")
-        return True
+    def shrink(self, sock: Sock) -> None:
+        """TIME_WAIT begins, or a FIN_WAIT_2 that nobody owns: only a remnant stays."""
+        conn = sock.conn
+        assert conn is not None
+        assert sock.key is not None
+        record = TimeWait.freeze(conn)
+        conn.on_transition = None
+        conn.become(State.CLOSED)
+        conn.t_wait = conn.t_ack = conn.t_retransmit = conn.t_probe = INF
+        conn.t_keepalive = conn.t_user = INF
+        sock.shut = 3
+        if self.time_waits >= self.max_tw_buckets:
+            self.counters["TCPTimeWaitOverflow"] += 1
+            self.moved(sock.key, record.state, State.CLOSED, "OVERFLOW")
+            self.forget(sock)
+            return
+        remnant = Remnant(sock, record, self.network.clock.now)
+        self.ports.inherit(sock, remnant)
+        self.forget(sock)
+        self.tcp[remnant.key] = remnant
+        self.time_waits += 1
+        self.await_end(remnant)
 
-    def end_time_wait(self, old: Sock, cause: str) -> None:
-        """A TIME_WAIT (or what stands for an orphaned FIN_WAIT_2) makes room."""
-        assert old.conn is not None
-        state = old.conn.state
-        old.conn.on_transition = None
-        old.conn.abort(self.network.clock.now)
-        old.conn.out.clear()
-        if state is State.TIME_WAIT:
-            self.time_waits -= 1
-        self.moved(old, state, State.CLOSED, cause)
-        self.forget(old)
+    def orphaned(self, sock: Sock) -> None:
+        """close(2) came in FIN_WAIT_2."""
+        conn = sock.conn
+        if (
+            conn is not None
+            and conn.state is State.FIN_WAIT_2
+            and self.profile.parameters.small_sockets
+        ):
+            self.shrink(sock)
+
+    def await_end(self, remnant: Remnant) -> None:
+        """Have its time be up when it is."""
+        clock = self.network.clock
+        span = remnant.record.deadline - clock.now
+        if span == self.profile.parameters.time_wait:
+            clock.after(span, Remnant.over, remnant)
+        elif span < INF:
+            clock.at(remnant.record.deadline, Remnant.over, remnant)
+
+    def end(self, remnant: Remnant) -> None:
+        """Nothing is left: the 4-tuple is free, and the port."""
+        del self.tcp[remnant.key]
+        self.ports.release(remnant)
+        self.time_waits -= 1
 
     # Segments.
 
@@ -891,6 +1038,15 @@ class Host:
         conn.segment(segment, now)
         sock.after(old)
 
+    def flush(self, peer_key: Key) -> None:
+        """Send what a connection wants sent."""
+        send = self.network.send
+        for segment in self.out:
+            if segment.flags & RST:
+                self.counters["OutRsts"] += 1
+            send(self, peer_key, segment)
+        self.out.clear()
+
     def refuse(self, key: Key, segment: Segment) -> None:
         """Answer a segment that belongs to no connection with a reset (RFC 9293 §3.10.7.1)."""
         if segment.flags & RST:
@@ -916,11 +1072,18 @@ class Host:
             listener.accepted.append(sock)
             listener.notify()
         if new is State.TIME_WAIT:
-            self.time_waits += 1
+            self.shrink(sock)
         elif new is State.CLOSED:
-            if old is State.TIME_WAIT:
-                self.time_waits -= 1
             self.forget(sock)
+        elif new is State.FIN_WAIT_2:
+            assert sock.conn is not None
+            if sock.conn.orphaned:
+                self.orphaned(sock)
+        elif new is State.ESTABLISHED and old is State.SYN_RECEIVED and sock.shut & 2:
+            # The socket, or its listener, was shut down beforehand (tcp_rcv_state_process).
+            assert sock.conn is not None
+            sock.conn.shutdown(self.network.clock.now)
+            sock.after(new)
 
     def _inherit(self, listener: Sock, child: Sock) -> None:
         """What a connection has from its listener (`sk_clone`)."""
@@ -936,6 +1099,10 @@ class Host:
         child.rcvbuf = listener.rcvbuf
         child.sndbuf = listener.sndbuf
         child.bound_address = listener.bound_address
+        child.sport = child.port
+        child.shut = listener.shut
+        if child.conn is not None and child.shut & 1:
+            child.conn.read_shut = True
         self.ports.inherit(listener, child)
 
     def forget(self, sock: Sock) -> None:
@@ -968,19 +1135,22 @@ class Host:
                             uid=sock.uid,
                         )
                     )
-        for key, sock in self.tcp.items():
+        for key, owner in self.tcp.items():
             if port is None or port in (key[1], key[3]):
-                rows.append(_row(sock, key, now))
+                if isinstance(owner, Remnant):
+                    rows.append(_remnant_row(owner, now))
+                else:
+                    rows.append(_row(owner, key, now))
         return rows
 
-    def moved(self, sock: Sock, old: State, new: State, cause: str | None) -> None:
+    def moved(self, key: Key, old: State, new: State, cause: str | None) -> None:
         """Tell whoever watches of a transition that no connection reports itself."""
         if self.network.observers:
             self.network.emit(
                 Transition(
                     t=self.network.clock.now,
-                    local=(sock.address, sock.port),
-                    remote=(sock.remote, sock.remote_port),
+                    local=key[:2],
+                    remote=key[2:],
                     old=old,
                     new=new,
                     source="model",
@@ -990,9 +1160,9 @@ class Host:
 
     def report(self, on: bool) -> None:
         """Have this host's connections report their transitions, or stop."""
-        for sock in self.tcp.values():
-            if sock.conn is not None:
-                sock.conn.on_transition = _reporter(sock) if on else None
+        for key, owner in self.tcp.items():
+            if isinstance(owner, Sock) and owner.conn is not None:
+                owner.conn.on_transition = _reporter(self, key) if on else None
 
     # Bad days.
 
@@ -1015,10 +1185,8 @@ class Host:
         self._boot()
 
 
-def _reporter(sock: Sock) -> Any:
-    host = sock.host
-    assert sock.key is not None
-    local, remote = sock.key[:2], sock.key[2:]
+def _reporter(host: Host, key: Key) -> Hook:
+    local, remote = key[:2], key[2:]
 
     def report(old: State, new: State, event: Event, now: float) -> None:
         host.network.emit(
@@ -1034,6 +1202,19 @@ def _reporter(sock: Sock) -> Any:
         )
 
     return report
+
+
+def _remnant_row(remnant: Remnant, now: float) -> Row:
+    key, record = remnant.key, remnant.record
+    return Row(
+        (_shown(remnant, key[0]), key[1]),
+        (_shown(remnant, key[2]), key[3]),
+        record.state,
+        timer="time_wait",
+        seconds_left=max(0.0, record.deadline - now),
+        inode=0,
+        uid=remnant.uid,
+    )
 
 
 def _row(sock: Sock, key: Key, now: float) -> Row:
@@ -1055,11 +1236,15 @@ def _row(sock: Sock, key: Key, now: float) -> Row:
     )
 
 
+def _listening(sock: Sock) -> Key:
+    return (sock.address, sock.port, ANY4 if sock.family == AF_INET else ANY6, 0)
+
+
 def _is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
 
 
-def _shown(sock: Sock, address: str) -> str:
+def _shown(sock: Sock | Remnant, address: str) -> str:
     """An address as the socket's family spells it."""
     return f"::ffff:{address}" if sock.family == AF_INET6 and is_v4(address) else address
 

@@ -134,18 +134,12 @@ class PortTable:
         return port
 
     def inherit(self, parent: Holder, child: Holder) -> None:
-        """An accepted connection owns its listener's port, under its listener's terms."""
+        """An accepted connection owns its listener's port, and a TIME_WAIT its connection's."""
         bucket = self._bucket(parent.port)
         if not bucket.owners:
             self._remember(bucket, child)
         bucket.owners[child] = None
         child.port = parent.port
-
-    def replace(self, old: Holder, new: Holder) -> None:
-        """A TIME_WAIT takes over what its connection owned."""
-        owners = self.buckets[old.port].owners
-        del owners[old]
-        owners[new] = None
 
     def release(self, holder: Holder) -> None:
         """Give the port back; harmless if the holder owns none."""

@@ -228,9 +228,7 @@ class SimSocket:
     def getsockname(self) -> Any:
         """The local address; zeros if there is none yet."""
         sock = self._open()
-        if sock.key is not None and sock.conn is not None and sock.phase:
-            return self._tuple(sock.key[0], sock.key[1])
-        return self._tuple(sock.address, sock.port)
+        return self._tuple(sock.address, sock.sport)
 
     def getpeername(self) -> Any:
         """The remote address; ENOTCONN if there is none, or none any more."""
@@ -421,6 +419,10 @@ class SimSocket:
         if buflen:
             return data[:buflen]
         return struct.unpack_from("i", data)[0]
+
+    def poll(self) -> int:
+        """What poll(2) would report of this socket, as `select.POLLIN` and its kin."""
+        return self._open().poll()
 
     # The object.
 

@@ -1,0 +1,67 @@
+"""Random programs of socket calls: the model answers as the kernel does, and a wrong one shows."""
+
+import json
+
+import pytest
+
+from timewait.cli import main as timewait
+from timewait.kernel.namespace import why_not
+from timewait.lab import calls
+from timewait.sim.host import Sock
+
+WHY_NOT = why_not()
+needs_namespace = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+@needs_namespace
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_kernel_and_model_answer_random_programs_alike(seed):
+    programs = [calls.program(seed, number) for number in range(250)]
+    found = [calls.show(calls.shrink(d)) for d in calls.compare(programs)]
+    assert found == [], "\n\n".join(found)
+
+
+@needs_namespace
+def test_a_wrong_model_is_found_and_its_error_shrunk(monkeypatch):
+    honest = Sock.shutdown
+
+    def forgetful(self, how):
+        if self.listening:
+            return  # a listener survives SHUT_RD: it does not on Linux
+        honest(self, how)
+
+    monkeypatch.setattr(Sock, "shutdown", forgetful)
+    programs = [calls.program("wrong", number) for number in range(150)]
+    found = calls.compare(programs)
+    assert found
+    shortest = min((calls.shrink(d) for d in found[:3]), key=lambda d: d.at)
+    assert [call[0] for call in shortest.program[: shortest.at + 1]] == [
+        "socket",
+        "listen",
+        "shutdown",
+    ]
+    assert "kernel: ok   [" in calls.show(shortest)
+
+
+def test_programs_are_the_same_for_the_same_seed():
+    assert calls.program(7, 3) == calls.program(7, 3)
+    assert len({calls.program(7, number) for number in range(50)}) == 50
+    assert max(len(calls.program(7, number)) for number in range(200)) == calls.LENGTH
+
+
+@needs_namespace
+def test_the_command_prints_one_document(capsys):
+    with pytest.raises(SystemExit) as done:
+        timewait(["fuzz", "calls", "--count", "40", "--seed", "5", "--json"])
+    assert done.value.code == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["programs"] == 40
+    assert document["differences"] == []
+    assert document["seed"] == "5"
+
+
+def test_a_duration_that_is_none_is_one_line(capsys):
+    with pytest.raises(SystemExit) as done:
+        timewait(["fuzz", "calls", "--for", "soon"])
+    assert done.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
