@@ -54,6 +54,7 @@ _KEPT: Final = 32  # events kept per connection for the story of a divergence
 _TIMER_STEP: Final = 0.05
 _WHEEL: Final = 2.2
 _CLOCKS: Final = 0.05  # how far two observers' clocks and looks may be apart
+_BEHIND_BY: Final = 0.005  # after so long a tracepoint has reported what segments show
 _DIVERGENCES_KEPT: Final = 1000
 
 
@@ -232,7 +233,7 @@ class Checker:
             if (
                 connection.mode & _BEHIND == _BEHIND
                 and connection.divergence is None
-                and self._done - connection.last > _CLOCKS
+                and self._done - connection.last > _BEHIND_BY
             ):
                 self._all_reported(connection, connection.number, None)
             self._end(connection)
@@ -595,15 +596,16 @@ class Checker:
         model = connection.model
         number = connection.number
         quiet = t - connection.last
-        if quiet > _CLOCKS:
+        if quiet > _BEHIND_BY:
             if mode & _BEHIND == _BEHIND:
                 number = self._all_reported(connection, number, event)
                 if not number:
                     return
             if quiet > _LATE:
                 number = model.close(mode | ex.LATE, number)
-            connection.base = number
-            connection.history.clear()
+            if quiet > _CLOCKS:
+                connection.base = number
+                connection.history.clear()
         elif len(connection.history) >= _KEPT:
             connection.base = number
             connection.history.clear()
@@ -633,7 +635,7 @@ class Checker:
         """Two observers' clocks differ a little: try what they saw in other orders.
 
         Each observer's own order stands, and nothing is moved by more than
-        `_CLOCKS`. What is not explained so far may be by what is still to come.
+        `_EARLIER` has it. What is not explained so far may be by what is still to come.
         """
         t, _, symbol, event = connection.held[0]
         entries = [*connection.history, *connection.held]
@@ -896,12 +898,24 @@ def _lane(symbol: int) -> int:
     return (0, 1, 2, 2, 3)[symbol >> 9]
 
 
+# By how much an observation may have been made before one of another lane that has an earlier
+# time. A look at a table is given its time when the table has been read; a capture has a clock
+# of its own; calls and transitions are timed by one clock.
+_EARLIER: Final = (
+    # segments, transitions, looks, calls
+    (0.0, 0.002, 0.002, 0.002),  # segments
+    (0.002, 0.0, 0.0, 0.0),  # transitions
+    (0.05, 0.05, 0.0, 0.0),  # looks
+    (0.002, 0.0, 0.0, 0.0),  # calls
+)
+
+
 def _in_any_order(model: Explanations, base: int, entries: list[_Entry]) -> int:
     """The set after these observations, each observer's in its own order; 0 if none explains."""
     lanes: dict[int, list[_Entry]] = {}
     for entry in entries:
         lanes.setdefault(_lane(entry[2]), []).append(entry)
-    queues = list(lanes.values())
+    kinds, queues = list(lanes), list(lanes.values())
     reached: dict[tuple[int, ...], set[int]] = {tuple(0 for _ in queues): {base}}
     for _ in entries:
         following: dict[tuple[int, ...], set[int]] = {}
@@ -910,9 +924,15 @@ def _in_any_order(model: Explanations, base: int, entries: list[_Entry]) -> int:
             first = min(waiting)
             for lane, queue in enumerate(queues):
                 at = places[lane]
-                if at == len(queue) or queue[at][0] > first + _CLOCKS:
+                if at == len(queue):
                     continue
-                _, mode, symbol, _ = queue[at]
+                t, mode, symbol, _ = queue[at]
+                if t > first and any(
+                    t - other[places[i]][0] > _EARLIER[kinds[lane]][kinds[i]]
+                    for i, other in enumerate(queues)
+                    if i != lane and places[i] < len(other)
+                ):
+                    continue
                 found = {model.follow(mode, model.close(mode, n), symbol) for n in numbers} - {0}
                 if found:
                     then = (*places[:lane], at + 1, *places[lane + 1 :])

@@ -606,10 +606,15 @@ def emit(x: int, kind: int) -> int | None:
     return x if kind & DROPPED else x | sent
 
 
+def shown(x: int) -> int:
+    """The state that a look finds: Linux makes a transition when it reports it, no earlier."""
+    return x >> 40 & 15 if x & UNREPORTED else x & 15
+
+
 def _keep(pairs: Iterable[Pair], end: int, state: int) -> Iterator[Pair]:
     """Those in which a look at this end finds it in this state."""
     for pair in pairs:
-        is_in = pair[end] & 15
+        is_in = shown(pair[end])
         if is_in == state or (
             # A listener has no row of its own for this peer, and a new socket perhaps not yet.
             state == CLOSED and (is_in == LISTEN or (is_in == SYN_RECEIVED and pair[end] & PASSIVE))

@@ -29,7 +29,7 @@ _TOLD = {
 
 
 def _states(pairs: Iterable[Pair], end: int) -> str:
-    states = sorted({pair[end] & 15 for pair in pairs})
+    states = sorted({ex.shown(pair[end]) for pair in pairs})
     names = ["LISTEN or CLOSED" if s == 0 else State(s).name for s in states]
     return " or ".join(names)
 
@@ -96,7 +96,7 @@ def reason(
         )
     if what == 3:
         a, b = symbol >> 4 & 15, symbol & 15
-        together = sorted({(p[0] & 15, p[1] & 15) for p in pairs})
+        together = sorted({(ex.shown(p[0]), ex.shown(p[1])) for p in pairs})
         could = ", ".join(f"{_state(x)} with {_state(y)}" for x, y in together[:6])
         return (
             f"the server in {_state(a)} and the client in {_state(b)} do not go together; "
@@ -164,9 +164,9 @@ def allowed(model: Explanations, mode: int, number: int, symbol: int) -> tuple[s
     if what in (2, 3):
         end = symbol >> 4 & 1 if what == 2 else 0
         for pair in sorted(pairs):
-            text = f"{_SIDES[end]} in {_state(pair[end] & 15)}"
+            text = f"{_SIDES[end]} in {_state(ex.shown(pair[end]))}"
             if what == 3:
-                text += f", client in {_state(pair[1] & 15)}"
+                text += f", client in {_state(ex.shown(pair[1]))}"
             found[text] = None
     elif what == 0:
         end = 1 if symbol & FROM_B else 0
