@@ -903,10 +903,10 @@ def _lane(symbol: int) -> int:
 # of its own; calls and transitions are timed by one clock.
 _EARLIER: Final = (
     # segments, transitions, looks, calls
-    (0.0, 0.002, 0.002, 0.002),  # segments
-    (0.002, 0.0, 0.0, 0.0),  # transitions
+    (0.0, 0.0002, 0.0002, 0.0002),  # segments
+    (0.0002, 0.0, 0.0, 0.0),  # transitions
     (0.05, 0.05, 0.0, 0.0),  # looks
-    (0.002, 0.0, 0.0, 0.0),  # calls
+    (0.0002, 0.0, 0.0, 0.0),  # calls
 )
 
 

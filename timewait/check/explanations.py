@@ -159,6 +159,7 @@ class Step(NamedTuple):
 
 
 _CALLS: Final = (Event.SHUTDOWN, Event.CLOSE, Event.CLOSE_UNREAD, Event.ABORT)
+_AT_ONCE: Final = frozenset({*_CALLS, Event.OPEN_ACTIVE})  # reported before anything is sent
 _REPLY: Final = frozenset({"reset_reply", "send_rst"})
 _ACKS: Final = frozenset({"acknowledge_fin", "send_ack", "acknowledge"})
 
@@ -372,7 +373,12 @@ class Explanations:
                 for report in reports(how, before, step.after):
                     if report is None:
                         yield after(pair, step)
-                    elif how == FULL_SOCKETS and mode & SEGMENTS and not before & UNREPORTED:
+                    elif (
+                        how == FULL_SOCKETS
+                        and mode & SEGMENTS
+                        and step.event not in _AT_ONCE
+                        and not before & UNREPORTED
+                    ):
                         due = (256 | report[0] << 4 | report[1]) << 36
                         yield after(pair, step._replace(after=step.after | due))
 

@@ -439,7 +439,7 @@ class Capture:
         self._ports = None if ports is None else frozenset(ports)
         self._next = 0
         # Stamps are of the wall clock; ours run on the monotonic one.
-        self._behind = time.time_ns() - time.monotonic_ns()
+        self._behind = _ahead_of_monotonic()
         self._resources = ExitStack()
         try:
             self._open(interface, buffer)
@@ -522,6 +522,17 @@ class Capture:
             t = time.monotonic() - self.start
             events.append(Lost(t, self.name, dropped, "the capture ring was full"))
         return events
+
+
+def _ahead_of_monotonic() -> int:
+    """Nanoseconds that the wall clock is ahead, from the try that was least interrupted."""
+    tries = []
+    for _ in range(8):
+        before = time.monotonic_ns()
+        wall = time.time_ns()
+        after = time.monotonic_ns()
+        tries.append((after - before, wall - (before + after) // 2))
+    return min(tries)[1]
 
 
 def _bind(sock: socket.socket, index: int) -> None:
