@@ -27,6 +27,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     "Ask about a port": {},
     "Check": {
         "check": "Say whether TCP allows what an event file or a packet capture shows",
+        "mutate": "Change one thing in a true trace, many times: does the check notice?",
     },
     "Laboratory": {
         "fuzz": "Play random programs and segments to kernel and model, and compare",

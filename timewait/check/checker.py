@@ -595,6 +595,9 @@ class Checker:
         mode = connection.mode
         model = connection.model
         number = connection.number
+        if connection.timed:
+            number = self._clock(connection, number, t)
+            mode = connection.mode
         quiet = t - connection.last
         if quiet > _BEHIND_BY:
             if mode & _BEHIND == _BEHIND:
@@ -610,9 +613,6 @@ class Checker:
             connection.base = number
             connection.history.clear()
         connection.last = t
-        if connection.timed:
-            number = self._clock(connection, number, t)
-            mode = connection.mode
         after = model.next.get((mode, number, symbol))
         if after is None:
             after = model.follow(mode, number, symbol)

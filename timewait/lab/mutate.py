@@ -489,6 +489,41 @@ class Result:
 
     outcomes: dict[str, Outcome] = field(factory=dict)
 
+    @property
+    def made(self) -> int:
+        """All mutants."""
+        return sum(outcome.made for outcome in self.outcomes.values())
+
+    @property
+    def rejected(self) -> int:
+        """Those that the check rejects."""
+        return sum(outcome.rejected for outcome in self.outcomes.values())
+
+    @property
+    def unexplained(self) -> int:
+        """Those that it accepts, and nobody knows why TCP would."""
+        return sum(outcome.unexplained for outcome in self.outcomes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "mutants": self.made,
+            "rejected": self.rejected,
+            "allowed": self.made - self.rejected - self.unexplained,
+            "unexplained": self.unexplained,
+            "operators": {
+                name: {
+                    "mutants": outcome.made,
+                    "rejected": outcome.rejected,
+                    "allowed": [
+                        {"why": why, "mutants": n, "example": outcome.examples[why]}
+                        for why, n in outcome.allowed.items()
+                    ],
+                }
+                for name, outcome in self.outcomes.items()
+            },
+        }
+
     def add(self, mutant: Mutant, verdict: Verdict, why: str | None) -> None:
         """Count one mutant."""
         outcome = self.outcomes.setdefault(mutant.operator, Outcome())
@@ -523,4 +558,77 @@ def run(
 
 def why_allowed(mutant: Mutant, events: Events) -> str | None:
     """The class of an accepted mutant: why TCP allows it, or the observers cannot know."""
+    event = events[mutant.at]
+    if isinstance(event, Called):
+        return _call_without_effect(event, events)
+    if isinstance(event, SegmentSeen):
+        plain = not event.flags & (SYN | FIN | RST) and not event.length
+        if plain and mutant.operator in ("segment-dropped", "ack-off-by-one"):
+            return "acknowledgments of text are cumulative: one may be missing, or be of less"
+        if mutant.operator == "segment-dropped" and _next_between(events, mutant.at) is None:
+            return "nothing follows: it may have been sent after the capture ended"
+        return None
+    if isinstance(event, Transition):
+        if (
+            mutant.operator == "transition-dropped"
+            and _next_of_connection(events, mutant.at) is None
+        ):
+            return "nothing follows: it may have happened after the observer stopped"
+        tracepoint = event.source in ("tracepoint", "sock_diag")
+        if tracepoint and State.FIN_WAIT_2 in (event.old, event.new):
+            return "an orphan's FIN_WAIT_2 is a small socket: the tracepoint says little of its end"
+        return None
+    if isinstance(event, Snapshot) and mutant.operator == "row-state":
+        return _shortly_before(mutant, events, event)
     return None
+
+
+def _call_without_effect(event: Called, events: Events) -> str | None:
+    began = event.t if event.began is None else event.began
+    during = [e for e in events if began <= e.t <= event.t and e is not event]
+    if any(isinstance(e, SegmentSeen) and e.flags & RST and e.src == event.local for e in during):
+        return "the close resets the connection with SO_LINGER and without"
+    if any(
+        isinstance(e, Transition) and e.local == event.local and e.new is State.CLOSED
+        for e in during
+    ):
+        return "the close resets the connection with SO_LINGER and without"
+    acted = [
+        e
+        for e in during
+        if (isinstance(e, Transition) and e.local == event.local)
+        or (isinstance(e, SegmentSeen) and e.src == event.local)
+    ]
+    return None if acted else "the call changed nothing: the connection was over, or half closed"
+
+
+def _shortly_before(mutant: Mutant, events: Events, snapshot: Snapshot) -> str | None:
+    changed = mutant.events[mutant.at]
+    assert isinstance(changed, Snapshot)
+    for row, was in zip(changed.rows, snapshot.rows, strict=True):
+        if row != was and any(
+            isinstance(e, Transition)
+            and (e.local, e.remote) == (row.local, row.remote)
+            and e.old is row.state
+            and 0 <= snapshot.t - e.t < 0.05
+            for e in events
+        ):
+            return "a look is timed when the table has been read: it was so a moment before"
+    return None
+
+
+def _next_between(events: Events, at: int) -> int | None:
+    event = events[at]
+    assert isinstance(event, SegmentSeen)
+    ends = {event.src, event.dst}
+    for i in range(at + 1, len(events)):
+        later = events[i]
+        if isinstance(later, SegmentSeen) and {later.src, later.dst} == ends:
+            return i
+    return None
+
+
+def _next_of_connection(events: Events, at: int) -> int | None:
+    event = events[at]
+    assert isinstance(event, Transition)
+    return _next_of(events, at, Transition, local=event.local, remote=event.remote)
