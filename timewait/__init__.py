@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOME: dict[str, str] = {
+    "Explanation": "timewait.explain",
     "HeldPort": "timewait.port",
     "Run": "timewait.run",
     "Scenario": "timewait.scenario",
@@ -20,6 +21,7 @@ _HOME: dict[str, str] = {
     "StepHung": "timewait.orchestrator",
     "UnusedPort": "timewait.witness",
     "Witness": "timewait.witness",
+    "explain_bind": "timewait.explain",
     "hold_port": "timewait.port",
 }
 

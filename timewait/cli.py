@@ -24,7 +24,9 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "run": "Do a scenario on the kernel, on the model or both, and compare",
         "scenarios": "List the built-in scenarios",
     },
-    "Ask about a port": {},
+    "Ask about a port": {
+        "explain": "Say why a port cannot be bound, who holds it, and until when",
+    },
     "Check": {
         "check": "Say whether TCP allows what an event file or a packet capture shows",
         "mutate": "Change one thing in a true trace, many times: does the check notice?",

@@ -1,0 +1,528 @@
+"""Twenty ways in which a bind is refused or treacherous, each built for real and explained."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from timewait import State
+from timewait.explain import Explanation, explain_bind, parse_address
+from timewait.kernel.namespace import Namespace, sysctl
+from timewait.kernel.sock_diag import sockets
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root for a namespace"
+)
+
+PORT = 9090
+Server = Callable[..., socket.socket]
+Connect = Callable[..., tuple[socket.socket, socket.socket]]
+
+
+@pytest.fixture(autouse=True)
+def private() -> Iterator[None]:
+    with Namespace() as ns, ns.entered():
+        yield
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def bound(opened: ExitStack) -> Server:
+    def make(
+        host: str = "127.0.0.1", port: int = PORT, *, reuse: bool = False, share: bool = False
+    ) -> socket.socket:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = opened.enter_context(socket.socket(family))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
+        sock.bind((host, port))
+        return sock
+
+    return make
+
+
+@pytest.fixture
+def server(bound: Server) -> Server:
+    def make(*args: object, **options: object) -> socket.socket:
+        sock = bound(*args, **options)
+        sock.listen()
+        return sock
+
+    return make
+
+
+@pytest.fixture
+def connect(opened: ExitStack) -> Connect:
+    def make(listener: socket.socket, *, port: int = 0) -> tuple[socket.socket, socket.socket]:
+        client = opened.enter_context(socket.socket(listener.family))
+        if port:
+            client.bind(("127.0.0.1", port))
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        return opened.enter_context(accepted), client
+
+    return make
+
+
+def tried(host: str = "127.0.0.1", port: int = PORT) -> dict[str, bool]:
+    """Who may bind and listen, tried here in another way than explain_bind does."""
+    outcome = {}
+    for name, reuse, share in (
+        ("plain", 0, 0),
+        ("reuse_address", 1, 0),
+        ("reuse_port", 0, 1),
+        ("both", 1, 1),
+    ):
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
+        try:
+            sock.bind((host, port))
+            sock.listen()
+            outcome[name] = True
+        except OSError:
+            outcome[name] = False
+        sock.close()
+    return outcome
+
+
+def explained(host: str = "127.0.0.1", port: int = PORT) -> Explanation:
+    """The explanation, after a look that it told the truth and left nothing behind."""
+    before = sorted((row.local, row.remote) for row in sockets(states=State))
+    found = explain_bind(port, host)
+    assert sorted((row.local, row.remote) for row in sockets(states=State)) == before
+    bindable = found.to_json()["bindable"]
+    assert bindable == tried(host, port)
+    assert bool(found) == bindable["plain"]
+    assert (found.errno is None) == bindable["plain"]
+    assert (found.free_after == 0) == bindable["plain"]
+    json.dumps(found.to_json())
+    assert str(found)
+    return found
+
+
+def kinds(found: Explanation) -> list[str]:
+    return [holder.kind for holder in found.holders]
+
+
+def wait_for(port: int, state: State) -> None:
+    while not any(row.state is state for row in sockets(port)):
+        time.sleep(0.001)
+
+
+def test_free() -> None:
+    found = explained()
+    assert (found.situation, found.holders, found.free_after) == ("free", (), 0.0)
+    assert found
+    assert not found.advice
+
+
+def test_live_listener(server: Server) -> None:
+    server()
+    found = explained()
+    assert found.situation == "live-listener"
+    (holder,) = found.holders
+    assert (holder.kind, holder.pid, holder.user) == ("listener", os.getpid(), "root")
+    assert holder.process == Path("/proc/self/comm").read_text().strip()
+    assert (holder.reuse_address, holder.reuse_port) == (False, False)
+    assert (found.errno, found.call, found.free_after) == ("EADDRINUSE", "bind", None)
+    assert "SO_REUSEADDR does not help" in found.rule
+    assert not found.warnings
+
+
+def test_two_listeners_sharing(server: Server) -> None:
+    server(share=True)
+    server(share=True)
+    found = explained()
+    assert found.situation == "shared-listener"
+    assert kinds(found) == ["listener", "listener"]
+    assert "2 listeners share it" in found.title
+    assert found.bindable.reuse_port
+    assert not found.bindable.reuse_address
+    assert "two would share" in found.warnings[0]
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
+    listener = server(reuse=reuse)
+    accepted, client = connect(listener)
+    remote = client.getsockname()
+    listener.close()
+    accepted.close()
+    client.close()
+    found = explained()
+    assert found.situation == f"time-wait-{'with' if reuse else 'without'}-reuse"
+    (holder,) = found.holders
+    assert (holder.kind, holder.state, holder.pid) == ("time-wait", State.TIME_WAIT, None)
+    assert holder.remote == remote
+    assert holder.seconds_left is not None
+    assert 55 < holder.seconds_left < 62.1
+    assert found.free_after == pytest.approx(holder.seconds_left)
+    assert found.bindable.reuse_address is reuse
+    if reuse:
+        assert "so a server that sets it binds now" in found.rule
+        assert "with SO_REUSEADDR" in found.advice[0]
+    else:
+        assert "did not set SO_REUSEADDR, so setting it now does not help" in found.rule
+        assert "wait" in found.advice[0]
+
+
+def test_orphaned_fin_wait_2(server: Server, connect: Connect) -> None:
+    listener = server()
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.close()
+    wait_for(PORT, State.FIN_WAIT_2)
+    found = explained()
+    assert found.situation == "fin-wait-2-orphan"
+    (holder,) = found.holders
+    assert (holder.state, holder.pid) == (State.FIN_WAIT_2, None)
+    assert holder.seconds_left is not None
+    assert 50 < holder.seconds_left < 62.1
+    assert "tcp_fin_timeout" in found.rule
+
+
+def test_owned_fin_wait_2(server: Server, connect: Connect) -> None:
+    listener = server()
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.shutdown(socket.SHUT_WR)
+    wait_for(PORT, State.FIN_WAIT_2)
+    found = explained()
+    assert found.situation == "fin-wait-2-owned"
+    assert [(h.kind, h.pid, h.seconds_left) for h in found.holders] == [
+        ("fin-wait-2", os.getpid(), None)
+    ]
+    assert found.free_after is None
+
+
+def test_close_wait_leak(server: Server, connect: Connect) -> None:
+    listener = server()
+    _accepted, client = connect(listener)
+    listener.close()
+    client.close()
+    found = explained()
+    assert found.situation == "close-wait-leak"
+    assert kinds(found) == ["close-wait"]
+    assert found.holders[0].pid == os.getpid()
+    assert "recv() returns b''" in found.advice[1]
+
+
+def test_outbound_established(server: Server, connect: Connect) -> None:
+    port = connect(server(port=80))[1].getsockname()[1]
+    found = explained(port=port)
+    assert found.situation == "outbound-connection"
+    assert [(h.kind, h.remote, h.pid) for h in found.holders] == [
+        ("outbound-connection", ("127.0.0.1", 80), os.getpid())
+    ]
+    assert "ip_local_reserved_ports" in found.advice[1]
+
+
+def test_outbound_time_wait(server: Server, connect: Connect) -> None:
+    accepted, client = connect(server(port=80))
+    port = client.getsockname()[1]
+    client.close()
+    accepted.close()
+    found = explained(port=port)
+    assert found.situation == "outbound-time-wait"
+    assert kinds(found) == ["outbound-time-wait"]
+    assert found.free_after is not None
+    assert 55 < found.free_after < 62.1
+
+
+def test_self_connect(opened: ExitStack) -> None:
+    alone = opened.enter_context(socket.socket())
+    alone.bind(("127.0.0.1", PORT))
+    alone.connect(("127.0.0.1", PORT))
+    found = explained()
+    assert found.situation == "self-connect"
+    assert kinds(found) == ["self-connect"]
+    assert "simultaneous open" in found.rule
+
+
+def test_wildcard_against_specific(server: Server) -> None:
+    server("0.0.0.0")
+    found = explained("127.0.0.1")
+    assert found.situation == "wildcard-over-specific"
+    assert "listens on 0.0.0.0:9090, which includes it" in found.title
+
+
+def test_specific_against_wildcard(server: Server) -> None:
+    server("127.0.0.1")
+    found = explained("0.0.0.0")
+    assert found.situation == "specific-under-wildcard"
+    assert "listens on 127.0.0.1:9090, a part of it" in found.title
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_ipv6_wildcard_against_ipv4(server: Server, host: str) -> None:
+    server("::")
+    found = explained(host)
+    assert found.situation == "ipv6-wildcard"
+    assert "IPV6_V6ONLY" in found.rule
+
+
+def test_an_ipv6_only_wildcard_does_not_refuse_ipv4_but_is_treacherous(opened: ExitStack) -> None:
+    six = opened.enter_context(socket.socket(socket.AF_INET6))
+    six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    six.bind(("::", PORT))
+    six.listen()
+    found = explained("0.0.0.0")
+    assert found.situation == "free"
+    assert "Another server listens on [::]:9090" in found.warnings[0]
+    assert explained("::").situation == "live-listener"
+
+
+def test_bound_but_not_listening(bound: Server) -> None:
+    bound()
+    found = explained()
+    assert found.situation == "bound-not-listening"
+    assert kinds(found) == ["bound"]
+    assert found.holders[0].pid == os.getpid()
+    assert not found.bindable.reuse_address
+
+
+def test_a_bind_beside_a_bound_socket_is_treacherous(bound: Server) -> None:
+    bound(reuse=True)
+    found = explained()
+    assert found.situation == "bound-not-listening"
+    assert found.bindable.reuse_address
+    assert "the other's listen() fails" in found.warnings[0]
+
+
+def test_bind_allowed_and_listen_refused(bound: Server) -> None:
+    first = bound(reuse=True)
+    second = bound(reuse=True)
+    first.listen()
+    with pytest.raises(OSError) as refused:
+        second.listen()
+    assert refused.value.errno == errno.EADDRINUSE
+    found = explained()
+    assert found.situation == "listen-refused"
+    assert kinds(found) == ["listener", "bound"]
+    assert "bound as they are, get EADDRINUSE from listen()" in found.rule
+
+
+def as_user(program: str, tmp_path: Path, *arguments: object, uid: int = 65534) -> str:
+    """Run a program that needs only the package, as an ordinary user."""
+    import shutil
+
+    import timewait
+
+    home = tmp_path / "home"
+    shutil.copytree(
+        Path(timewait.__file__).parent,
+        home / "timewait",
+        ignore=shutil.ignore_patterns("__pycache__"),
+        dirs_exist_ok=True,
+    )
+    for path in (home, *home.parents[:4]):
+        path.chmod(0o755)
+    packages = Path(pytest.__file__).parents[1]
+    done = subprocess.run(
+        [
+            *("setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
+            *(sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)),
+        ],
+        env={"PYTHONPATH": f"{home}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+EXPLAIN = """
+    import json, sys
+    from timewait.explain import explain_bind
+    print(json.dumps(explain_bind(int(sys.argv[1]), "127.0.0.1").to_json()))
+"""
+
+
+def test_privileged_port(tmp_path: Path) -> None:
+    sysctl("net.ipv4.ip_unprivileged_port_start", 1024)
+    found = json.loads(as_user(EXPLAIN, tmp_path, 80))
+    assert (found["situation"], found["errno"]) == ("privileged-port", "EACCES")
+    assert set(found["bindable"].values()) == {False}
+    assert "below 1024" in found["rule"]
+    assert "setcap" in found["advice"][1]
+
+
+def test_an_ordinary_user_is_told_of_a_holder_whose_process_is_hidden(
+    server: Server, tmp_path: Path
+) -> None:
+    server()
+    found = json.loads(as_user(EXPLAIN, tmp_path, PORT))
+    assert found["situation"] == "live-listener"
+    (holder,) = found["holders"]
+    assert (holder["pid"], holder["user"], holder["reuse_port"]) == (None, "root", None)
+    assert "cannot be seen from here" in found["title"]
+    assert "It is root's" in found["rule"]
+
+
+@pytest.fixture
+def other_users_server() -> Iterator[int]:
+    program = (
+        "import os, socket, sys\n"
+        "os.setgid(65534); os.setuid(65534)\n"
+        "s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)\n"
+        f"s.bind(('127.0.0.1', {PORT})); s.listen(); print('up', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        yield process.pid
+        process.terminate()
+
+
+def test_another_users_reuse_port(other_users_server: int) -> None:
+    found = explained()
+    assert found.situation == "other-users-listener"
+    (holder,) = found.holders
+    assert (holder.pid, holder.user, holder.reuse_port) == (other_users_server, "nobody", True)
+    assert "shares only with servers of the same user (nobody)" in found.rule
+
+
+def test_address_not_local() -> None:
+    found = explained("192.0.2.1")
+    assert (found.situation, found.errno) == ("address-not-local", "EADDRNOTAVAIL")
+    assert "192.0.2.1 is none" in found.rule
+
+
+def test_exhausted_ephemeral_range(bound: Server) -> None:
+    sysctl("net.ipv4.ip_local_port_range", "50000 50009")
+    for _ in range(10):
+        bound(port=0)
+    found = explained(port=0)
+    assert (found.situation, found.errno) == ("ephemeral-range-exhausted", "EADDRINUSE")
+    assert "50000 to 50009" in found.rule
+
+
+def test_old_process_still_alive_after_a_fork() -> None:
+    program = (
+        "import os, socket, time\n"
+        f"s = socket.create_server(('127.0.0.1', {PORT}))\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True); os._exit(0)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.wait()
+        try:
+            found = explained()
+            assert found.situation == "inherited-listener"
+            assert found.holders[0].pids == (child,)
+            assert f"stop process {child}" in found.advice[0]
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_last_ack_lingering(server: Server, connect: Connect) -> None:
+    listener = server()
+    accepted, client = connect(listener)
+    listener.close()
+    client.close()
+    subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    accepted.close()
+    found = explained("0.0.0.0")
+    assert found.situation == "last-ack"
+    assert kinds(found)[0] == "last-ack"
+    assert found.free_after is None
+    assert "tcp_orphan_retries" in found.rule
+
+
+def test_live_connection(server: Server, connect: Connect) -> None:
+    listener = server(reuse=True)
+    connect(listener)
+    assert explained().situation == "live-listener"
+    listener.close()
+    found = explained()
+    assert found.situation == "live-connection"
+    assert "with SO_REUSEADDR" in found.advice[0]
+
+
+def test_what_nobody_can_see_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server()
+    monkeypatch.setattr("timewait.explain._sockets", lambda port: [])
+    found = explain_bind(PORT, "127.0.0.1")
+    assert (found.situation, found.holders) == ("not-visible", ())
+
+
+def test_many_holders_are_counted(server: Server, connect: Connect) -> None:
+    listener = server()
+    for accepted, client in [connect(listener) for _ in range(20)]:
+        accepted.close()
+        client.close()
+    listener.close()
+    found = explained()
+    assert "20 connections of a former server" in found.title
+    assert "and 8 more" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("9090", ("0.0.0.0", 9090)),
+        (":9090", ("0.0.0.0", 9090)),
+        ("*:9090", ("0.0.0.0", 9090)),
+        ("127.0.0.1:1", ("127.0.0.1", 1)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("localhost:0", ("localhost", 0)),
+    ],
+)
+def test_addresses_as_they_are_typed(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:2:3", "::1:80", "65536", "-1", "localhost:", "٣"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_address(text)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "timewait", "explain", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command_answers_by_its_exit_status(server: Server) -> None:
+    free = command(str(PORT))
+    assert (free.returncode, free.stdout, free.stderr) == (0, "0.0.0.0:9090 is free.\n", "")
+    server()
+    taken = command(f"localhost:{PORT}", "--json")
+    assert (taken.returncode, taken.stderr) == (1, "")
+    found = json.loads(taken.stdout)
+    assert list(found["bindable"]) == ["plain", "reuse_address", "reuse_port", "both"]
+    assert found["address"] == "127.0.0.1:9090"
+    assert {"kind", "state", "local", "remote", "seconds_left", "pid", "process"} <= set(
+        found["holders"][0]
+    )
+    for wrong in ("nonsense", "no-such-host.invalid:80", "70000"):
+        trouble = command(wrong)
+        assert (trouble.returncode, trouble.stdout) == (2, "")
+        assert trouble.stderr.count("\n") == 1

@@ -1,0 +1,797 @@
+"""Why can't I bind, and until when?
+
+Linux decides by the options of both sides and the state of the holder, and
+says only EADDRINUSE. Here the binds are really tried, with each combination of
+options, and held against the sockets that the kernel shows; the rule that
+refused is said in words, with what to do about it.
+
+The rule (net/ipv4/inet_connection_sock.c, inet_csk_bind_conflict): sockets of
+the same port conflict where their addresses overlap; a wildcard overlaps all.
+A listener shares only if both sides set SO_REUSEPORT and have the same user.
+Anything else, TIME_WAIT included, shares also if both set SO_REUSEADDR: the
+newcomer now, and the holder when it was made.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import textwrap
+from collections.abc import Iterator
+from ipaddress import ip_address
+from typing import Any, Final, TypeAlias
+
+from attrs import define, frozen
+
+from timewait.events import Address, Row
+from timewait.kernel.namespace import sysctl
+from timewait.kernel.processes import owners, reuse_options, user_name
+from timewait.kernel.sock_diag import Details, details, sockets
+from timewait.report import address as address_text
+from timewait.tcp.states import State
+
+__all__ = ["Bindable", "Explanation", "Holder", "explain_bind", "parse_address"]
+
+_S = State
+_MANY: Final = 12  # holders that are listed one by one
+
+
+@frozen
+class Bindable:
+    """Whether a server could bind and listen: setting nothing, one option, the other, or both."""
+
+    plain: bool
+    reuse_address: bool
+    reuse_port: bool
+    both: bool
+
+
+@frozen
+class Holder:
+    """A socket on the port whose address overlaps the one asked for.
+
+    `kind` is one of "listener", "bound", "connection", "outbound-connection",
+    "self-connect", "close-wait", "fin-wait-2", "fin-wait-2-orphan",
+    "last-ack", "closing", "time-wait", "outbound-time-wait". `seconds_left` is
+    until its timer ends it, None where none does. `pid` and `process` are of
+    the first process that has it open and may be seen, `pids` of all;
+    `reuse_address` and `reuse_port` are its options, None where not known.
+    """
+
+    kind: str
+    state: State
+    local: Address
+    remote: Address
+    seconds_left: float | None = None
+    pid: int | None = None
+    process: str | None = None
+    user: str | None = None
+    pids: tuple[int, ...] = ()
+    inherited: bool = False
+    reuse_address: bool | None = None
+    reuse_port: bool | None = None
+
+    def __str__(self) -> str:
+        state = "BOUND" if self.kind == "bound" else self.state.name
+        there = f"{address_text(self.local)}"
+        if self.remote[1]:
+            there += f" \N{RIGHTWARDS ARROW} {address_text(self.remote)}"
+        text = f"{state:12} {there:34}"
+        if self.seconds_left is not None:
+            text += f" {self.seconds_left:.1f} s left"
+        if self.pid is not None:
+            text += f" {self.process} (pid {', '.join(map(str, self.pids))}; user {self.user})"
+        elif self.user is not None:
+            text += f" user {self.user}"
+        return f"{text} [{self.kind}]"
+
+    def to_json(self) -> dict[str, Any]:
+        """With addresses as text."""
+        return {
+            "kind": self.kind,
+            "state": "BOUND" if self.kind == "bound" else self.state.name,
+            "local": address_text(self.local),
+            "remote": address_text(self.remote),
+            "seconds_left": self.seconds_left,
+            "pid": self.pid,
+            "process": self.process,
+            "user": self.user,
+            "pids": list(self.pids),
+            "reuse_address": self.reuse_address,
+            "reuse_port": self.reuse_port,
+        }
+
+
+@frozen
+class Explanation:
+    """What `explain_bind` found; true where a server that sets nothing can have the port.
+
+    `situation` names what is the matter ("free", "live-listener",
+    "time-wait-without-reuse", ...), `title` says it in a line, `rule` says
+    which rule refuses. `free_after` is in seconds: 0.0 where the port is
+    free, None where only somebody's action frees it. `advice` is what to do
+    now and what to change for good; `warnings` are binds that would succeed
+    and be bad news. `errno` is the error's name for a server that sets
+    nothing, `call` the call that failed.
+    """
+
+    address: Address
+    situation: str
+    title: str
+    bindable: Bindable
+    holders: tuple[Holder, ...]
+    rule: str
+    free_after: float | None
+    advice: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    errno: str | None = None
+    call: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.bindable.plain
+
+    def __str__(self) -> str:
+        """As `timewait explain` prints it."""
+        where = address_text(self.address)
+        if self.situation == "free":
+            lines = [f"{where} is free."]
+        else:
+            lines = [f"{where} is not free: {self.title}.", "", "A server that sets"]
+            lines += [
+                f"  {what:29}{'can bind' if can else 'cannot'}"
+                for what, can in (
+                    (f"nothing ({self.errno} from {self.call})", self.bindable.plain),
+                    ("SO_REUSEADDR", self.bindable.reuse_address),
+                    ("SO_REUSEPORT", self.bindable.reuse_port),
+                    ("SO_REUSEADDR, SO_REUSEPORT", self.bindable.both),
+                )
+            ]
+        if self.holders:
+            lines += ["", "Held by"]
+            lines += [f"  {holder}" for holder in self.holders[:_MANY]]
+            if len(self.holders) > _MANY:
+                lines.append(f"  and {len(self.holders) - _MANY} more")
+        if self.situation != "free":
+            lines += ["", *_wrapped("Why", self.rule)]
+            free = "when its holder lets go; no timer ends it"
+            if self.free_after is not None:
+                free = f"in {self.free_after:.1f} s, when the last timer ends"
+            elif not self.holders:
+                free = "no timer ends it"
+            lines += _wrapped("Free", free)
+        for text in self.advice:
+            name, _, what = text.partition(": ")
+            lines += _wrapped(name, what)
+        for text in self.warnings:
+            lines += _wrapped("Beware", text)
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `timewait explain --json` prints it."""
+        return {
+            "address": address_text(self.address),
+            "situation": self.situation,
+            "title": self.title,
+            "bindable": {
+                "plain": self.bindable.plain,
+                "reuse_address": self.bindable.reuse_address,
+                "reuse_port": self.bindable.reuse_port,
+                "both": self.bindable.both,
+            },
+            "errno": self.errno,
+            "call": self.call,
+            "holders": [holder.to_json() for holder in self.holders],
+            "rule": self.rule,
+            "free_after": self.free_after,
+            "advice": list(self.advice),
+            "warnings": list(self.warnings),
+        }
+
+
+def explain_bind(port: int, host: str = "0.0.0.0") -> Explanation:
+    """Say whether a TCP server could bind (`host`, `port`) and listen, and if not why.
+
+    Really tries, with each combination of SO_REUSEADDR and SO_REUSEPORT, and
+    leaves nothing behind. Where somebody listens already, the trial only
+    binds, so that no connection goes astray. `host` is a numeric address or a
+    name that has one. Needs no privilege; root is told more about processes.
+
+    Raises `OSError` (`socket.gaierror`) for a name that has no address, and
+    where the system has no sock_diag; `ValueError` for no port number.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"not a port: {port}")
+    host = _numeric(host)
+    for _ in range(3):
+        found = _sockets(port)
+        listening = any(one.row.state is _S.LISTEN for one in found)
+        trials = {options: _try(host, port, *options, listen=not listening) for options in _OPTIONS}
+        there = [one for one in found if _overlap(host, one)]
+        if there or trials[False, False] is None or port == 0:
+            break  # else what refused may have come just after the look
+    holders = tuple(sorted(_holders(there), key=_weight))
+    return _explanation((host, port), trials, holders, found)
+
+
+def parse_address(text: str) -> Address:
+    """`"9090"`, `"127.0.0.1:9090"`, `"[::1]:9090"`, `"localhost:9090"` or `":9090"` as an address.
+
+    A bare port, `:PORT` and `*:PORT` mean all of IPv4. Raises `ValueError`.
+    """
+    host, _, port = text.rpartition(":")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"an IPv6 address goes into brackets, as in [::1]:9090: {text!r}")
+    if not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"not [HOST:]PORT: {text!r}")
+    host = host.removeprefix("[").removesuffix("]")
+    return ("0.0.0.0" if host in ("", "*") else host), int(port)
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    pad = f"{name}: ".ljust(10)
+    return textwrap.wrap(text, 96, initial_indent=pad, subsequent_indent=" " * 10)
+
+
+# Looking
+
+_OPTIONS: Final = ((False, False), (True, False), (False, True), (True, True))
+_Trials: TypeAlias = dict[tuple[bool, bool], tuple[str, int] | None]
+
+
+def _numeric(host: str) -> str:
+    try:
+        return str(ip_address(host))
+    except ValueError:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return str(found[0][4][0])
+
+
+def _sockets(port: int) -> list[Details]:
+    """All sockets whose own end is on the port, bound ones included."""
+    if port == 0:
+        return []
+    return [one for one in details(port, states=State) if one.row.local[1] == port]
+
+
+def _try(
+    host: str, port: int, reuse_address: bool, reuse_port: bool, *, listen: bool
+) -> tuple[str, int] | None:
+    """The call that failed, and its errno; None where a server could have the port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    call = "socket"
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            if reuse_address:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            call = "bind"
+            sock.bind((host, port))
+            if listen:
+                call = "listen"
+                sock.listen(0)
+    except OSError as error:
+        return call, error.errno or 0
+    return None
+
+
+def _overlap(host: str, one: Details) -> bool:
+    """Whether a socket's own address and `host` are or contain each other."""
+    theirs = one.row.local[0]
+    if theirs == host:
+        return True
+    if host == "::":  # as a server that does not set IPV6_V6ONLY
+        return True
+    if theirs == "::":
+        return ":" in host or one.v6only is not True
+    if "0.0.0.0" in (host, theirs):
+        return ":" not in host + theirs
+    return False
+
+
+def _holders(found: list[Details]) -> Iterator[Holder]:
+    processes = owners(one.row.inode or 0 for one in found)
+    served = any(one.row.state is _S.LISTEN for one in found)
+    low, high = _dealt_out()
+    for one in found:
+        row = one.row
+        who = processes.get(row.inode or 0, [])
+        options = reuse_options(who[0]) if who else None
+        yield Holder(
+            kind=_kind(row, served, low <= row.local[1] <= high, low, high),
+            state=row.state,
+            local=row.local,
+            remote=row.remote,
+            seconds_left=row.seconds_left if row.timer == "time_wait" else None,
+            pid=who[0].pid if who else None,
+            process=who[0].name if who else None,
+            user=None if row.uid is None or not row.inode else user_name(row.uid),
+            pids=tuple(process.pid for process in who),
+            inherited=any(process.inherited for process in who),
+            reuse_address=options[0] if options else None,
+            reuse_port=options[1] if options else None,
+        )
+
+
+def _dealt_out() -> tuple[int, int]:
+    low, high = sysctl("net.ipv4.ip_local_port_range").split()
+    return int(low), int(high)
+
+
+def _kind(row: Row, served: bool, dealt_out: bool, low: int, high: int) -> str:
+    if row.state is _S.LISTEN:
+        return "listener"
+    if row.state is _S.CLOSED:
+        return "bound"
+    if row.local == row.remote:
+        return "self-connect"
+    # The kernel does not tell who connected. A client's port is one that the kernel deals
+    # out, and its peer's is mostly not, or somebody here listens on that one.
+    outbound = row.state is _S.SYN_SENT or (
+        not served and dealt_out and (not low <= row.remote[1] <= high or _listens(row.remote))
+    )
+    if row.state is _S.TIME_WAIT:
+        return "outbound-time-wait" if outbound else "time-wait"
+    if row.state is _S.FIN_WAIT_2:
+        return "fin-wait-2" if row.inode else "fin-wait-2-orphan"
+    if row.state in (_S.LAST_ACK, _S.FIN_WAIT_1, _S.CLOSING):
+        return "last-ack" if row.state is _S.LAST_ACK else "closing"
+    if row.state is _S.CLOSE_WAIT:
+        return "close-wait"
+    return "outbound-connection" if outbound else "connection"
+
+
+def _listens(remote: Address) -> bool:
+    return any(
+        row.local[1] == remote[1] and row.local[0] in (remote[0], "0.0.0.0", "::")
+        for row in sockets(remote[1], states=[_S.LISTEN])
+    )
+
+
+# Saying
+
+_ORDER: Final = (
+    *("listener", "bound", "self-connect", "close-wait", "connection", "fin-wait-2"),
+    *("outbound-connection", "last-ack", "closing", "fin-wait-2-orphan"),
+    *("time-wait", "outbound-time-wait"),
+)
+
+
+def _weight(holder: Holder) -> tuple[int, float]:
+    """The one that will stay longest, and so decides, first."""
+    return _ORDER.index(holder.kind), -(holder.seconds_left or 0.0)
+
+
+def _explanation(
+    address: Address, trials: _Trials, holders: tuple[Holder, ...], found: list[Details]
+) -> Explanation:
+    bindable = Bindable(*(trials[options] is None for options in _OPTIONS))
+    failed = trials[False, False]
+    situation = _situation(address, failed, bindable, holders)
+    case = _Case(address, bindable, holders, found)
+    title, rule, advice = getattr(case, situation.replace("-", "_"))()
+    return Explanation(
+        address=address,
+        situation=situation,
+        title=title,
+        bindable=bindable,
+        holders=holders,
+        rule=rule,
+        free_after=_free_after(bindable, holders),
+        advice=tuple(advice),
+        warnings=tuple(case.warnings()),
+        errno=errno.errorcode.get(failed[1]) if failed else None,
+        call=failed[0] if failed else None,
+    )
+
+
+def _free_after(bindable: Bindable, holders: tuple[Holder, ...]) -> float | None:
+    if bindable.plain:
+        return 0.0
+    left = [holder.seconds_left for holder in holders]
+    known = [seconds for seconds in left if seconds is not None]
+    return max(known) if known and len(known) == len(left) else None
+
+
+def _situation(
+    address: Address,
+    failed: tuple[str, int] | None,
+    bindable: Bindable,
+    holders: tuple[Holder, ...],
+) -> str:
+    if failed is None:
+        return "free"
+    call, code = failed
+    if code == errno.EACCES:
+        return "privileged-port"
+    if code in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        return "address-not-local"
+    if address[1] == 0:
+        return "ephemeral-range-exhausted"
+    if not holders:
+        return "listen-refused" if call == "listen" else "not-visible"
+    first = holders[0]
+    if first.kind == "listener":
+        return _listener_situation(address, holders)
+    if call == "listen":
+        return "listen-refused"
+    if first.kind in ("time-wait", "fin-wait-2", "bound", "close-wait", "connection"):
+        return {
+            "time-wait": f"time-wait-{'with' if bindable.reuse_address else 'without'}-reuse",
+            "fin-wait-2": "fin-wait-2-owned",
+            "bound": "bound-not-listening",
+            "close-wait": "close-wait-leak",
+            "connection": "live-connection",
+        }[first.kind]
+    return first.kind
+
+
+def _listener_situation(address: Address, holders: tuple[Holder, ...]) -> str:
+    listeners = [holder for holder in holders if holder.kind == "listener"]
+    first = listeners[0]
+    me = user_name(os.geteuid())
+    if any(holder.inherited for holder in listeners):
+        return "inherited-listener"
+    if first.reuse_port and first.user != me:
+        return "other-users-listener"
+    if any(holder.kind == "bound" for holder in holders):
+        return "listen-refused"
+    if len({(holder.local, holder.pid) for holder in listeners}) < len(listeners) or (
+        len(listeners) > 1 and len({holder.local for holder in listeners}) == 1
+    ):
+        return "shared-listener"
+    theirs = first.local[0]
+    if theirs == "::" and ":" not in address[0]:
+        return "ipv6-wildcard"
+    if theirs != address[0]:
+        return (
+            "wildcard-over-specific" if theirs in ("0.0.0.0", "::") else "specific-under-wildcard"
+        )
+    return "live-listener"
+
+
+_Said: TypeAlias = tuple[str, str, list[str]]
+
+_KILL: Final = "Now: stop that process, or choose another port."
+_REUSE: Final = (
+    "For good: set SO_REUSEADDR before bind() in every run of the server, the first included; "
+    "asyncio, trio and most servers do."
+)
+_CLIENT_CLOSES: Final = (
+    "For good: or let the clients close first (TIME_WAIT is then theirs, on ports nobody wants)."
+)
+_RESERVE: Final = (
+    "For good: choose a port outside net.ipv4.ip_local_port_range, or add it to "
+    "net.ipv4.ip_local_reserved_ports, so that no client is dealt it."
+)
+
+
+@define
+class _Case:
+    """What is to be said of each situation: a title, the rule, and advice."""
+
+    address: Address
+    bindable: Bindable
+    holders: tuple[Holder, ...]
+    found: list[Details]
+
+    # Words for the parts
+
+    def _who(self, holder: Holder) -> str:
+        if holder.pid is None:
+            of = f" of user {holder.user}" if holder.user else ""
+            return f"a process{of} that cannot be seen from here (another user's or a container's)"
+        many = f" and {len(holder.pids) - 1} more" if len(holder.pids) > 1 else ""
+        return f"{holder.process} (pid {holder.pid}{many}, user {holder.user})"
+
+    def _count(self, kind: str) -> str:
+        count = sum(holder.kind == kind for holder in self.holders)
+        return "one connection" if count == 1 else f"{count} connections"
+
+    def _reuse_rule(self, holder: str) -> str:
+        """SO_REUSEADDR's rule for anything but a listener, and what it means here."""
+        if self.bindable.reuse_address:
+            return (
+                f"A port is shared with {holder} only if both sides set SO_REUSEADDR (or both "
+                "SO_REUSEPORT). The holder has it, so a server that sets it binds now; one that "
+                "does not must wait."
+            )
+        if self.bindable.reuse_port:
+            return (
+                f"A port is shared with {holder} only if both sides set SO_REUSEADDR, or both "
+                "SO_REUSEPORT. The holder has set SO_REUSEPORT alone, so only a server that "
+                "sets that may bind now."
+            )
+        return (
+            f"A port is shared with {holder} only if both sides set SO_REUSEADDR (or both "
+            "SO_REUSEPORT), the holder when it was made. It did not set SO_REUSEADDR, so "
+            "setting it now does not help."
+        )
+
+    def _reuse_now(self, otherwise: str) -> str:
+        if self.bindable.reuse_address:
+            return "Now: start the server with SO_REUSEADDR set before bind()."
+        if self.bindable.reuse_port:
+            return "Now: start the server with SO_REUSEPORT set before bind()."
+        return otherwise
+
+    def _until(self) -> str:
+        left = _free_after(self.bindable, self.holders)
+        return "" if left is None else f" in {left:.1f} s (up to 2 s more: the kernel's timers)"
+
+    # The situations
+
+    def free(self) -> _Said:
+        return "it is free", "Nothing that overlaps this address has the port.", []
+
+    def privileged_port(self) -> _Said:
+        start = sysctl("net.ipv4.ip_unprivileged_port_start")
+        return (
+            "it is a privileged port",
+            f"Ports below {start} (net.ipv4.ip_unprivileged_port_start) may be bound only with "
+            "CAP_NET_BIND_SERVICE; whether anybody has it cannot be tried without.",
+            [
+                "Now: choose a port from 1024 on, or run as root.",
+                "For good: give the program the capability (setcap cap_net_bind_service=+ep, or "
+                "AmbientCapabilities= in its systemd unit), or let a proxy or socket unit "
+                "listen for it.",
+            ],
+        )
+
+    def address_not_local(self) -> _Said:
+        return (
+            "the address is not this machine's",
+            f"bind() takes an address of one of this machine's interfaces (in this network "
+            f"namespace), and {self.address[0]} is none.",
+            [
+                "Now: bind one that `ip address` lists, or 0.0.0.0 or :: for all.",
+                "For good: a server that must start before its address is there sets IP_FREEBIND "
+                "(or net.ipv4.ip_nonlocal_bind=1).",
+            ],
+        )
+
+    def ephemeral_range_exhausted(self) -> _Said:
+        low, high = _dealt_out()
+        return (
+            "the kernel has no port left to deal out",
+            f"bind() to port 0 takes a port of net.ipv4.ip_local_port_range ({low} to {high}), "
+            "and each of them is held by a socket that does not share it, TIME_WAIT included.",
+            [
+                "Now: bind a port outside the range by number; or wait for TIME_WAIT to end.",
+                "For good: widen net.ipv4.ip_local_port_range; let clients connect() without "
+                "bind(), or with IP_BIND_ADDRESS_NO_PORT, so that a port serves once for each "
+                "destination.",
+            ],
+        )
+
+    def not_visible(self) -> _Said:
+        return (
+            "something holds it that cannot be seen",
+            "The kernel refuses, and shows no socket that overlaps: one that is only bound on a "
+            "kernel before 6.8, one of another protocol family's, or one that has just gone.",
+            ["Now: try again; as root, look with `ss -tanp` in the other network namespaces."],
+        )
+
+    def live_listener(self) -> _Said:
+        first = self.holders[0]
+        rule = (
+            "A listener shares its port only with servers that set SO_REUSEPORT as it did itself, "
+            "and of the same user; SO_REUSEADDR does not help."
+        )
+        if first.user not in (None, user_name(os.geteuid())):
+            rule += f" It is {first.user}'s, so not even that helps here."
+        return f"{self._who(first)} listens on it", rule, [_KILL]
+
+    def shared_listener(self) -> _Said:
+        listeners = [holder for holder in self.holders if holder.kind == "listener"]
+        names = ", ".join(dict.fromkeys(self._who(holder) for holder in listeners))
+        return (
+            f"{len(listeners)} listeners share it: {names}",
+            "All of them set SO_REUSEPORT: the kernel deals each new connection to one of them, "
+            "and lets in any further server of the same user that sets it too.",
+            [
+                "Now: if one is a leftover, stop it: it is still given its share of connections.",
+                "For good: set SO_REUSEPORT only where several processes are to serve one port.",
+            ],
+        )
+
+    def other_users_listener(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"{self._who(first)} listens on it",
+            f"It set SO_REUSEPORT, but shares only with servers of the same user ({first.user}): "
+            "so that nobody takes over part of another user's connections.",
+            [f"Now: run the server as {first.user}, or stop the other, or choose another port."],
+        )
+
+    def inherited_listener(self) -> _Said:
+        first = next(holder for holder in self.holders if holder.inherited)
+        return (
+            f"{self._who(first)} still listens on it, as the heir of a process that has ended",
+            "A fork (or an exec without close-on-exec) gives the child a copy of the listening "
+            "socket; the port is held until the last copy is closed, and this child lives on.",
+            [
+                f"Now: stop process {first.pid}.",
+                "For good: have the server stop its children when it ends (PR_SET_PDEATHSIG, "
+                "process groups), and keep the socket from programs it starts (close-on-exec).",
+            ],
+        )
+
+    def ipv6_wildcard(self) -> _Said:
+        return (
+            f"{self._who(self.holders[0])} listens on [::], which takes IPv4 as well",
+            "A listener on the IPv6 wildcard that did not set IPV6_V6ONLY overlaps every address "
+            "of both families.",
+            [_KILL, "For good: set IPV6_V6ONLY on it, if it is to serve IPv6 alone."],
+        )
+
+    def wildcard_over_specific(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"{self._who(first)} listens on {address_text(first.local)}, which includes it",
+            "A wildcard overlaps every address of its family; being more specific does not help.",
+            [_KILL, "For good: have each server bind the one address it serves."],
+        )
+
+    def specific_under_wildcard(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"{self._who(first)} listens on {address_text(first.local)}, a part of it",
+            "A wildcard overlaps every address of its family: one that is taken refuses them all.",
+            [_KILL, "For good: have each server bind the one address it serves."],
+        )
+
+    def listen_refused(self) -> _Said:
+        return (
+            "bind() can succeed here, and listen() is refused then",
+            "Sockets that all set SO_REUSEADDR may be bound to one port as long as none of them "
+            "listens. The kernel looks again at listen(): the first to listen has the port, and "
+            "the others, bound as they are, get EADDRINUSE from listen().",
+            [
+                _KILL,
+                "For good: take the error of listen() as seriously as that of bind(); do not "
+                "start two copies of the server.",
+            ],
+        )
+
+    def bound_not_listening(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"{self._who(first)} has bound it, and neither listens nor connects",
+            self._reuse_rule("a socket that is only bound"),
+            [_KILL, "For good: call listen() soon after bind(), and close what is given up."],
+        )
+
+    def self_connect(self) -> _Said:
+        return (
+            f"a connection to itself holds it: {self._who(self.holders[0])}",
+            "A client that kept calling this port while nobody listened was dealt that very port "
+            "as its own and connected to itself (simultaneous open). " + self._reuse_rule("it"),
+            [
+                self._reuse_now("Now: stop or restart that client."),
+                "For good: have clients that retry check getsockname() != getpeername(). "
+                + _RESERVE.removeprefix("For good: "),
+            ],
+        )
+
+    def close_wait_leak(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"{self._count('close-wait')} in CLOSE_WAIT hold it: {self._who(first)}",
+            "The peer has closed and this side's application has not: CLOSE_WAIT has no timer and "
+            "lasts until it calls close(). " + self._reuse_rule("a connection"),
+            [
+                self._reuse_now("Now: stop or restart that process."),
+                "For good: close a connection when it reports end of file (recv() returns b'').",
+            ],
+        )
+
+    def fin_wait_2_owned(self) -> _Said:
+        return (
+            f"{self._count('fin-wait-2')} half closed by {self._who(self.holders[0])} hold it",
+            "It shut down its sending side and keeps the socket to read on: FIN_WAIT_2 with an "
+            "owner has no timer (net.ipv4.tcp_fin_timeout is for orphans alone). "
+            + self._reuse_rule("a connection"),
+            [
+                self._reuse_now("Now: have that process close the socket, or stop it."),
+                "For good: give the wait for the peer's end a time limit of the application's.",
+            ],
+        )
+
+    def outbound_connection(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"a client's connection to {address_text(first.remote)} uses it: {self._who(first)}",
+            "connect() was dealt this port from net.ipv4.ip_local_port_range, and a client's port "
+            "is taken like any other. " + self._reuse_rule("a connection"),
+            [self._reuse_now("Now: wait for that connection to end, or end it."), _RESERVE],
+        )
+
+    def live_connection(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"{self._count('connection')} of a server that no longer listens: {self._who(first)}",
+            "Connections keep the server's port when the listener is gone. "
+            + self._reuse_rule("a connection"),
+            [self._reuse_now("Now: have that process close them, or stop it."), _REUSE],
+        )
+
+    def last_ack(self) -> _Said:
+        return (
+            f"{self._count('last-ack')} in LAST_ACK: the peer has not acknowledged the end",
+            "Both sides have closed; the kernel repeats the last FIN until the peer answers, or "
+            "gives up after net.ipv4.tcp_orphan_retries (8 by default: some 100 s at the most, "
+            "when the peer has vanished). " + self._reuse_rule("a connection"),
+            [self._reuse_now("Now: wait, or choose another port."), _REUSE],
+        )
+
+    def closing(self) -> _Said:
+        return (
+            f"{self._count('closing')} on the way out: this side's end is not acknowledged",
+            "The kernel repeats what is unsent and the FIN until the peer answers or it gives up "
+            "(net.ipv4.tcp_orphan_retries). " + self._reuse_rule("a connection"),
+            [self._reuse_now("Now: wait, or choose another port."), _REUSE],
+        )
+
+    def fin_wait_2_orphan(self) -> _Said:
+        return (
+            f"{self._count('fin-wait-2-orphan')} that the peer has not closed: FIN_WAIT_2",
+            "The server closed and nobody owns the socket any more; the kernel waits for the "
+            "peer's FIN as long as net.ipv4.tcp_fin_timeout says, and if it comes, 60 s of "
+            "TIME_WAIT begin. " + self._reuse_rule("an orphan"),
+            [self._reuse_now(f"Now: wait; free{self._until()}, if the peer says nothing."), _REUSE],
+        )
+
+    def time_wait_with_reuse(self) -> _Said:
+        return (
+            f"{self._count('time-wait')} of a former server in TIME_WAIT",
+            self._reuse_rule("a connection in TIME_WAIT"),
+            [self._reuse_now(""), _REUSE],
+        )
+
+    def time_wait_without_reuse(self) -> _Said:
+        return (
+            f"{self._count('time-wait')} of a former server in TIME_WAIT",
+            self._reuse_rule("a connection in TIME_WAIT")
+            .replace("The holder", "The former server")
+            .replace("It did not", "The former server did not"),
+            [
+                self._reuse_now(f"Now: wait; it is free{self._until()}. Or choose another port."),
+                _REUSE,
+                _CLIENT_CLOSES,
+            ],
+        )
+
+    def outbound_time_wait(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"a client's connection to {address_text(first.remote)} that has ended: TIME_WAIT",
+            "connect() was dealt this port and closed first; for 60 s it is taken like a "
+            "server's. " + self._reuse_rule("it"),
+            [self._reuse_now(f"Now: wait; it is free{self._until()}."), _RESERVE],
+        )
+
+    # Binds that would succeed, and should not
+
+    def warnings(self) -> Iterator[str]:
+        """What goes wrong although a bind succeeds."""
+        listeners = [holder for holder in self.holders if holder.kind == "listener"]
+        if listeners and (self.bindable.reuse_port or self.bindable.both):
+            yield (
+                "A server that sets SO_REUSEPORT would bind, and the two would share: each new "
+                "connection goes to either of them."
+            )
+        bound = [holder for holder in self.holders if holder.kind == "bound"]
+        if bound and not listeners and self.bindable.reuse_address:
+            yield (
+                "A server that sets SO_REUSEADDR would bind beside a socket that is only bound; "
+                "whichever listens first has the port, and the other's listen() fails."
+            )
+        if self.bindable.plain:
+            for one in self.found:
+                if one.row.state is _S.LISTEN and not _overlap(self.address[0], one):
+                    yield (
+                        f"Another server listens on {address_text(one.row.local)}: clients that "
+                        "call this machine by another of its addresses reach that one."
+                    )

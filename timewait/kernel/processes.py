@@ -1,0 +1,103 @@
+"""Which processes hold a socket, and with which options, as far as this user may look.
+
+sock_diag tells a socket's inode; `/proc/PID/fd` tells who has it open. A
+process of another user or another container shows nothing, unless one is root.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import re
+import socket
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+__all__ = ["Process", "owners", "reuse_options", "user_name"]
+
+_PIDFD_GETFD: Final = 438  # since Linux 5.6, the same on every architecture
+_LINK: Final = re.compile(r"socket:\[(\d+)\]")
+
+
+@frozen
+class Process:
+    """A process that has a socket open, as its descriptor `fd`.
+
+    `inherited` says that it looks like the heir of one that has ended: the
+    leader of its process group is gone, or init has adopted it.
+    """
+
+    pid: int
+    name: str
+    fd: int
+    inherited: bool = False
+
+
+def owners(inodes: Iterable[int]) -> dict[int, list[Process]]:
+    """The processes that hold each of these sockets, by inode; those that may be seen."""
+    wanted = frozenset(inodes) - {0}
+    found: dict[int, list[Process]] = {}
+    if not wanted:
+        return found
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            descriptors = os.listdir(f"/proc/{pid}/fd")
+        except OSError:  # it has ended meanwhile, or is another user's
+            continue
+        for descriptor in descriptors:
+            with suppress(OSError):  # closed meanwhile
+                link = _LINK.fullmatch(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+                if link is not None and int(link[1]) in wanted:
+                    process = _process(int(pid), int(descriptor))
+                    found.setdefault(int(link[1]), []).append(process)
+    return found
+
+
+def _process(pid: int, fd: int) -> Process:
+    # stat(5): the name is in brackets and may hold any character; then state, ppid, pgrp,
+    # session.
+    left, _, right = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    parent, group, session = (int(number) for number in right.split()[1:4])
+    adopted = parent == 1 and pid not in (group, session)
+    orphan = adopted or not Path(f"/proc/{group}").exists()
+    return Process(pid, left.partition("(")[2], fd, orphan)
+
+
+def user_name(uid: int) -> str:
+    """The user's name, or the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def reuse_options(process: Process) -> tuple[bool, bool] | None:
+    """Whether its socket has SO_REUSEADDR and SO_REUSEPORT; None where we may not look.
+
+    Found by asking a duplicate of its descriptor (pidfd_getfd(2)), which
+    changes nothing for the process.
+    """
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except (OSError, AttributeError):
+        return None
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = libc.syscall(_PIDFD_GETFD, pidfd, process.fd, 0)
+        if fd < 0:
+            return None
+    finally:
+        os.close(pidfd)
+    try:
+        with socket.socket(fileno=fd) as copy:
+            return (
+                copy.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) != 0,
+                copy.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) != 0,
+            )
+    except OSError:
+        return None
