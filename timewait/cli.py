@@ -32,6 +32,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "mutate": "Change one thing in a true trace, many times: does the check notice?",
     },
     "Laboratory": {
+        "exec": "Run any program in a private network, see all of its TCP, and judge it",
         "fuzz": "Play random programs and segments to kernel and model, and compare",
         "matrix": "Ask kernel and model who may take a held port, in every combination",
         "packetdrill": "run packetdrill scripts on the model or the kernel",

@@ -901,15 +901,16 @@ def _children(pid: int) -> list[int]:
     return children
 
 
+def descendants(pid: int) -> list[int]:
+    """The children of a process and theirs, parents first."""
+    found = _children(pid)
+    for each in found:  # (it grows)
+        found += _children(each)
+    return found
+
+
 def _tree(pid: int) -> set[int]:
-    """The process and all its descendants."""
-    tree, frontier = {pid}, [pid]
-    while frontier:
-        for child in _children(frontier.pop()):
-            if child not in tree:
-                tree.add(child)
-                frontier.append(child)
-    return tree
+    return {pid, *descendants(pid)}
 
 
 _SOCKET: Final = re.compile(r"socket:\[(\d+)\]")

@@ -1,0 +1,149 @@
+"""`timewait exec` runs a program in a private network and tells what its TCP did."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from timewait.kernel.namespace import why_not
+
+if reason := why_not():
+    pytest.skip(f"no private network namespace: {reason}", allow_module_level=True)
+
+# A server and a client in one process: who closes first, or what goes wrong, is the argument.
+PROGRAM = """
+import socket, sys
+story = sys.argv[1]
+listener = socket.create_server(("127.0.0.1", 9090))
+client = socket.create_connection(("127.0.0.1", 9090))
+server, _ = listener.accept()
+client.sendall(b"hello")
+first, second = (client, server) if story == "client" else (server, client)
+if story != "unread":
+    server.recv(5)
+first.close()
+if story != "leak":
+    second.close()
+listener.close()
+print("said by the program")
+"""
+
+
+def timewait(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "timewait", *arguments], capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("story", "holder", "left"),
+    [
+        ("server", "server", ["TIME_WAIT"]),
+        ("client", "client", ["TIME_WAIT"]),
+        ("unread", None, []),
+    ],
+)
+def test_a_story_as_json(story: str, holder: str | None, left: list[str]) -> None:
+    done = timewait("exec", "--json", "--", sys.executable, "-c", PROGRAM, story)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "said by the program\n"
+    document = json.loads(done.stdout)
+    assert document["command"] == [sys.executable, "-c", PROGRAM, story]
+    assert document["exit"] == 0
+    assert document["outlived"] == []
+    assert document["segments"] >= 5
+    (connection,) = document["connections"]
+    assert connection["time_wait"]["holder"] == holder
+    assert connection["closed_first"] == (holder or "server")
+    assert connection["how"] == ("FIN" if holder else "RST")
+    assert connection["conforms"] is True
+    assert [row["state"] for row in document["left"]] == left
+    assert document["verdict"]["conforms"] is True
+    assert document["verdict"]["evidence"]["strength"] == "strong"
+
+
+def test_a_story_in_words() -> None:
+    done = timewait("exec", "--", sys.executable, "-c", PROGRAM, "client")
+    assert done.returncode == 0
+    assert done.stdout == "said by the program\n"
+    first, second, third, *_ = done.stderr.splitlines()
+    assert "the client closed first" in first
+    assert second.startswith("1 connection, ")
+    assert second.endswith("left: 1 in TIME_WAIT; exit status 0")
+    assert third == "conforms, on strong evidence"
+
+
+def test_its_exit_status_is_the_programs() -> None:
+    assert timewait("exec", "--", "sh", "-c", "exit 7").returncode == 7
+    assert timewait("exec", "--", "sh", "-c", "kill -TERM $$").returncode == 128 + 15
+
+
+def test_the_program_gets_its_arguments_and_input_as_they_are() -> None:
+    done = timewait("exec", "--", "sh", "-c", 'cat; echo "$@"', "sh", "--json", "-x", input="in\n")
+    assert done.stdout == "in\n--json -x\n"
+
+
+def test_nothing_can_be_reached_from_inside() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as outside:
+        port = outside.getsockname()[1]
+        code = f"import socket; socket.create_connection(('127.0.0.1', {port}))"
+        done = timewait("exec", "--", sys.executable, "-c", code)
+    assert done.returncode == 1
+    assert "ConnectionRefusedError" in done.stderr
+
+
+def test_what_outlives_the_program_is_ended() -> None:
+    forgotten = "sleep 1000 & echo $!"
+    done = timewait("exec", "--", "sh", "-c", f"({forgotten}) 2>&1")
+    pid = int(done.stdout)
+    assert "1 process outlived it, and was ended" in done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_connection_never_closed_is_named() -> None:
+    server = (
+        "import socket, time; l = socket.create_server(('127.0.0.1', 9090)); c, _ = l.accept();"
+        "c.recv(1); time.sleep(1000)"
+    )
+    client = "import socket; socket.create_connection(('127.0.0.1', 9090)).close()"
+    script = f"""
+        {sys.executable} -c "{server}" &
+        until {sys.executable} -c "{client}" 2> /dev/null; do sleep 0.05; done
+    """
+    done = timewait("exec", "--", "sh", "-c", script)
+    assert "127.0.0.1:9090 <- 127.0.0.1:" in done.stderr
+    assert "never closed: CLOSE_WAIT" in done.stderr
+    assert "1 process outlived it, and was ended" in done.stderr
+
+
+def test_events_go_to_a_file_that_the_check_reads(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    run = [sys.executable, "-c", PROGRAM, "server"]
+    assert timewait("exec", "--events", str(file), "--", *run).returncode == 0
+    kinds = {json.loads(line)["kind"] for line in file.read_text().splitlines()}
+    assert kinds == {"run", "segment", "snapshot"}
+    assert timewait("check", str(file)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--", "no-such-program"], "no-such-program: No such file or directory"),
+        ([], "Missing argument 'COMMAND [ARGS]...'"),
+        (["--events", "/no/such/folder/file", "--", "true"], "/no/such/folder/file: No such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], word: str) -> None:
+    done = timewait("exec", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert word in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,264 @@
+"""`timewait exec`: run any program in a private network, see all of its TCP, and judge it.
+
+The namespace is the program's alone, so nothing that is seen is anybody
+else's: every segment is captured, the socket table is read again and again,
+and at the end the check says whether it was all as TCP allows. That needs no
+root where the system allows user namespaces, and no knowledge of the
+program's language.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Final
+
+import click
+from attrs import evolve
+
+from timewait.check import Answers, Checker, Connection, Verdict, answers
+from timewait.check.verdict import address_text
+from timewait.events import Address, Event, Row, RunStarted, SegmentSeen, Snapshot, Writer
+from timewait.kernel.capture import Capture
+from timewait.kernel.namespace import isolate
+from timewait.kernel.sock_diag import SockDiag
+from timewait.tcp.segment import FIN, RST
+from timewait.tcp.states import State
+from timewait.witness import descendants
+
+__all__ = ["command"]
+
+_PERIOD: Final = 0.005  # seconds between looks at the socket table
+_PATIENCE: Final = 1.0  # seconds for a close that is under way when the program ends
+_SUBREAPER: Final = 36  # prctl(2): PR_SET_CHILD_SUBREAPER
+_STILL: Final = {State.LISTEN, State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT_2}
+_STILL.add(State.TIME_WAIT)
+
+
+@click.command(
+    help="Run COMMAND in a private network namespace that has only a loopback, without root where "
+    "the system allows it. Every TCP segment is captured and the socket table is watched; at the "
+    "end a line for each connection (who closed first, who holds TIME_WAIT), what is left, and "
+    "whether TCP allows it are printed on standard error. What outlives COMMAND is ended.",
+    epilog="Exit status: COMMAND's own if that is not 0; else 0 what was seen conforms, 1 it "
+    "diverges, 2 no private network can be had.",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.option("--as-root", is_flag=True, help="Let COMMAND be root inside its own namespace.")
+@click.option(
+    "--events",
+    type=click.Path(dir_okay=False),
+    metavar="FILE.jsonl",
+    help="Write every event there as it happens, as JSON Lines.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON document; COMMAND's own output goes to standard error.",
+)
+@click.argument(
+    "argv", metavar="COMMAND [ARGS]...", nargs=-1, required=True, type=click.UNPROCESSED
+)
+def command(argv: tuple[str, ...], as_root: bool, events: str | None, as_json: bool) -> int:
+    """Run it, print what was seen, return the exit status."""
+    told: list[tuple[Connection, Answers]] = []
+    checker = Checker(on_end=lambda connection: told.append((connection, watch.tell(connection))))
+    with ExitStack() as stack:
+        try:
+            writer = stack.enter_context(Writer(events)) if events else None
+            isolate(uid=0 if as_root else os.geteuid())
+            watch = stack.enter_context(_Watch(checker, writer))
+        except OSError as refused:
+            where = f"{refused.filename}: " if refused.filename else ""
+            raise click.ClickException(f"{where}{refused.strerror or refused}") from None
+        status, outlived, left = _run(argv, watch, sys.stderr.fileno() if as_json else None)
+    verdict = checker.verdict()
+    if as_json:
+        click.echo(json.dumps(_document(argv, status, outlived, left, told, watch, verdict)))
+    else:
+        for connection, answer in told:
+            wrong = "DIVERGES; " if connection.divergence else ""
+            click.echo(f"{connection.name}  {wrong}{answer}", err=True)
+        click.echo(_in_words(status, outlived, left, told, watch, verdict), err=True)
+    return status or (0 if verdict else 1)
+
+
+class _Watch:
+    """Feeds the check everything that happens in this process's network namespace."""
+
+    def __init__(self, checker: Checker, writer: Writer | None) -> None:
+        self.rows: list[Row] = []
+        self.segments = 0
+        self._first_end: dict[frozenset[Address], SegmentSeen] = {}
+        self._table: set[tuple[Address, Address, State]] = set()
+        self._checker, self._writer = checker, writer
+        self._resources = ExitStack()
+
+    def __enter__(self) -> _Watch:
+        self._start = time.monotonic()
+        self._capture = self._resources.enter_context(Capture(start=self._start))
+        self._diag = self._resources.enter_context(SockDiag())
+        blind = ("sockets that came and went between two looks at the table",)
+        self._tell(RunStarted(0.0, "kernel", "capture and sock_diag", blind=blind))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    def fileno(self) -> int:
+        """Readable when segments have come."""
+        return self._capture.fileno()
+
+    def look(self) -> None:
+        """Take in the segments and the table as they are now."""
+        before = time.monotonic()
+        rows = self._diag.sockets()
+        # What the table shows has been on the wire: the segments come first.
+        for event in self._capture.read():
+            if isinstance(event, SegmentSeen):
+                self.segments += 1
+                if event.flags & (FIN | RST):
+                    self._first_end.setdefault(frozenset((event.src, event.dst)), event)
+            self._tell(event)
+        table = {(row.local, row.remote, row.state) for row in rows}
+        self.rows = rows
+        if table != self._table:
+            self._table = table
+            self._tell(Snapshot(before - self._start, "", tuple(rows), "sock_diag"))
+
+    def tell(self, connection: Connection) -> Answers:
+        """The check's answers; where a close may have crossed its answer, whose came first here."""
+        told = answers(connection)
+        first = self._first_end.pop(frozenset(connection.ends), None)
+        if told.closed_first is None and first is not None:
+            who = "server" if first.src == connection.ends[0] else "client"
+            how = "FIN" if first.flags & FIN else "RST"
+            return evolve(told, closed_first=who, how=how, why="the first on the wire")
+        return told
+
+    def settle(self) -> None:
+        """Let a close that is under way come to its end."""
+        deadline = time.monotonic() + _PATIENCE
+        self.look()
+        while any(row.state not in _STILL for row in self.rows) and time.monotonic() < deadline:
+            time.sleep(_PERIOD)
+            self.look()
+
+    def _tell(self, event: Event) -> None:
+        self._checker.feed(event)
+        if self._writer is not None:
+            self._writer(event)
+
+
+def _run(
+    argv: tuple[str, ...], watch: _Watch, stdout: int | None
+) -> tuple[int, list[int], list[Row]]:
+    """Run the program to its end; its exit status, and the processes and sockets it left."""
+    with _no_survivors() as survivors:
+        try:
+            process = subprocess.Popen(argv, stdout=stdout)
+        except OSError as trouble:
+            raise click.ClickException(f"{argv[0]}: {trouble.strerror}") from None
+        with _ignoring(signal.SIGINT, signal.SIGQUIT):  # Ctrl-C is for the program
+            end = os.pidfd_open(process.pid)
+            try:
+                while not select.select([end], [], [], _PERIOD)[0]:
+                    watch.look()
+            finally:
+                os.close(end)
+        status = process.wait()
+        watch.settle()
+        outlived, left = survivors(), watch.rows
+    watch.settle()
+    return (status if status >= 0 else 128 - status), outlived, left
+
+
+@contextmanager
+def _no_survivors() -> Iterator[Callable[[], list[int]]]:
+    """End all processes that were started inside, also those whose parents have ended."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield lambda: descendants(os.getpid())
+    finally:
+        while left := descendants(os.getpid()):
+            for pid in left:
+                with suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+        libc.prctl(_SUBREAPER, 0, 0, 0, 0)
+
+
+@contextmanager
+def _ignoring(*signals: signal.Signals) -> Iterator[None]:
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _document(
+    argv: tuple[str, ...],
+    status: int,
+    outlived: list[int],
+    left: list[Row],
+    told: list[tuple[Connection, Answers]],
+    watch: _Watch,
+    verdict: Verdict,
+) -> dict[str, Any]:
+    return {
+        "command": list(argv),
+        "exit": status,
+        "outlived": outlived,
+        "segments": watch.segments,
+        "connections": [
+            {**answer.to_json(), "conforms": connection.divergence is None}
+            for connection, answer in told
+        ],
+        "left": [
+            {"local": row.local, "remote": row.remote, "state": str(row.state)} for row in left
+        ],
+        "verdict": verdict.to_json(),
+    }
+
+
+def _in_words(
+    status: int,
+    outlived: list[int],
+    left: list[Row],
+    told: list[tuple[Connection, Answers]],
+    watch: _Watch,
+    verdict: Verdict,
+) -> str:
+    by_state: dict[State, list[Row]] = {}
+    for row in left:
+        by_state.setdefault(row.state, []).append(row)
+    counts = ", ".join(f"{len(rows)} in {state}" for state, rows in sorted(by_state.items()))
+    lines = [
+        f"{_count(len(told), 'connection')}, {_count(watch.segments, 'segment')}; "
+        f"left: {counts or 'nothing'}; exit status {status}"
+    ]
+    lines += [
+        f"{address_text(row.local)} <- {address_text(row.remote)}  never closed: CLOSE_WAIT"
+        for row in by_state.get(State.CLOSE_WAIT, ())
+    ]
+    if outlived:
+        were = "was" if len(outlived) == 1 else "were"
+        processes = _count(len(outlived), "process", "processes")
+        lines.append(f"{processes} outlived it, and {were} ended")
+    return "\n".join([*lines, verdict.explain()])
+
+
+def _count(number: int, one: str, more: str = "") -> str:
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
