@@ -175,9 +175,11 @@ class Orchestrator:
         except BaseExceptionGroup as group:
             raise _alone(group) from None
         finally:
+            if trouble:
+                self._record(Note(self.stack.now(), str(trouble)))
+            # What is still open is closed unseen: it is no part of the scenario.
             self._leave_nothing()
         if trouble:
-            self._record(Note(self.stack.now(), str(trouble)))
             raise trouble
 
     # The steps
