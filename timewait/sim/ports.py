@@ -190,6 +190,7 @@ class PortTable:
                 elif bucket.fast_reuse >= 0 or bucket.fast_port >= 0 or taken(port):
                     continue
                 bucket.owners[new] = None
+                self.buckets[port] = bucket  # gone if the TIME_WAIT reused was its last owner
                 new.port = port
                 new.connect_bound = True
                 moved = max(i, self._random.randrange(8) * step) + step
