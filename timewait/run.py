@@ -247,8 +247,10 @@ def _whose(sides: set[Any]) -> Side | None:
 
 
 def _stack(
-    scenario: Scenario, on: str, profiles: dict[str, str] | None, allow_network: bool
+    scenario: Scenario, on: str | Stack, profiles: dict[str, str] | None, allow_network: bool
 ) -> Stack:
+    if not isinstance(on, str):
+        return on
     if on not in scenario.stacks:
         where = " and ".join(f"{stack!r}" for stack in scenario.stacks)
         raise ScenarioError(f"{scenario.name} does not run on {on!r}; it runs on {where}")
@@ -285,7 +287,7 @@ def _run(seen: list[Event]) -> Run:
 
 async def run(
     scenario: Scenario,
-    on: str = "kernel",
+    on: str | Stack = "kernel",
     *,
     record: Callable[[Event], object] | None = None,
     wait: Waiting | bool = False,
@@ -294,9 +296,10 @@ async def run(
 ) -> Run:
     """Do the scenario on a stack, from async code under asyncio or trio.
 
-    `on` is "kernel" or "model". Every event goes to `record` as it happens (an
-    `events.Writer`, for one). With `wait`, a refused restart is tried until it
-    succeeds; where `wait` is a function it hears the seconds waited and left.
+    `on` is "kernel" or "model", or a stack made beforehand. Every event goes
+    to `record` as it happens (an `events.Writer`, for one). With `wait`, a
+    refused restart is tried until it succeeds; where `wait` is a function it
+    hears the seconds waited and left.
     `profiles` names the model's TCP for each role, `{"server": "linux", "client":
     "freebsd"}`. The kernel goes beyond loopback only with `allow_network`.
 
@@ -315,7 +318,7 @@ async def run(
 
 def run_sync(
     scenario: Scenario,
-    on: str = "kernel",
+    on: str | Stack = "kernel",
     *,
     record: Callable[[Event], object] | None = None,
     wait: Waiting | bool = False,

@@ -28,6 +28,7 @@ from cattrs import Converter
 from timewait.events import strict_converter
 
 if TYPE_CHECKING:
+    from timewait.orchestrator import Stack
     from timewait.run import Run
 
 __all__ = [
@@ -328,13 +329,13 @@ class Scenario:
         """The server starts again (`Restart`)."""
         return self.then(Restart, reuse_address=reuse_address, reuse_port=reuse_port)
 
-    async def run(self, on: str = "kernel", **options: Any) -> Run:
+    async def run(self, on: str | Stack = "kernel", **options: Any) -> Run:
         """Run it from async code (asyncio or trio); see `timewait.run.run` for the options."""
         from timewait.run import run
 
         return await run(self, on, **options)
 
-    def run_sync(self, on: str = "kernel", **options: Any) -> Run:
+    def run_sync(self, on: str | Stack = "kernel", **options: Any) -> Run:
         """Run it from ordinary code; see `timewait.run.run_sync` for the options."""
         from timewait.run import run_sync
 

@@ -1,0 +1,274 @@
+"""The benchmark users run: its statistics, its courses, its document. No figure is asserted."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from attrs import evolve
+
+from timewait.bench import Stat
+from timewait.bench.closes import COURSES, FAMILIES, Trial, counters, foretell
+from timewait.bench.ends import KINDS, available
+from timewait.bench.ports import Bind, binds, churn
+from timewait.bench.report import Report, compare, noise
+from timewait.kernel.namespace import Namespace
+
+DELAY = 0.001
+SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "bench-schema.json").read_text())
+
+
+def bench(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "timewait.bench", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_median_comes_with_its_spread() -> None:
+    stat = Stat.of([float(n) for n in range(101)])
+    assert stat is not None
+    assert (stat.count, stat.median, stat.quantiles[0], stat.quantiles[20]) == (101, 50, 0, 100)
+    assert stat.quantiles[5] == 25
+    assert stat.spread == 0.5
+    assert stat.low == pytest.approx(50 - 1.57 * 50 / 101**0.5)
+    assert Stat.of() is None
+    assert Stat.of([], []) is None
+
+
+def test_passes_that_disagree_widen_what_the_median_may_be() -> None:
+    quiet = Stat.of([1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
+    drifting = Stat.of([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+    later = Stat.of([1.9, 1.9, 1.9])
+    assert quiet is not None and drifting is not None and later is not None  # noqa: PT018
+    assert quiet.differs(later)
+    assert not drifting.differs(later)
+
+
+@pytest.mark.parametrize(
+    ("course", "told", "settled", "holders"),
+    [
+        # In one-way trips: FIN; FIN, FIN of the other, its ACK; what a reset takes.
+        ("server-first", 1, 3, ("server",)),
+        ("clients-first", 1, 3, ("client",)),
+        ("simultaneous", None, 2, ("both", "server", "client")),
+        ("half-close", 1, 3, ("client",)),
+        ("abort", 1, 1, (None,)),
+        ("unread-data", 1, 1, (None,)),
+    ],
+)
+def test_the_model_foretells_trips(
+    course: str, told: int | None, settled: int, holders: tuple[Any, ...]
+) -> None:
+    model = foretell(COURSES[course], DELAY)
+    assert model.returned == 0
+    assert model.told == (None if told is None else pytest.approx(told * DELAY))
+    assert model.settled == pytest.approx(settled * DELAY)
+    assert model.holders == holders
+
+
+def test_a_library_that_reads_ahead_leaves_nothing_unread() -> None:
+    assert foretell(COURSES["unread-data"], DELAY, reads_ahead=True).holders == ("server",)
+
+
+def test_the_model_follows_a_close_to_the_end_of_time_wait() -> None:
+    moves = [(side, state) for _, side, state in foretell(COURSES["server-first"], DELAY).moves]
+    assert moves == [
+        ("server", "FIN_WAIT_1"),
+        ("client", "CLOSE_WAIT"),
+        ("client", "LAST_ACK"),
+        ("server", "FIN_WAIT_2"),
+        ("server", "TIME_WAIT"),
+        ("client", "CLOSED"),
+        ("server", "CLOSED"),
+    ]
+    last = foretell(COURSES["server-first"], DELAY).moves[-1]
+    assert last[0] == pytest.approx(60, abs=0.1)
+
+
+def test_every_kind_is_tried_here() -> None:
+    assert [kind.name for kind in available()] == ["plain", "asyncio", "anyio", "uvloop", "trio"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("course", COURSES)
+def test_each_course_as_each_kind_of_program_does_it(course: str, kind: str) -> None:
+    trial = Trial(KINDS[kind], COURSES[course], "ipv4", 3, 1)
+    assert trial.outcome(DELAY) is None
+    trial.run()
+    close = trial.outcome(DELAY)
+    assert close is not None
+    assert close.inside
+    reads_ahead = kind in ("asyncio", "anyio", "uvloop")
+    resets = course == "abort" or (course == "unread-data" and not reads_ahead)
+    told = None if course == "simultaneous" else "RST" if resets else "FIN"
+    assert close.how == told
+    assert close.settled is not None
+    assert close.settled.count == 3
+    assert (close.told is None) == (course == "simultaneous")
+    assert close.last_segment is not None
+    assert close.last_segment.count == 3
+    if course == "server-first":
+        assert (close.holder, close.time_wait) == ("server", 1)
+
+
+def test_over_ipv6_and_in_several_passes() -> None:
+    trial = Trial(KINDS["plain"], COURSES["clients-first"], "ipv6", 2, 2)
+    trial.run()
+    trial.run()
+    close = trial.outcome(DELAY)
+    assert close is not None
+    assert (close.family, close.holder) == ("ipv6", "client")
+    assert close.returned is not None
+    assert close.returned.count == 8
+    assert FAMILIES["ipv6"][0] == socket.AF_INET6
+
+
+def test_a_holder_that_the_model_does_not_allow_is_outside() -> None:
+    model = foretell(COURSES["server-first"], DELAY)
+    soon, late = Stat.of([0.003]), Stat.of([0.7])
+    assert model.allows("server", soon)
+    assert not model.allows("client", soon)
+    assert not model.allows(None, soon)
+    assert not model.allows("server", late)
+
+
+def found_binds() -> list[Bind]:
+    found: list[Bind] = []
+    binds(COURSES, record=found.append)
+    return found
+
+
+def test_when_the_port_can_be_bound_again() -> None:
+    found = {(bind.course, bind.reuse_address): bind for bind in found_binds()}
+    assert len(found) == 14
+    assert all(bind.inside for bind in found.values())
+    for (course, reuse), bind in found.items():
+        refused = not reuse and course in ("server-first", "simultaneous", "orphan")
+        assert bind.kernel.errno == bind.model.errno == ("EADDRINUSE" if refused else None)
+        if refused:
+            assert bind.ratio == pytest.approx(1, abs=0.05)
+
+
+def test_the_ports_run_out_exactly_when_the_model_says() -> None:
+    off, on = churn(50, 0.3)
+    assert (off.connections, off.model_connections, off.sustained) == (50, 50, 0)
+    assert (on.connections, on.model_connections) == (50, 50)
+    assert off.inside
+    assert off.for_ever == off.machine_ports / 60
+    assert not evolve(off, connections=49).inside
+
+
+def test_counters_see_an_overflow() -> None:
+    with Namespace() as place:
+        before, after = place.call(_overflow)
+    assert after["ListenOverflows"] > before["ListenOverflows"]
+
+
+def _overflow() -> tuple[Any, Any]:
+    before = counters()
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        clients = []
+        for _ in range(4):
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+            clients.append(client)
+        time.sleep(0.05)
+        for client in clients:
+            client.close()
+    return before, counters()
+
+
+@pytest.fixture(scope="module")
+def document() -> Any:
+    done = bench("--quick", "--only", "server-first", "--kind", "plain", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_the_document_is_as_its_schema_says(document: Any) -> None:
+    jsonschema.validate(document, SCHEMA)
+    assert {close["connections"] for close in document["closes"]} == {1, 20}
+    assert document["closes"][0]["holder"] == "server"
+    bind, reusing = sorted(document["binds"], key=lambda bind: bind["reuse_address"])
+    assert (bind["kernel"]["errno"], reusing["kernel"]["ok"]) == ("EADDRINUSE", True)
+
+
+def report_of(document: Any) -> Report:
+    from cattrs import Converter
+
+    return Converter().structure(document, Report)
+
+
+def test_nothing_has_changed_since_the_same_document(document: Any) -> None:
+    assert "0 figures" not in told(compare(document, report_of(document)))
+    assert "Changed" not in told(compare(document, report_of(document)))
+
+
+def test_what_became_slower_is_told(document: Any) -> None:
+    slower = json.loads(json.dumps(document))
+    stat = slower["closes"][1]["settled"]
+    for key in ("median", "low", "high"):
+        stat[key] *= 100
+    text = told(compare(document, report_of(slower)))
+    assert "server-first plain ipv4 20: settled" in text
+    assert "+9900%" in text
+
+
+def told(what: Any) -> str:
+    from rich.console import Console
+
+    out = Console(width=100)
+    with out.capture() as capture:
+        out.print(what)
+    return capture.get()
+
+
+def test_noise_is_the_bad_moments_to_the_good() -> None:
+    assert noise([1.0] * 50) == 1
+    assert noise([1.0] * 25 + [3.0] * 25) == 3
+
+
+def test_the_tables_fit_eighty_columns_and_the_plot_is_drawn(tmp_path: Path) -> None:
+    plot = tmp_path / "bench.svg"
+    done = bench("--quick", "--only", "abort", "--only", "simultaneous", "--plot", str(plot))
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "every figure lies inside what the model allows" in done.stdout
+    assert plot.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--only", "party"], "'party' is not one of"),
+        (["--plot", "x.pdf"], "ends in .svg or .png"),
+        (["--compare", "/nowhere.json"], "No such file"),
+        (["--compare", "/etc/hostname"], "not JSON"),
+        (["--connections", "0"], "0"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args: list[str], why: str) -> None:
+    done = bench(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert why in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_interrupted_it_prints_what_it_has() -> None:
+    command = [sys.executable, "-m", "timewait.bench", "--json", "--kind", "plain"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(2.5)
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=30)
+    assert child.returncode == 130
+    if out:  # it had got so far as to measure
+        told = json.loads(out)
+        jsonschema.validate(told, SCHEMA)
+        assert told["interrupted"] is True

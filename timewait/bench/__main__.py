@@ -1,0 +1,205 @@
+"""`python -m timewait.bench`: run it, show a bar meanwhile, print what it found."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from timewait.bench import report
+from timewait.bench.closes import COURSES, FAMILIES, Trial, one_way
+from timewait.bench.ends import KINDS, available
+from timewait.bench.ports import binds, churn
+from timewait.kernel.namespace import isolate
+from timewait.report import console
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="What does each way of closing a TCP connection cost: how long it takes, who holds "
+    "TIME_WAIT, how long the port cannot be bound again, how many connections a second can be "
+    "held; on this machine's kernel, beside the model.",
+    epilog="Exit status: 0 every figure is what the model allows, 1 one is not, 2 could not be "
+    "run, 130 interrupted (what there was is printed).",
+)
+@click.option("--only", multiple=True, type=click.Choice([*COURSES]), help="Only this course.")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), help="Only this kind.")
+@click.option("--connections", type=click.IntRange(1, 10_000), default=1000, show_default=True,
+              metavar="N", help="So many open at once, beside 1 and 100.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Fewer rounds, IPv4 only: under 10 seconds.")
+@click.option(
+    "--wait", is_flag=True, help="Really wait for each port: about a minute, all at once."
+)
+@click.option(
+    "--here", is_flag=True, help="Stay in this network namespace; leaves TIME_WAIT there."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.svg|png",
+              help="Draw the states over time, and the times' distribution.")  # fmt: skip
+@click.option("--compare", "old", type=click.Path(dir_okay=False), metavar="OLD.json",
+              help="Say what has changed since an earlier --json.")  # fmt: skip
+def command(
+    only: tuple[str, ...],
+    kinds: tuple[str, ...],
+    connections: int,
+    quick: bool,
+    wait: bool,
+    here: bool,
+    as_json: bool,
+    plot: str | None,
+    old: str | None,
+) -> int:
+    """Run the benchmark and print what it found."""
+    earlier = _earlier(old) if old else None
+    draw = _drawer(plot) if plot else None
+    missing = [name for name in kinds if KINDS[name] not in available()]
+    if missing:
+        raise click.ClickException(f"{missing[0]} is not installed here")
+    courses = only or tuple(COURSES)
+    chosen = [kind for kind in available() if not kinds or kind.name in kinds]
+    sizes = {1: 3, 20: 1} if quick else {1: 15, 100: 1} | {connections: 1}
+    passes = 2 if quick else 3
+    families = ["ipv4"] if quick or not _has_ipv6() else [*FAMILIES]
+    own = report.settings()
+    isolated = not here and _isolate(own)
+    _allow_descriptors(2 * max(sizes) + 64)
+    gc.freeze()  # what is there by now need not be looked at between the trials
+    pace = [one_way()]
+    found = report.Report(
+        report.machine(), report.settings(), isolated, round(pace[0], 7), waited=wait
+    )
+    trials = [
+        Trial(kind, COURSES[name], family, size, rounds)
+        for kind in chosen
+        for name in courses
+        for family in families
+        for size, rounds in sizes.items()
+    ]
+    work = passes * sum(trial.rounds + 2 for trial in trials) + 2 * len(courses)
+    with _bar(work + (0 if only else 4)) as tick:
+        try:
+            for _ in range(passes):
+                for trial in trials:
+                    pace.append(one_way(50))
+                    trial.run(tick)
+            binds(courses, wait=wait, tick=tick, record=found.binds.append)
+            if not only:
+                with suppress(PermissionError):
+                    found.churns += churn(500 if quick else 4000, 1.2 if quick else 3.0, tick)
+        except KeyboardInterrupt:
+            found.interrupted = True
+    found.noise = report.noise(pace)
+    found.closes = [close for trial in trials if (close := trial.outcome(found.one_way))]
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        out = console()
+        out.print(found.tables())
+        if earlier:
+            try:
+                out.print(report.compare(earlier, found))
+            except ValueError as wrong:
+                raise click.ClickException(f"{old}: {wrong}") from None
+    if draw:
+        draw(found)
+    return 130 if found.interrupted else 1 if found.outside else 0
+
+
+def _earlier(path: str) -> dict[str, Any]:
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except OSError as wrong:
+        raise click.ClickException(f"{path}: {wrong.strerror}") from None
+    except ValueError:
+        raise click.ClickException(f"{path}: not JSON") from None
+    if not isinstance(document, dict):
+        raise click.ClickException(f"{path}: it is no document of this benchmark")
+    return document
+
+
+def _drawer(path: str) -> Callable[[report.Report], None]:
+    if Path(path).suffix not in (".svg", ".png"):
+        raise click.ClickException(f"{path}: a name that ends in .svg or .png is expected")
+    try:
+        from timewait.bench.plot import draw
+    except ImportError:
+        raise click.ClickException(
+            "--plot takes matplotlib: pip install 'timewait[plot]'"
+        ) from None
+    return lambda found: draw(found, path)
+
+
+def _isolate(own: dict[str, str]) -> bool:
+    """Into a network namespace with the settings of this one; whether that is allowed."""
+    try:
+        isolate(sysctls=own)
+    except OSError:
+        return False
+    return True
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+def _allow_descriptors(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise click.ClickException(
+                f"{wanted} file descriptors are needed and {hard} allowed: fewer --connections"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextmanager
+def _bar(work: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error, where that is a terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+        auto_refresh=False,  # a thread of its own would disturb what is measured
+    )
+    with bar:
+        task = bar.add_task("closing connections", total=work)
+
+        def tick() -> None:
+            bar.advance(task)
+            bar.refresh()
+
+        yield tick
+
+
+def main() -> None:
+    """Run the command; trouble is one line and status 2."""
+    try:
+        status = command.main(prog_name="python -m timewait.bench", standalone_mode=False)
+    except click.ClickException as trouble:
+        print(f"timewait.bench: {trouble.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        print("timewait.bench: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,444 @@
+"""Times the ways of closing a connection, on the kernel, beside what the model foretells.
+
+A close is over when neither end is in a state that a connection only passes
+through. Times run from the close call (the first, where both ends close) to
+its return, to the moment when the peer's read tells of it, to the last
+segment, and to the settled state, which is looked up in the kernel's table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+from attrs import define, field, frozen
+
+from timewait.bench import Stat
+from timewait.bench.ends import RESET, End, Kind, Pair, bare, reset_on_close, streams
+from timewait.events import Row, SegmentSeen, Transition
+from timewait.kernel.capture import Capture
+from timewait.kernel.sock_diag import SockDiag
+from timewait.run import Side
+from timewait.sim import Network
+from timewait.sim import run as simulate
+from timewait.tcp.states import State
+
+__all__ = ["COURSES", "FAMILIES", "Close", "Foretold", "Trial", "counters", "foretell", "one_way"]
+
+FAMILIES: Final = {"ipv4": (socket.AF_INET, "127.0.0.1"), "ipv6": (socket.AF_INET6, "::1")}
+
+_PASSING: Final = frozenset({State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK, State.SYN_RECEIVED})
+_OPEN: Final = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT_2})
+_TIME_WAIT_AND_MORE: Final = 130.0  # seconds, an orphan's FIN_WAIT_2 before it included
+_PATIENCE: Final = 5.0  # seconds for a close to settle
+_TIMED: Final = 100  # of the connections open at once, so many are timed
+_WATCHED: Final = 5  # and so many by a capture
+_TEXT: Final = 100  # bytes sent where a course sends any
+DELAYED_ACK: Final = 0.5  # seconds that an ACK may be delayed at most (RFC 9293 §3.8.6.3)
+
+
+@define
+class Watch:
+    """The moments of one close, by the monotonic clock: the machine's, or the simulation's."""
+
+    breathe: Callable[[], Awaitable[None]]
+    began: float = 0.0
+    returned: float = 0.0
+    told: float | None = None
+    how: str | None = None
+
+    async def close(self, *ends: End) -> None:
+        """The close that is timed."""
+        self.began = time.monotonic()
+        for end in ends:
+            await end.close()
+        self.returned = time.monotonic()
+
+    async def shutdown(self, end: End) -> None:
+        """The same where it begins with a half-close."""
+        self.began = time.monotonic()
+        await end.shutdown()
+        self.returned = time.monotonic()
+
+    async def hears(self, end: End) -> None:
+        """The other end reads until it is told that the stream is over, by FIN or RST."""
+        try:
+            while await end.read():
+                pass
+            self.how = "FIN"
+        except ConnectionResetError:
+            self.how = "RST"
+        if self.told is None:
+            self.told = time.monotonic()
+
+
+@frozen
+class Course:
+    """A way to close: `act` does it to one connection; after it, `left` ends are still open."""
+
+    name: str
+    act: Callable[[Watch, End, End], Awaitable[None]]
+    left: int = 0
+
+
+async def _server_first(watch: Watch, server: End, client: End) -> None:
+    await watch.close(server)
+    await watch.hears(client)
+    await client.close()
+
+
+async def _clients_first(watch: Watch, server: End, client: End) -> None:
+    await _server_first(watch, client, server)
+
+
+async def _simultaneous(watch: Watch, server: End, client: End) -> None:
+    await watch.close(server, client)
+
+
+async def _half_close(watch: Watch, server: End, client: End) -> None:
+    await watch.shutdown(client)
+    await watch.hears(server)
+    await server.send(bytes(_TEXT))
+    await server.close()
+    await watch.hears(client)
+    await client.close()
+
+
+async def _abort(watch: Watch, server: End, client: End) -> None:
+    reset_on_close(server)
+    await _server_first(watch, server, client)
+
+
+async def _unread(watch: Watch, server: End, client: End) -> None:
+    await client.send(bytes(_TEXT))
+    for _ in range(5):  # a library that reads ahead has read it by now
+        await watch.breathe()
+    await _server_first(watch, server, client)
+
+
+async def _orphan(watch: Watch, server: End, client: End) -> None:
+    await watch.close(server)
+    await watch.hears(client)
+
+
+COURSES: Final = {
+    course.name: course
+    for course in (
+        Course("server-first", _server_first),
+        Course("clients-first", _clients_first),
+        Course("simultaneous", _simultaneous),
+        Course("half-close", _half_close),
+        Course("abort", _abort),
+        Course("unread-data", _unread),
+        Course("orphan", _orphan, left=1),
+    )
+}
+
+
+@frozen
+class Foretold:
+    """What the model says of one close: times in seconds, and who holds TIME_WAIT.
+
+    `holders` are all that it allows (either end may be the first of two that
+    close at once), `moves` who entered which state when, to the end of
+    TIME_WAIT.
+    """
+
+    returned: float
+    told: float | None
+    last_segment: float
+    settled: float
+    holders: tuple[Side | None, ...]
+    moves: tuple[tuple[float, Side, str], ...]
+
+    def allows(self, holder: Side | None, settled: Stat | None) -> bool:
+        """Whether what was measured is allowed; an ACK may be delayed, and no longer than that."""
+        late = settled is None or settled.median > self.settled + DELAYED_ACK
+        return holder in self.holders and not late
+
+
+@frozen
+class Close:
+    """One course as programs of one kind do it, so many times.
+
+    Times are in seconds from the close call; None where there was nothing to
+    time (nobody reads in a simultaneous close) or to see it with
+    (`last_segment` takes a capture). `how` is what told the peer, "FIN" or
+    "RST". `counters` are what the kernel counted meanwhile that should not be.
+    """
+
+    course: str
+    kind: str
+    family: str
+    connections: int
+    how: str | None
+    holder: Side | None
+    time_wait: float
+    returned: Stat | None
+    told: Stat | None
+    last_segment: Stat | None
+    settled: Stat | None
+    model: Foretold
+    inside: bool
+    counters: dict[str, int] = field(factory=dict)
+
+    @property
+    def marked(self) -> bool:
+        """Whether something disturbed it: retransmissions, an overflowing queue."""
+        return any(self.counters.values())
+
+
+def counters() -> Counter[str]:
+    """What the kernel counts in this network namespace and a quiet loopback never shows."""
+    wanted = {"ListenOverflows", "ListenDrops", "RetransSegs", "TCPTimeWaitOverflow"}
+    found: Counter[str] = Counter()
+    for path in ("/proc/thread-self/net/netstat", "/proc/thread-self/net/snmp"):
+        with suppress(OSError):
+            lines = Path(path).read_text().splitlines()
+            for names, values in zip(lines[::2], lines[1::2], strict=True):
+                for name, value in zip(names.split(), values.split(), strict=True):
+                    if name in wanted:
+                        found[name] = int(value)
+    return found
+
+
+def one_way(count: int = 500) -> float:
+    """The seconds a byte takes from send() to a recv() that has it, on loopback; the median."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        with socket.create_connection(address) as there, listener.accept()[0] as here:
+            here.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            taken = []
+            for _ in range(count):
+                began = time.monotonic()
+                here.send(b"x")
+                there.recv(1)
+                taken.append(time.monotonic() - began)
+            here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)  # leaves no TIME_WAIT
+    return median(taken)
+
+
+@lru_cache(maxsize=64)
+def foretell(course: Course, delay: float, reads_ahead: bool = False) -> Foretold:
+    """What the model says of the course where a segment takes `delay` seconds.
+
+    The very same course, done by a program of bare sockets on the simulated
+    loop; or, for libraries that read ahead of their program, of streams.
+    """
+    network = Network()
+    network.host("machine")
+    network.delay("any", delay, times=None)
+    watch = Watch(partial(asyncio.sleep, delay))
+
+    async def main() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port: int = listener.getsockname()[1]
+            async with (streams if reads_ahead else bare)(listener, 1) as [(server, client)]:
+                await watch.breathe()  # until the handshake's last ACK has arrived
+                await course.act(watch, server, client)
+                await asyncio.sleep(_TIME_WAIT_AND_MORE)
+        return port
+
+    with network.observe() as observer:
+        port = simulate(main, hosts=network)
+        over = watch.began + _TIME_WAIT_AND_MORE
+        seen = [event for event in observer.read() if watch.began <= event.t < over]
+    moves = [
+        (event.t - watch.began, _side(event, port), event.new)
+        for event in seen
+        if isinstance(event, Transition) and event.remote[1]
+    ]
+    segments = [event.t - watch.began for event in seen if isinstance(event, SegmentSeen)]
+    waiting = {side for _, side, state in moves if state is State.TIME_WAIT}
+    holders: tuple[Side | None, ...] = ("both", "server", "client")
+    if course.name != "simultaneous":  # which loopback serialises, in either order
+        holders = ("both",) if len(waiting) > 1 else (next(iter(waiting), None),)
+    return Foretold(
+        watch.returned - watch.began,
+        None if watch.told is None else watch.told - watch.began,
+        max(t for t in segments if t < _PATIENCE) + delay,
+        max(t for t, _, _ in moves if t < _PATIENCE),
+        holders,
+        tuple((t, side, state.name) for t, side, state in moves),
+    )
+
+
+def _side(event: Transition, port: int) -> Side:
+    return "server" if event.local[1] == port else "client"
+
+
+@define
+class _Sample:
+    watch: Watch
+    settled: float
+    states: tuple[State | None, State | None]
+    ports: tuple[int, int]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@define
+class Trial:
+    """One course as programs of one kind do it, with so many connections open at once.
+
+    They are closed one after the other. `run` makes a pass of so many
+    `rounds`, `outcome` is what all passes found.
+    """
+
+    kind: Kind
+    course: Course
+    family: str
+    connections: int
+    rounds: int
+    _passes: list[list[_Sample]] = field(factory=list, init=False)
+    _last: list[list[float]] = field(factory=list, init=False)
+    _counters: Counter[str] = field(factory=Counter, init=False)
+
+    def run(self, tick: Callable[[], object] = lambda: None) -> None:
+        """Make a pass; `tick` is called after each of its `rounds` + 2 rounds.
+
+        A round before them warms up and is not counted, and one after them, of
+        a few connections, is watched by a capture where that is permitted.
+        """
+        before = counters()
+        with SockDiag() as diag, _quiet():
+            _, *counted = self._rounds(self.connections, self.rounds + 1, diag, tick)
+            self._counters += counters() - before
+            self._last.append(self._last_segments(diag))
+        self._passes.append([sample for each in counted for sample in each])
+        tick()
+
+    def outcome(self, delay: float) -> Close | None:
+        """What was found, beside what the model says with `delay`; None before the first pass."""
+        samples = [sample for each in self._passes for sample in each]
+        if not samples:
+            return None
+
+        def stat(value: Callable[[_Sample], float | None]) -> Stat | None:
+            known = [[v for s in each if (v := value(s)) is not None] for each in self._passes]
+            return Stat.of(*known)
+
+        how = Counter(sample.watch.how for sample in samples).most_common(1)[0][0]
+        reads_ahead = self.course.name == "unread-data" and how == "FIN"
+        model = foretell(self.course, delay, reads_ahead)
+        holder = _holder(sample.states for sample in samples)
+        settled = stat(lambda sample: sample.settled - sample.watch.began)
+        waiting = sum(state is State.TIME_WAIT for sample in samples for state in sample.states)
+        return Close(
+            self.course.name,
+            self.kind.name,
+            self.family,
+            self.connections,
+            how,
+            holder,
+            waiting / len(samples),
+            stat(lambda s: s.watch.returned - s.watch.began),
+            stat(lambda s: None if s.watch.told is None else s.watch.told - s.watch.began),
+            Stat.of(*self._last),
+            settled,
+            model,
+            model.allows(holder, settled),
+            dict(self._counters),
+        )
+
+    def _rounds(
+        self,
+        count: int,
+        rounds: int,
+        diag: SockDiag,
+        tick: Callable[[], object] = lambda: None,
+    ) -> list[list[_Sample]]:
+        """In each round open `count` connections and close them; at most `_TIMED` samples."""
+        family, host = FAMILIES[self.family]
+
+        async def main() -> list[list[_Sample]]:
+            done = []
+            for _ in range(rounds):
+                listener = socket.socket(family)
+                try:
+                    listener.bind((host, 0))
+                    listener.listen(1024)
+                except BaseException:
+                    listener.close()
+                    raise
+                async with self.kind.open(listener, count) as pairs:
+                    timed = pairs[:_TIMED]
+                    done.append([await self._sample(pair, diag) for pair in timed])
+                    for server, client in pairs[_TIMED:]:
+                        reset_on_close(server)
+                        reset_on_close(client)
+                tick()
+            return done
+
+        done: list[list[_Sample]] = self.kind.run(main)
+        return done
+
+    async def _sample(self, pair: Pair, diag: SockDiag) -> _Sample:
+        server, client = pair
+        here, there = server.sock.getsockname()[:2], client.sock.getsockname()[:2]
+        watch = Watch(self.kind.breathe)
+        await self.course.act(watch, server, client)
+        while True:
+            states = _state(diag.lookup(here, there)), _state(diag.lookup(there, here))
+            if not (set(states) & _PASSING) and (self.course.left or not set(states) & _OPEN):
+                break
+            if time.monotonic() - watch.began > _PATIENCE:
+                raise TimeoutError(
+                    f"{self.course.name} with {self.kind.name} did not settle in {_PATIENCE:g} s: "
+                    f"server {states[0]}, client {states[1]}"
+                )
+            await self.kind.breathe()
+        settled = time.monotonic()
+        if self.course.left:
+            reset_on_close(client)
+            await client.close()
+        return _Sample(watch, settled, states, (here[1], there[1]))
+
+    def _last_segments(self, diag: SockDiag) -> list[float]:
+        """The time to each close's last segment, by a capture; [] where none is permitted."""
+        try:
+            capture = Capture(start=0.0, buffer=1 << 20)
+        except OSError:
+            return []
+        with capture:
+            (samples,) = self._rounds(min(self.connections, _WATCHED), 1, diag)
+            seen: dict[frozenset[int], list[float]] = {}
+            for event in capture.read():
+                if isinstance(event, SegmentSeen):
+                    seen.setdefault(frozenset({event.src[1], event.dst[1]}), []).append(event.t)
+        return [
+            max(times) - sample.watch.began
+            for sample in samples
+            if (times := [t for t in seen.get(frozenset(sample.ports), []) if t <= sample.settled])
+        ]
+
+
+def _state(row: Row | None) -> State | None:
+    return row.state if row else None
+
+
+def _holder(states: Iterable[tuple[State | None, State | None]]) -> Side | None:
+    sides: set[Side] = set()
+    for server, client in states:
+        sides |= {"server"} if server is State.TIME_WAIT else set()
+        sides |= {"client"} if client is State.TIME_WAIT else set()
+    return "both" if len(sides) > 1 else next(iter(sides), None)
