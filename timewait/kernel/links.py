@@ -84,12 +84,12 @@ def default_route(name: str, family: int) -> None:
     )
 
 
-def tun(name: str) -> io.FileIO:
+def tun(name: str, offload: bool) -> io.FileIO:
     """Open a TUN device; the file is its wire."""
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI))
-        fcntl.ioctl(fd, TUNSETOFFLOAD, OFFLOAD)
+        fcntl.ioctl(fd, TUNSETOFFLOAD, OFFLOAD if offload else 0)
     except OSError:
         os.close(fd)
         raise

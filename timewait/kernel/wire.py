@@ -33,7 +33,8 @@ class Wire:
 
     `local` and `remote` are the addresses of the kernel's end and of ours, each
     a tuple of one for IPv4 and one for IPv6 as given. `device` is "tun", "veth"
-    or None for whichever is permitted.
+    or None for whichever is permitted. With `offload` a TUN device hands over text
+    as TCP made it, up to 64 KiB at a time; without, in segments of the MSS.
 
     Raises `WireError` where neither device nor namespace is to be had.
     """
@@ -48,6 +49,7 @@ class Wire:
         *,
         mtu: int = 1500,
         device: str | None = None,
+        offload: bool = True,
     ) -> None:
         self.name = "wire0"
         self._file: io.FileIO | socket.socket | None = None
@@ -57,7 +59,7 @@ class Wire:
             raise WireError(trouble.errno, f"no wire: {trouble.strerror}") from None
         try:
             self.sysctl("net.ipv4.conf.all.rp_filter", "0")
-            self._make(device)
+            self._make(device, offload)
             self._link(local, remote, mtu)
         except OSError as trouble:
             self.close()
@@ -65,12 +67,12 @@ class Wire:
 
     # -- the namespace
 
-    def _make(self, device: str | None) -> None:
+    def _make(self, device: str | None, offload: bool) -> None:
         call = self.namespace.call
         self.device = device or "tun"
         if self.device == "tun":
             try:
-                self._file = call(links.tun, self.name)
+                self._file = call(links.tun, self.name, offload)
                 return
             except OSError as trouble:
                 if device is not None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from timewait.events import Row
 from timewait.packetdrill.calls import Calls, Result
 from timewait.packetdrill.frames import Frame
 from timewait.packetdrill.runner import Pending
@@ -23,7 +24,7 @@ from timewait.sim.socket import _HERE, SimSocket
 from timewait.tcp.profiles import profile
 from timewait.tcp.segment import ACK, CWR, ECE, URG, Options, Segment
 
-__all__ = ["ModelStack", "from_options", "to_options"]
+__all__ = ["ModelSocket", "ModelStack", "from_options", "to_options"]
 
 # Settings of congestion control, offload and memory, of which the model has none: a script
 # that depends on one fails at the segment where it shows.
@@ -42,7 +43,7 @@ class _Wait(Exception):
     """A blocking call has to go on waiting; it is tried again when something has happened."""
 
 
-class _ModelSocket:
+class ModelSocket:
     """A modelled socket that can block: as long as it must, `_Wait` is raised."""
 
     def __init__(self, inner: SimSocket, blocking: bool) -> None:
@@ -57,25 +58,30 @@ class _ModelSocket:
         return trouble
 
     def bind(self, address: tuple[str, int]) -> None:
+        """As socket.bind."""
         self.inner.bind(address)
 
     def listen(self, backlog: int) -> None:
+        """As socket.listen."""
         self.inner.listen(backlog)
 
-    def accept(self) -> tuple[_ModelSocket, Any]:
+    def accept(self) -> tuple[ModelSocket, Any]:
+        """As socket.accept."""
         try:
             taken, address = self.inner.accept()
         except BlockingIOError as trouble:
             raise self._would_block(trouble) from None
-        return _ModelSocket(taken, True), address
+        return ModelSocket(taken, True), address
 
     def connect(self, address: tuple[str, int]) -> None:
+        """As socket.connect."""
         try:
             self.inner.connect(address)
         except BlockingIOError as trouble:
             raise self._would_block(trouble) from None
 
     def send(self, data: bytes, flags: int = 0) -> int:
+        """As socket.send; a blocking socket sends all."""
         if flags & ~(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT):
             raise OSError(errno.EOPNOTSUPP, "")
         while self._sent < len(data) or not data:
@@ -91,39 +97,49 @@ class _ModelSocket:
         return sent
 
     def sendto(self, data: bytes, flags: int, address: Any) -> int:
+        """As socket.sendto."""
         if flags & 0x20000000:  # MSG_FASTOPEN
             raise OSError(errno.EOPNOTSUPP, "")
         return self.send(data, flags)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
+        """As socket.recv."""
         try:
             return self.inner.recv(size, flags)
         except BlockingIOError as trouble:
             raise self._would_block(trouble, flags) from None
 
     def recvmsg(self, size: int, _: int, flags: int) -> tuple[bytes, list[Any], int, None]:
+        """As socket.recvmsg."""
         return self.recv(size, flags), [], 0, None
 
     def shutdown(self, how: int) -> None:
+        """As socket.shutdown."""
         self.inner.shutdown(how)
 
     def close(self) -> None:
+        """As socket.close."""
         self.inner.close()
 
     def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        """As socket.setsockopt."""
         self.inner.setsockopt(level, option, value)
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        """As socket.getsockopt."""
         got: bytes = self.inner.getsockopt(level, option, size)
         return got
 
     def getblocking(self) -> bool:
+        """Whether O_NONBLOCK is off."""
         return self.blocking
 
     def setblocking(self, flag: bool) -> None:
+        """Set O_NONBLOCK or clear it."""
         self.blocking = flag
 
     def ioctl(self, code: int) -> int:
+        """The queues of tcp(7)."""
         sock = self.inner._open()
         conn = sock.conn
         if sock.listening:
@@ -144,7 +160,8 @@ class _ModelSocket:
         if sock.listening:
             return select.POLLIN | select.POLLRDNORM if sock.accepted else 0
         if conn is None:
-            return select.POLLOUT | select.POLLWRNORM | select.POLLHUP
+            broken = select.POLLERR if sock.error else 0
+            return select.POLLOUT | select.POLLWRNORM | select.POLLHUP | broken
         events = 0
         closed = conn.state.name in ("CLOSED", "TIME_WAIT")
         if closed or (conn.eof and conn.write_shut):
@@ -201,7 +218,7 @@ class ModelStack:
         six = settings.ip_version == "ipv6"
         mapped = settings.ip_version == "ipv4-mapped-ipv6"
         calls = _ModelCalls(
-            self._socket,
+            self.socket,
             f"::ffff:{settings.local}" if mapped else settings.local,
             f"::ffff:{settings.remote}" if mapped else settings.remote,
             settings.bind_port,
@@ -210,7 +227,7 @@ class ModelStack:
         )
         calls.now = self.now
         self.calls: Calls = calls
-        self._arrived: deque[Frame] = deque()
+        self.arrived: deque[Frame] = deque()
         self._pending: list[Pending] = []
         self.beyond: set[str] = set()
 
@@ -221,7 +238,8 @@ class ModelStack:
         for live in self.calls.fds.values():
             live.close()
 
-    def _socket(self, family: int, kind: int, protocol: int) -> _ModelSocket:
+    def socket(self, family: int, kind: int, protocol: int) -> ModelSocket:
+        """A modelled socket of the stack under test."""
         if protocol not in (0, socket.IPPROTO_TCP) or kind & 15 != socket.SOCK_STREAM:
             raise Unsupported("UDP on the model")
         token = _HERE.set(self._host)
@@ -229,7 +247,7 @@ class ModelStack:
             made = SimSocket(family, socket.SOCK_STREAM)
         finally:
             _HERE.reset(token)
-        return _ModelSocket(made, not kind & socket.SOCK_NONBLOCK)
+        return ModelSocket(made, not kind & socket.SOCK_NONBLOCK)
 
     # -- time
 
@@ -312,7 +330,7 @@ class ModelStack:
         self._retry()
 
     def _take(self, key: Key, segment: Segment) -> None:
-        self._arrived.append(
+        self.arrived.append(
             Frame(
                 key[2],
                 key[0],
@@ -330,13 +348,17 @@ class ModelStack:
 
     def receive(self, deadline: float) -> Frame | None:
         """The next segment of the model's."""
-        while not self._arrived:
+        while not self.arrived:
             if self.now() >= deadline or (
                 self._network.clock.next is None and not self._pending and deadline > 3600
             ):
                 return None
             self._step(deadline)
-        return self._arrived.popleft()
+        return self.arrived.popleft()
+
+    def rows(self) -> list[Row]:
+        """What netstat would show on the modelled host."""
+        return self._host.rows()
 
     # -- settings and state
 
@@ -388,7 +410,7 @@ class ModelStack:
     def tcp_info(self, fd: int) -> Mapping[str, int]:
         """What of `struct tcp_info` the model knows."""
         live = self.calls.fds.get(fd)
-        if not isinstance(live, _ModelSocket):
+        if not isinstance(live, ModelSocket):
             return {}
         sock = live.inner._open()
         found = {"tcpi_state": sock.linux_state(), "tcpi_ca_state": 0}

@@ -454,7 +454,7 @@ class _Parser:
         if self.token.text == "icmp":
             return self.icmp(inbound, info)
         ports = None
-        following = self.tokens[self.at + 1]
+        following = self.tokens[min(self.at + 1, len(self.tokens) - 1)]
         if self.token.kind == "int" and following.text == ">":
             source = self.integer("a port", 0xFFFF)
             self.take()

@@ -346,7 +346,7 @@ class Sock:
                 self.network.drain()
             return data
         if conn.fin_received:
-            return b""  # whatever else went wrong since
+            return conn.receive(size, self.clock.now)  # b"", whatever else went wrong since
         if conn.error or self.error:
             fail(self.take_error())
         if conn.eof or conn.state is State.CLOSED:
