@@ -21,8 +21,12 @@ _HOME: dict[str, str] = {
     "StepHung": "timewait.orchestrator",
     "UnusedPort": "timewait.witness",
     "Witness": "timewait.witness",
+    "Watch": "timewait.watching",
     "explain_bind": "timewait.explain",
     "hold_port": "timewait.port",
+    "wait_until_bindable": "timewait.watching",
+    "wait_until_bindable_sync": "timewait.watching",
+    "watch": "timewait.watching",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

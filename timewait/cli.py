@@ -26,6 +26,8 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     },
     "Ask about a port": {
         "explain": "Say why a port cannot be bound, who holds it, and until when",
+        "watch": "Show a port's sockets live, with countdowns and every transition",
+        "wait": "Return as soon as a port can be bound",
     },
     "Check": {
         "check": "Say whether TCP allows what an event file or a packet capture shows",

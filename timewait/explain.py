@@ -31,7 +31,7 @@ from timewait.kernel.sock_diag import Details, details, sockets
 from timewait.report import address as address_text
 from timewait.tcp.states import State
 
-__all__ = ["Bindable", "Explanation", "Holder", "explain_bind", "parse_address"]
+__all__ = ["Bindable", "Explanation", "Holder", "can_bind", "explain_bind", "parse_address"]
 
 _S = State
 _MANY: Final = 12  # holders that are listed one by one
@@ -131,15 +131,19 @@ class Explanation:
     def __bool__(self) -> bool:
         return self.bindable.plain
 
+    @property
+    def reason(self) -> str:
+        """In one line, what is the matter."""
+        where = address_text(self.address)
+        return f"{where} is free" if self else f"{where} is not free: {self.title}"
+
     def __str__(self) -> str:
         """As `timewait explain` prints it."""
-        where = address_text(self.address)
-        if self.situation == "free":
-            lines = [f"{where} is free."]
-        else:
-            lines = [f"{where} is not free: {self.title}.", "", "A server that sets"]
+        lines = [f"{self.reason}."]
+        if not self:
+            lines += ["", "A server that sets"]
             lines += [
-                f"  {what:29}{'can bind' if can else 'cannot'}"
+                f"  {what:34}{'can bind' if can else 'cannot'}"
                 for what, can in (
                     (f"nothing ({self.errno} from {self.call})", self.bindable.plain),
                     ("SO_REUSEADDR", self.bindable.reuse_address),
@@ -152,7 +156,7 @@ class Explanation:
             lines += [f"  {holder}" for holder in self.holders[:_MANY]]
             if len(self.holders) > _MANY:
                 lines.append(f"  and {len(self.holders) - _MANY} more")
-        if self.situation != "free":
+        if not self:
             lines += ["", *_wrapped("Why", self.rule)]
             free = "when its holder lets go; no timer ends it"
             if self.free_after is not None:
@@ -212,6 +216,23 @@ def explain_bind(port: int, host: str = "0.0.0.0") -> Explanation:
             break  # else what refused may have come just after the look
     holders = tuple(sorted(_holders(there), key=_weight))
     return _explanation((host, port), trials, holders, found)
+
+
+def can_bind(
+    port: int, host: str = "0.0.0.0", reuse_address: bool = False, reuse_port: bool = False
+) -> bool:
+    """Whether a server with these options could bind and listen now, found by trying.
+
+    As `explain_bind`, without a word why not. Raises `PermissionError` for a
+    privileged port, `OSError` for a host that has no address.
+    """
+    host = _numeric(host)
+    failed = _try(host, port, reuse_address, reuse_port, listen=False)
+    if failed is None and not any(one.row.state is _S.LISTEN for one in _sockets(port)):
+        failed = _try(host, port, reuse_address, reuse_port, listen=True)
+    if failed is not None and failed[1] == errno.EACCES:
+        raise PermissionError(errno.EACCES, f"{address_text((host, port))} is a privileged port")
+    return failed is None
 
 
 def parse_address(text: str) -> Address:
@@ -459,7 +480,7 @@ _REUSE: Final = (
     "asyncio, trio and most servers do."
 )
 _CLIENT_CLOSES: Final = (
-    "For good: or let the clients close first (TIME_WAIT is then theirs, on ports nobody wants)."
+    "Or: let the clients close first (TIME_WAIT is then theirs, on ports nobody wants)."
 )
 _RESERVE: Final = (
     "For good: choose a port outside net.ipv4.ip_local_port_range, or add it to "

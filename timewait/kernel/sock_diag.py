@@ -205,6 +205,10 @@ class SockDiag:
         """See `timewait.kernel.sock_diag.sockets`."""
         return list(self._dump(self._rows, port, states, family).values())
 
+    def table(self, port: int | None = None) -> dict[int, Row]:
+        """As `sockets`, by cookie: the number that a socket has for life, TIME_WAIT included."""
+        return self._dump(self._rows, port, None, None)
+
     def details(
         self,
         port: int | None = None,

@@ -1,0 +1,140 @@
+"""One interface over every way to watch the kernel, and the choice between them."""
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from timewait import State
+from timewait.events import Row, Transition
+from timewait.kernel import observers
+from timewait.kernel.namespace import Namespace
+from timewait.kernel.observers import OBSERVERS, Sampled, observe
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="observes Linux")
+
+S = State
+SERVER, CLIENT = ("10.0.0.1", 80), ("10.0.0.2", 4000)
+
+
+def sampled(*tables: dict[object, Row]) -> Iterator[list[tuple[State, State]]]:
+    looks = iter(tables)
+    observer = Sampled("test", (), lambda: next(looks), lambda port: [])
+    for _ in tables[1:]:
+        events = observer.read()
+        assert all(isinstance(e, Transition) and e.sampled for e in events)
+        yield [(e.old, e.new) for e in events]  # type: ignore[union-attr]
+
+
+def row(state: State) -> Row:
+    return Row(SERVER, CLIENT, state)
+
+
+def test_a_table_that_changes_is_transitions() -> None:
+    assert list(
+        sampled(
+            {},
+            {1: row(S.SYN_RECEIVED)},
+            {2: row(S.ESTABLISHED)},  # a request that became a connection
+            {2: row(S.ESTABLISHED)},
+            {2: row(S.TIME_WAIT)},
+            {3: row(S.ESTABLISHED)},  # another connection between the same addresses
+            {},
+        )
+    ) == [
+        [(S.CLOSED, S.SYN_RECEIVED)],
+        [(S.SYN_RECEIVED, S.ESTABLISHED)],
+        [],
+        [(S.ESTABLISHED, S.TIME_WAIT)],
+        [(S.TIME_WAIT, S.CLOSED), (S.CLOSED, S.ESTABLISHED)],
+        [(S.ESTABLISHED, S.CLOSED)],
+    ]
+
+
+def test_the_period_follows_what_happens() -> None:
+    tables = [{n: row(S.ESTABLISHED)} for n in range(20)] + [{19: row(S.ESTABLISHED)}] * 40
+    looks = iter(tables)  # type: ignore[var-annotated]
+    observer = Sampled("test", (), lambda: next(looks), lambda port: [])
+    for _ in range(19):
+        observer.read()
+    assert observer.period < 0.01
+    for _ in range(40):
+        observer.read()
+    assert observer.period == Sampled.LATEST
+
+
+def test_a_slow_look_is_taken_seldom() -> None:
+    def slow() -> dict[object, Row]:
+        time.sleep(0.02)
+        return {}
+
+    observer = Sampled("test", (), slow, lambda port: [])
+    observer.read()
+    assert observer.period >= 0.4
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_each_sees_a_connection_and_its_end(name: str) -> None:
+    with Namespace() as ns, ns.entered():
+        observer, why = observe([9090], name)
+        with observer:
+            assert (observer.name, why) == (name, ())
+            assert observer.blind
+            with socket.create_server(("127.0.0.1", 9090)) as listener:
+                client = socket.create_connection(("127.0.0.1", 9090))
+                server, _ = listener.accept()
+                seen = observer.read()
+                local = server.getsockname(), client.getsockname()
+                if name != "psutil":
+                    assert {(r.local, r.state) for r in observer.rows(9090)} == {
+                        (local[0], S.LISTEN),
+                        (local[0], S.ESTABLISHED),
+                        (local[1], S.ESTABLISHED),
+                    }
+                server.close()
+                client.close()
+                seen += observer.read()
+            assert observer.lost == 0
+    assert seen
+    if name == "capture":
+        assert {e.src for e in seen} == set(local)  # type: ignore[union-attr]
+    elif name != "psutil":
+        final = [e for e in seen if isinstance(e, Transition) and e.local == local[0]][-1]
+        assert (final.remote, final.new) == (local[1], S.TIME_WAIT)
+        assert final.sampled is (name == "sock_diag")
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def make(name: str) -> None:
+        def refused(*_: object) -> None:
+            raise PermissionError(1, f"{name} is not allowed today")
+
+        monkeypatch.setitem(observers._MAKERS, name, refused)
+
+    return make
+
+
+def test_auto_takes_the_strongest_and_says_why_not_a_better(
+    refuse: Callable[[str], None],
+) -> None:
+    refuse("tracepoint")
+    observer, why = observe([1])
+    with observer:
+        assert observer.name == "sock_diag"
+        assert why == ("not tracepoint: tracepoint is not allowed today",)
+    refuse("sock_diag")
+    observer, why = observe([1])
+    with observer:
+        assert observer.name == "psutil"
+        assert len(why) == 2
+    refuse("psutil")
+    with pytest.raises(OSError, match=r"nothing to observe with: not tracepoint: .*; not sock"):
+        observe([1])
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="there are auto, tracepoint"):
+        observe([1], "crystal ball")

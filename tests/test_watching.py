@@ -1,0 +1,244 @@
+"""Watching a port and waiting for it, in Python and from the command line."""
+
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import anyio
+import pytest
+
+import timewait
+from timewait import State
+from timewait.events import Event, RunStarted, Transition
+from timewait.kernel.namespace import Namespace
+from timewait.watching import wait_until_bindable, wait_until_bindable_sync, watch
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs root for a namespace"
+)
+
+PORT = 9090
+
+
+@pytest.fixture(autouse=True)
+def private() -> Iterator[None]:
+    with Namespace() as ns, ns.entered():
+        yield
+
+
+def converse(port: int = PORT, *, reuse: bool = False) -> None:
+    """A connection that the server closes first."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        client = socket.create_connection(("127.0.0.1", port))
+        server, _ = listener.accept()
+        server.close()
+        client.close()
+
+
+def moves(events: list[Event]) -> list[tuple[State, State]]:
+    return [(e.old, e.new) for e in events if isinstance(e, Transition)]
+
+
+def test_a_watch_has_everything_when_it_ends() -> None:
+    with timewait.watch(PORT) as seen:
+        converse()
+    assert seen.observer == "tracepoint"
+    assert isinstance(seen.events[0], RunStarted)
+    assert (State.FIN_WAIT_2, State.TIME_WAIT) in moves(seen.events)
+    assert (seen.lost, seen.why_not) == (0, ())
+
+
+def test_a_weaker_watch_sees_what_stays() -> None:
+    with watch(PORT, observer="sock_diag") as seen:
+        converse()
+        assert [row.state for row in seen.rows()] == [State.TIME_WAIT]
+    assert (State.CLOSED, State.TIME_WAIT) in moves(seen.events) or (
+        moves(seen.events)[-1][1] is State.TIME_WAIT
+    )
+
+
+def test_events_come_while_watching() -> None:
+    with watch(PORT) as seen:
+        threading.Thread(target=converse).start()
+        for event in seen:
+            if isinstance(event, Transition) and event.new is State.TIME_WAIT:
+                break
+    assert list(seen) == seen.events
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_events_come_while_watching_asynchronously(backend: str) -> None:
+    async def main() -> None:
+        async with watch(PORT) as seen, anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, converse)
+            async for event in seen:
+                if isinstance(event, Transition) and event.new is State.TIME_WAIT:
+                    break
+        assert [event async for event in seen] == seen.events
+
+    anyio.run(main, backend=backend)
+
+
+def test_all_ports_may_be_watched() -> None:
+    with watch() as seen:
+        converse(1234)
+    assert any(isinstance(e, Transition) and e.local[1] == 1234 for e in seen.events)
+    with pytest.raises(ValueError, match="all ports"):
+        seen.rows()
+
+
+@pytest.mark.parametrize("backend", ["sync", "asyncio", "trio"])
+def test_a_wait_ends_when_the_port_is_let_go(backend: str) -> None:
+    listener = socket.create_server(("127.0.0.1", PORT))
+    threading.Timer(0.3, listener.close).start()
+    reasons = []
+
+    def progress(found: timewait.Explanation) -> None:
+        reasons.append(found.situation)
+
+    if backend == "sync":
+        waited = wait_until_bindable_sync(PORT, timeout=20, progress=progress)
+    else:
+
+        async def main() -> float:
+            return await wait_until_bindable(PORT, timeout=20, progress=progress)
+
+        waited = anyio.run(main, backend=backend)
+    assert waited >= 0.29
+    assert reasons[0] == "specific-under-wildcard"
+    socket.create_server(("127.0.0.1", PORT), reuse_port=False).close()
+
+
+def test_a_free_port_is_not_waited_for() -> None:
+    assert wait_until_bindable_sync(PORT, timeout=0) < 1
+
+
+def test_a_wait_is_for_the_options_that_the_server_sets() -> None:
+    converse(reuse=True)
+    assert wait_until_bindable_sync(PORT, timeout=0, reuse_address=True) < 1
+    with pytest.raises(TimeoutError, match="TIME_WAIT"):
+        wait_until_bindable_sync(PORT, timeout=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.wall
+@pytest.mark.timeout(90)
+def test_a_wait_through_a_whole_time_wait_takes_as_long_as_the_timer_said() -> None:
+    converse()
+    (held,) = timewait.explain_bind(PORT).holders
+    began = time.monotonic()
+    waited = wait_until_bindable_sync(PORT, timeout=80)
+    assert held.seconds_left is not None
+    # The kernel's timer wheel may add a step of 2.05 s (HZ=250), and takes nothing away.
+    assert held.seconds_left - 0.01 <= waited <= held.seconds_left + 2.1
+    assert time.monotonic() - began >= 59.9
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "timewait", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+
+
+def test_wait_answers_by_its_exit_status() -> None:
+    free = command("wait", str(PORT))
+    assert (free.returncode, free.stdout, free.stderr) == (0, "", "")
+    converse()
+    late = command("wait", str(PORT), "--timeout", "0.2")
+    assert (late.returncode, late.stdout) == (1, "")
+    assert late.stderr.startswith("timewait: after 0.2 s 0.0.0.0:9090 is not free: one connection")
+    late = command("wait", str(PORT), "--timeout", "0", "--json")
+    assert (late.returncode, late.stderr) == (1, "")
+    assert json.loads(late.stdout)["bindable"] is False
+    for wrong in (["x"], ["80", "--timeout", "-1"], ["no-such-host.invalid:80"]):
+        trouble = command("wait", *wrong)
+        assert (trouble.returncode, trouble.stdout) == (2, "")
+        assert trouble.stderr.count("\n") == 1
+
+
+def test_watch_runs_a_command_and_keeps_its_status() -> None:
+    program = (
+        "import socket, sys\n"
+        f"s = socket.create_server(('127.0.0.1', {PORT}))\n"
+        f"c = socket.create_connection(('127.0.0.1', {PORT}))\n"
+        "a, _ = s.accept(); a.close(); c.close(); print('hello'); sys.exit(7)\n"
+    )
+    done = command("watch", "--json", "--", sys.executable, "-c", program)
+    assert done.returncode == 7
+    assert done.stderr == "hello\n"
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert records[0]["kind"] == "run"
+    assert {"FIN_WAIT_2", "TIME_WAIT"} <= {record.get("new") for record in records}
+    assert records[-1]["kind"] != "run"
+    isolated = command("watch", str(PORT), "--isolated", "--observer", "capture", "--",
+                       sys.executable, "-c", program)  # fmt: skip
+    assert isolated.returncode == 7
+    assert "SYN,ACK" in isolated.stdout
+
+
+def test_watch_ends_after_its_time_and_on_bad_input() -> None:
+    done = command("watch", str(PORT), "--for", "0.2", "--observer", "sock_diag")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "watching with sock_diag" in done.stdout
+    for wrong in ([], ["x"], ["--"], ["80", "--isolated"], ["--", "/no/such/program"]):
+        trouble = command("watch", *wrong)
+        assert (trouble.returncode, trouble.stdout) == (2, ""), wrong
+        assert trouble.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_watch_prints_whole_lines_and_exits_0(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "timewait", "watch", str(PORT), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        assert first["kind"] == "run"
+        converse()
+        process.send_signal(number)
+        rest, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, b"")
+    records = [json.loads(line) for line in rest.splitlines()]
+    assert any(record.get("new") == "TIME_WAIT" for record in records)
+
+
+def test_the_live_table_leaves_the_terminal_as_it_was() -> None:
+    import termios
+
+    terminal, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    converse()
+    with subprocess.Popen(
+        [sys.executable, "-m", "timewait", "watch", str(PORT), "--for", "0.6"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+    ) as process:
+        out = b""
+        while process.poll() is None or select.select([terminal], [], [], 0)[0]:
+            if select.select([terminal], [], [], 0.1)[0]:
+                out += os.read(terminal, 65536)
+    assert process.returncode == 0
+    assert termios.tcgetattr(theirs) == before
+    assert b"TIME_WAIT" in out
+    assert b" s" in out
+    assert out.count(b"\x1b[?25l") == out.count(b"\x1b[?25h") == 1  # the cursor hidden and shown
+    os.close(terminal)
+    os.close(theirs)

@@ -1,0 +1,91 @@
+"""`timewait wait`: return as soon as a port can be bound; for scripts and start-up units."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from timewait.explain import Explanation, explain_bind, parse_address
+from timewait.watching import wait_until_bindable_sync
+
+__all__ = ["command"]
+
+
+@click.command(
+    help="Wait until a server could bind [HOST:]PORT (HOST is 0.0.0.0 if not given) and listen, "
+    "and return at once then. On a terminal a bar shows how long yet and what is in the way.",
+    epilog="Exit status: 0 it can be bound, 1 the time was up, 2 it could not be tried.",
+)
+@click.argument("address", metavar="[HOST:]PORT")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), metavar="S", help="Give up after S seconds."
+)
+@click.option("--reuse-address", is_flag=True, help="For a server that sets SO_REUSEADDR.")
+@click.option("--reuse-port", is_flag=True, help="For a server that sets SO_REUSEPORT.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")
+def command(
+    address: str, timeout: float | None, reuse_address: bool, reuse_port: bool, as_json: bool
+) -> int:
+    """Wait, with a bar on standard error where that is a terminal."""
+    try:
+        host, port = parse_address(address)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[left]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    task = bar.add_task("", total=None, left="")
+
+    began = time.monotonic()
+
+    def show(found: Explanation) -> None:
+        left, passed = found.free_after, time.monotonic() - began
+        bar.update(
+            task,
+            description=found.reason,
+            total=None if left is None else passed + left,
+            completed=passed,
+            left="" if left is None else f"{left:.0f} s left",
+        )
+
+    waited, trouble = None, None
+    try:
+        with bar:
+            waited = wait_until_bindable_sync(
+                port,
+                host,
+                timeout=timeout,
+                reuse_address=reuse_address,
+                reuse_port=reuse_port,
+                progress=show if sys.stderr.isatty() else None,
+            )
+    except TimeoutError as error:
+        trouble = str(error)
+    except OSError as error:
+        raise click.ClickException(f"{address}: {error.strerror or error}") from None
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "bindable": trouble is None,
+                    "waited": waited,
+                    "reason": trouble,
+                    "explanation": explain_bind(port, host).to_json(),
+                }
+            )
+        )
+    elif trouble is not None:
+        click.echo(f"timewait: {trouble}", err=True)
+    return 0 if trouble is None else 1

@@ -1,0 +1,250 @@
+"""`timewait watch`: a live table of a port's sockets and a feed of what happens to them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Final
+
+import click
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from timewait.events import Called, Event, Lost, Note, RunStarted, SegmentSeen, Transition, dump
+from timewait.explain import parse_address
+from timewait.kernel.namespace import isolate
+from timewait.kernel.observers import OBSERVERS
+from timewait.report import address as address_text
+from timewait.tcp.segment import flags_text
+from timewait.tcp.states import State
+from timewait.watching import Watch, watch
+
+__all__ = ["command"]
+
+_ROWS: Final = 20
+_FEED: Final = 10
+_TICK: Final = 0.1  # seconds between two looks at what there is to show
+
+
+class _WithCommand(click.Command):
+    """Takes what stands after `--` as a command line of its own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = []
+        if "--" in args:
+            at = args.index("--")
+            args, ctx.obj = args[:at], args[at + 1 :]
+            if not ctx.obj:
+                raise click.UsageError("no command after --", ctx)
+        return super().parse_args(ctx, args)
+
+
+@click.command(
+    cls=_WithCommand,
+    help="Show the sockets of PORT with their timers, and each transition as it happens, until "
+    "Ctrl-C. Where the output is no terminal, and with --json, print the events one a line. With "
+    "a COMMAND, run it, watch until it ends (all ports if none is given), and exit as it does.",
+    epilog="Exit status: 0 (or COMMAND's own), 2 could not watch.",
+)
+@click.argument("address", metavar="[HOST:]PORT [-- COMMAND...]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the event stream as JSON Lines.")
+@click.option(
+    "--observer",
+    type=click.Choice(["auto", *OBSERVERS]),
+    default="auto",
+    show_default=True,
+    help="Who looks; auto takes the strongest that is allowed, and says why not a better one.",
+)
+@click.option(
+    "--for", "seconds", type=click.FloatRange(min=0), metavar="S", help="End after S seconds."
+)
+@click.option(
+    "--isolated",
+    is_flag=True,
+    help="Run COMMAND in a private network namespace, where --observer capture needs no root.",
+)
+@click.pass_context
+def command(
+    ctx: click.Context,
+    address: str | None,
+    as_json: bool,
+    observer: str,
+    seconds: float | None,
+    isolated: bool,
+) -> int:
+    """Watch until interrupted, the time is up, or the command has ended."""
+    program: list[str] = ctx.obj
+    if address is None and not program:
+        raise click.UsageError("which port? give [HOST:]PORT, or a command after --")
+    if isolated and not program:
+        raise click.UsageError("--isolated needs a command after --: nothing else is in there")
+    host, port = "0.0.0.0", None
+    if address is not None:
+        try:
+            host, port = parse_address(address)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+    # Being told to end is a way to end: the tracing instance is removed as after Ctrl-C.
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if isolated:
+            isolate()
+        return _watch(port, host, observer, as_json, seconds, program)
+    except OSError as error:
+        text = error.strerror or str(error)
+        raise click.ClickException(
+            f"{error.filename}: {text}" if error.filename else text
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _watch(
+    port: int | None,
+    host: str,
+    observer: str,
+    as_json: bool,
+    seconds: float | None,
+    program: list[str],
+) -> int:
+    feed = _Feed(host, as_json)
+    process: subprocess.Popen[bytes] | None = None
+    with watch(port, observer=observer) as seen:
+        for reason in seen.why_not:
+            click.echo(f"timewait: watching with {seen.observer}, {reason}", err=True)
+        if program:
+            # What the command prints must not come between the lines of JSON.
+            process = subprocess.Popen(program, stdout=sys.stderr if as_json else None)
+        until = None if seconds is None else time.monotonic() + seconds
+
+        def over() -> bool:
+            ended = process is not None and process.poll() is not None
+            return ended or (until is not None and time.monotonic() >= until)
+
+        try:
+            if as_json or process is not None or not sys.stdout.isatty():
+                while not over():
+                    feed.print(seen)
+                    time.sleep(_TICK)
+            else:
+                _live(seen, feed, over)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            status = _end(process)
+    feed.print(seen)
+    if seen.lost:
+        click.echo(f"timewait: {seen.lost} events were lost", err=True)
+    return status
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> int:
+    """The command's exit status as a shell gives it; one that still runs is told to end."""
+    if process is None:
+        return 0
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    status = process.wait()
+    return status if status >= 0 else 128 - status
+
+
+class _Feed:
+    """What has happened, as lines; each event is printed once."""
+
+    def __init__(self, host: str, as_json: bool) -> None:
+        self._host = host
+        self._as_json = as_json
+        self._next = 0
+        self.last: deque[str] = deque(maxlen=_FEED)
+
+    def take(self, seen: Watch) -> list[Event]:
+        """The events that are new, of the host asked for."""
+        new = seen.events[self._next :]
+        self._next += len(new)
+        return [event for event in new if self._wanted(event)]
+
+    def _wanted(self, event: Event) -> bool:
+        if self._host in ("0.0.0.0", "::"):
+            return True
+        if isinstance(event, Transition):
+            return self._host in (event.local[0], event.remote[0])
+        if isinstance(event, SegmentSeen):
+            return self._host in (event.src[0], event.dst[0])
+        return True
+
+    def print(self, seen: Watch) -> None:
+        """Print what is new."""
+        for event in self.take(seen):
+            click.echo(json.dumps(dump(event)) if self._as_json else _line(event))
+
+
+def _line(event: Event) -> str:
+    return f"{event.t:10.6f}  {_what(event)}"
+
+
+def _what(event: Event) -> str:
+    if isinstance(event, Transition):
+        ends = address_text(event.local)
+        if event.remote[1]:
+            ends += f" \N{RIGHTWARDS ARROW} {address_text(event.remote)}"
+        cause = f" ({event.cause})" if event.cause else ""
+        about = " about" if event.sampled else ""
+        return f"{ends:48} {event.old} \N{RIGHTWARDS ARROW} {event.new}{cause}{about}"
+    if isinstance(event, SegmentSeen):
+        ends = f"{address_text(event.src)} > {address_text(event.dst)}"
+        return (
+            f"{ends:48} {flags_text(event.flags)} seq={event.seq} ack={event.ack} "
+            f"len={event.length}"
+        )
+    if isinstance(event, Lost):
+        return f"{event.count} events lost: {event.why}"
+    if isinstance(event, Note):
+        return event.text
+    if isinstance(event, RunStarted):
+        return f"watching with {event.observer}, which cannot see {'; '.join(event.blind)}"
+    assert not isinstance(event, Called)
+    return event.kind
+
+
+def _live(seen: Watch, feed: _Feed, over: Callable[[], bool]) -> None:
+    with Live(auto_refresh=False) as live:
+        while not over():
+            feed.last.extend(_line(event) for event in feed.take(seen))
+            live.update(Group(_table(seen), Text("\n".join(feed.last))), refresh=True)
+            time.sleep(_TICK)
+
+
+def _table(seen: Watch) -> Table:
+    rows = sorted(seen.rows(), key=lambda row: (row.state is not State.LISTEN, row.local[1]))
+    table = Table(box=None, pad_edge=False)
+    for name in ("Local", "Remote", "State", "Timer", "Left"):
+        table.add_column(name, justify="right" if name == "Left" else "left")
+    for row in rows[:_ROWS]:
+        table.add_row(
+            address_text(row.local),
+            address_text(row.remote),
+            row.state.name,
+            row.timer or "",
+            "" if row.seconds_left is None else f"{row.seconds_left:.1f} s",
+        )
+    if len(rows) > _ROWS:
+        table.add_row(f"and {len(rows) - _ROWS} more")
+    if not rows:
+        table.add_row("no sockets")
+    return table

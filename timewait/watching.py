@@ -1,0 +1,259 @@
+"""Watch a port while something happens to it, and wait until it can be bound.
+
+with watch(9090) as seen:          # or: async with
+    run_the_thing()
+print(seen.events)
+
+await wait_until_bindable(9090, timeout=90)
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import TracebackType
+from typing import Final, Self
+
+import anyio
+import anyio.lowlevel
+
+from timewait.events import Event, Row, RunStarted
+from timewait.explain import Explanation, can_bind, explain_bind
+from timewait.kernel.observers import Observer, observe
+
+__all__ = ["Watch", "wait_until_bindable", "wait_until_bindable_sync", "watch"]
+
+_SOON: Final = 0.005  # seconds between two looks for new events
+_LOOK: Final = 0.02  # seconds between two tries to bind: some 20 µs of work each
+_TELL: Final = 0.25  # seconds between two reports of progress
+
+
+def watch(port: int | None = None, *, observer: str = "auto") -> Watch:
+    """Watch the TCP sockets with `port` at either end (None: all).
+
+    Use the result with `with` or `async with`. `observer` is "auto" (the
+    strongest allowed), "tracepoint", "sock_diag", "psutil" or "capture".
+
+    Raises `OSError` that says why where there is nothing to watch with.
+    """
+    return Watch(port, observer)
+
+
+class Watch:
+    """What is seen of a port from `__enter__` to `__exit__`; iterate for events as they come.
+
+    `events` are those so far, complete after the end. `observer` names who
+    saw them, `why_not` why not a stronger one, `blind` what cannot be seen,
+    `lost` how many events were missed. Event times are seconds since the
+    watch began. Once left, it cannot be entered again.
+    """
+
+    def __init__(self, port: int | None, observer: str) -> None:
+        self.port = port
+        self.events: list[Event] = []
+        self._wanted = observer
+        self._observer: Observer | None = None
+        self._ending = threading.Event()
+        self._news = threading.Condition()
+        self._looking = threading.Lock()  # observers are not for two threads at once
+        self._trouble: BaseException | None = None
+
+    # Entering and leaving
+
+    def __enter__(self) -> Self:
+        ports = None if self.port is None else (self.port,)
+        self._observer, self.why_not = observe(ports, self._wanted)
+        self.observer = self._observer.name
+        self.blind = self._observer.blind
+        self.events.append(RunStarted(0.0, "kernel", self.observer, blind=self.blind))
+        # In a thread, since an observer that looks at instants must look on while the
+        # caller is busy, and one that records must be emptied before it overflows.
+        self._thread = threading.Thread(target=self._run, name="timewait-watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ending.set()
+        self._thread.join()
+        assert self._observer is not None
+        self._observer.close()
+        if self._trouble is not None and error is None:
+            raise self._trouble
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.__exit__(kind, error, trace)
+
+    def _run(self) -> None:
+        observer = self._observer
+        assert observer is not None
+        descriptor = observer.fileno()
+        last = False
+        try:
+            while not last:
+                last = self._ending.is_set()
+                with self._looking:
+                    seen = observer.read()
+                if seen:
+                    with self._news:
+                        self.events += seen
+                        self._news.notify_all()
+                if last:
+                    break
+                if descriptor is not None and not seen:
+                    select.select([descriptor], [], [], 0.05)
+                else:
+                    self._ending.wait(getattr(observer, "period", 0.005))
+        except BaseException as trouble:
+            self._trouble = trouble
+        with self._news:
+            self._ending.set()
+            self._news.notify_all()
+
+    # Looking
+
+    @property
+    def lost(self) -> int:
+        """How many events were missed so far."""
+        return 0 if self._observer is None else self._observer.lost
+
+    def rows(self) -> list[Row]:
+        """The port's sockets as they are now, with their timers where the observer has any."""
+        assert self._observer is not None
+        if self.port is None:
+            raise ValueError("a watch of all ports has no table of one")
+        with self._looking:
+            return self._observer.rows(self.port)
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events from the first on, waiting for more until the watch ends."""
+        at = 0
+        while True:
+            with self._news:
+                while at == len(self.events) and not self._ending.is_set():
+                    self._news.wait(0.2)
+            if self.over and at == len(self.events):
+                return
+            while at < len(self.events):
+                yield self.events[at]
+                at += 1
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Events from the first on, waiting for more until the watch ends."""
+        return _Coming(self)
+
+    @property
+    def over(self) -> bool:
+        """Whether no more events will come."""
+        return self._ending.is_set() and not self._thread.is_alive()
+
+
+class _Coming:
+    """A watch's events for `async for`, which may be left at any time."""
+
+    def __init__(self, seen: Watch) -> None:
+        self._seen = seen
+        self._next = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        await anyio.lowlevel.checkpoint()
+        while self._next == len(self._seen.events):
+            if self._seen.over and self._next == len(self._seen.events):
+                raise StopAsyncIteration
+            await anyio.sleep(_SOON)
+        self._next += 1
+        return self._seen.events[self._next - 1]
+
+
+class _Waiting:
+    """The steps of a wait, for both worlds: what to do at each look."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        timeout: float | None,
+        options: tuple[bool, bool],
+        progress: Callable[[Explanation], object] | None,
+    ) -> None:
+        self.began = time.monotonic()
+        self._address = address
+        self._options = options
+        self._timeout = timeout
+        self._progress = progress
+        self._told = -_TELL
+
+    def over(self) -> bool:
+        """Whether the port can be bound now; `TimeoutError` where time is up."""
+        host, port = self._address
+        if can_bind(port, host, *self._options):
+            return True
+        waited = time.monotonic() - self.began
+        if self._timeout is not None and waited >= self._timeout:
+            raise TimeoutError(f"after {waited:.1f} s {explain_bind(port, host).reason}")
+        if self._progress is not None and waited - self._told >= _TELL:
+            self._told = waited
+            self._progress(explain_bind(port, host))
+        return False
+
+    @property
+    def pause(self) -> float:
+        if self._timeout is None:
+            return _LOOK
+        return min(_LOOK, max(self.began + self._timeout - time.monotonic(), 0))
+
+
+async def wait_until_bindable(
+    port: int,
+    host: str = "0.0.0.0",
+    *,
+    timeout: float | None = None,
+    reuse_address: bool = False,
+    reuse_port: bool = False,
+    progress: Callable[[Explanation], object] | None = None,
+) -> float:
+    """Return as soon as a server with these options could bind and listen; seconds it took.
+
+    Really tries, fifty times a second, leaving nothing behind. `progress` is
+    called now and then with what is in the way.
+
+    Raises `TimeoutError` that says what is still in the way after `timeout`
+    seconds, `PermissionError` for a privileged port, `OSError` for a host
+    that has no address.
+    """
+    waiting = _Waiting((host, port), timeout, (reuse_address, reuse_port), progress)
+    while not waiting.over():
+        await anyio.sleep(waiting.pause)
+    return time.monotonic() - waiting.began
+
+
+def wait_until_bindable_sync(
+    port: int,
+    host: str = "0.0.0.0",
+    *,
+    timeout: float | None = None,
+    reuse_address: bool = False,
+    reuse_port: bool = False,
+    progress: Callable[[Explanation], object] | None = None,
+) -> float:
+    """`wait_until_bindable` for code that is not async."""
+    waiting = _Waiting((host, port), timeout, (reuse_address, reuse_port), progress)
+    while not waiting.over():
+        time.sleep(waiting.pause)
+    return time.monotonic() - waiting.began
