@@ -27,7 +27,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
-from timewait.check.sequence import ACKS_FIN, DROPPED, FROM_B, OLD, TEXT
+from timewait.check.sequence import (
+    ACKS_FIN,
+    DROPPED,
+    FROM_B,
+    OLD,
+    RST_AT,
+    RST_BEFORE,
+    RST_CERTAIN,
+    TEXT,
+)
 from timewait.tcp.segment import ACK, FIN, RST, SYN
 from timewait.tcp.states import Event, State
 from timewait.tcp.transitions import Row
@@ -58,7 +67,10 @@ W_FIN_ACK: Final = 1 << 20  # a FIN that acknowledges the peer's
 W_ACK_FIN: Final = 1 << 21  # an acknowledgment of the peer's FIN
 W_TEXT: Final = 1 << 22
 W_RST: Final = 1 << 23
-WIRE: Final = 0xFF << 16
+W_RST_BEFORE: Final = 1 << 45  # a RST at its receiver's RCV.NXT - 1
+W_RST_CERTAIN: Final = 1 << 46  # a RST certainly at RCV.NXT, which has still to be delivered
+WIRE: Final = 0xFF << 16 | W_RST_BEFORE | W_RST_CERTAIN
+_RSTS: Final = W_RST | W_RST_BEFORE | W_RST_CERTAIN
 # and what its user may do, having begun a call that does it.
 MAY_CLOSE: Final = 1 << 24
 MAY_CLOSE_ALL_READ: Final = 1 << 25  # and nothing can be left unread
@@ -127,6 +139,9 @@ NOT_TIME_WAIT: Final = 10
 CLOSE_BEGUN_UNREAD: Final = 11
 SEND_BEGUN: Final = 12
 ALL_REPORTED: Final = 13  # what Linux has done, it has reported by now
+
+
+ALL_DELIVERED: Final = _TOLD | 15  # what was on the wire and not lost has arrived
 
 
 def moved(end: int, old: int, new: int) -> int:
@@ -393,6 +408,8 @@ class Explanations:
             yield from self._after_move(mode, pairs, symbol)
         elif what == _IS:
             yield from _keep(pairs, end, symbol & 15)
+        elif symbol == ALL_DELIVERED:
+            yield from self._after_delivery(pairs)
         elif what == _TOLD:
             yield from _after_told(pairs, end, symbol & 15)
         else:
@@ -411,6 +428,18 @@ class Explanations:
     def just_after(self, mode: int, number: int, symbol: int) -> frozenset[Pair]:
         """What an observation leaves, before anything unseen may follow."""
         return frozenset(self._after(mode, self._sets[number], symbol))
+
+    def _after_delivery(self, pairs: frozenset[Pair]) -> Iterator[Pair]:
+        """The pairs in which no RST waits to do what it must."""
+        for pair in pairs:
+            for end in (0, 1):
+                state = pair[end] & 15
+                row = self._tables[end][State(state), Event.RST_EXACT]
+                moves = row.kind == "go" and row.next not in (None, state)
+                if moves and pair[1 - end] & W_RST_CERTAIN:
+                    break
+            else:
+                yield pair[0] & ~W_RST_CERTAIN, pair[1] & ~W_RST_CERTAIN
 
     def _after_move(self, mode: int, pairs: frozenset[Pair], symbol: int) -> Iterator[Pair]:
         end = symbol >> 8 & 1
@@ -450,7 +479,7 @@ def _still_useful(x: int, y: int) -> int:
     """`x` without what it has on the wire and `y` has already got, or has no use for."""
     if not y & 15:
         wire = W_SYN if x & 15 == SYN_SENT and x & W_SYN else 0
-        if x & (WIRE & ~(W_RST | W_SYN)):
+        if x & (WIRE & ~(_RSTS | W_SYN)):
             wire |= W_ACK
         return x & ~WIRE | wire
     if y & 15 >= ESTABLISHED:
@@ -474,7 +503,7 @@ def send(x: int) -> int:
     if x & FIN_IN_ACK:
         x |= W_ACK_FIN
     if x & RST_DUE:
-        x = x & ~RST_DUE | W_RST
+        x = x & ~RST_DUE | W_RST | W_RST_BEFORE
     return x
 
 
@@ -500,8 +529,8 @@ def _arrivals(x: int, y: int, text: int, doubles: int) -> Iterator[tuple[Event, 
             yield Event.RST_TO_PASSIVE, FAILED
         else:
             yield Event.RST_EXACT, FAILED
-        if x & FIN_IN:
-            yield Event.RST_AFTER_FIN, FAILED
+    if y & W_RST_BEFORE and x & FIN_IN:
+        yield Event.RST_AFTER_FIN, FAILED
     if state == CLOSED:
         # After an orderly end all of the peer's segments have arrived; only an answer to a FIN
         # that was sent again finds nobody.
@@ -509,7 +538,7 @@ def _arrivals(x: int, y: int, text: int, doubles: int) -> Iterator[tuple[Event, 
             return
         if y & W_SYN and y & 15 == SYN_SENT:
             yield Event.NO_ACK, 0
-        if y & (WIRE & ~(W_RST | W_SYN)):
+        if y & (WIRE & ~(_RSTS | W_SYN)):
             yield Event.ACK_OF_UNSENT, 0
         return
     if y & W_SYN:
@@ -581,7 +610,11 @@ def emit(x: int, kind: int) -> int | None:
         if not x & RST_DUE:
             return None
         x &= ~RST_DUE
-        sent = W_RST
+        sent = W_RST if kind & RST_AT else 0
+        if kind & RST_BEFORE:
+            sent |= W_RST_BEFORE
+        if kind & RST_CERTAIN:
+            sent |= W_RST_CERTAIN
     elif kind & SYN:
         if kind & ACK:
             if state != SYN_RECEIVED and not kind & OLD:

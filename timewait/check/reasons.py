@@ -103,10 +103,28 @@ def reason(
             f"possible: {could}{', ...' if len(together) > 6 else ''}",
             "RFC 9293 §3.6, §3.10",
         )
+    if symbol == ex.ALL_DELIVERED:
+        return (
+            "a RST at RCV.NXT has been received, and the connection is still there: "
+            f"the server in {_states(pairs, 0)}, the client in {_states(pairs, 1)}",
+            _delivery_rule(model, pairs, profiles),
+        )
     end, told = symbol >> 4 & 1, symbol & 15
     words = _TOLD[told]
     gap = "" if words.startswith("'") else " "
     return f"the {_SIDES[end]}{gap}{words}", "RFC 9293 §3.10.1 to §3.10.8 (calls and their results)"
+
+
+def _delivery_rule(model: Explanations, pairs: frozenset[Pair], profiles: tuple[str, str]) -> str:
+    found: dict[str, None] = {}
+    for pair in pairs:
+        for end in (0, 1):
+            if pair[1 - end] & ex.W_RST_CERTAIN:
+                state = State(pair[end] & 15)
+                row = model.table(end)[state, Event.RST_EXACT]
+                text = f"{profiles[end]} profile, ({state.name}, RST_EXACT): {row.source}"
+                found[text] = None
+    return "; ".join(found)
 
 
 def _state(state: int) -> str:

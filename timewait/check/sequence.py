@@ -19,6 +19,9 @@ __all__ = [
     "DROPPED",
     "FROM_B",
     "OLD",
+    "RST_AT",
+    "RST_BEFORE",
+    "RST_CERTAIN",
     "TEXT",
     "Contradiction",
     "Sequence",
@@ -29,6 +32,10 @@ __all__ = [
 TEXT: Final = 0x08
 ACKS_FIN: Final = 0x20  # it acknowledges the peer's FIN
 OLD: Final = 0x40  # nothing in it that its sender had not sent before
+# A reset's kind says where it is, from its receiver's side.
+RST_AT: Final = 0x20  # it may be at RCV.NXT
+RST_BEFORE: Final = 0x40  # it may be at RCV.NXT - 1, before the FIN that was received
+RST_CERTAIN: Final = 0x08  # it is at RCV.NXT for certain
 DROPPED: Final = 0x80  # the link lost it after it was seen
 FROM_B: Final = 0x100
 
@@ -255,7 +262,16 @@ class Sequence:
                 raise Contradiction(f"a reset acknowledges {ack}, sent is up to {y.next}", _UNSENT)
         if at and at != [0] and seq not in at:
             raise Contradiction(f"a reset at {seq}; {_or(sorted(set(at)))} was due", _RESET)
-        return RST
+        if y.ack is None or not seq:
+            return RST | RST_AT
+        kind = RST
+        if seq_diff(seq, y.ack) >= 0:
+            kind |= RST_AT
+            if seq == y.ack == x.next:
+                kind |= RST_CERTAIN
+        if x.fin == seq:
+            kind |= RST_BEFORE
+        return kind
 
 
 def _or(numbers: list[int]) -> str:

@@ -596,8 +596,9 @@ def _call_without_effect(event: Called, events: Events) -> str | None:
     acted = [
         e
         for e in during
-        if (isinstance(e, Transition) and e.local == event.local)
-        or (isinstance(e, SegmentSeen) and e.src == event.local)
+        if isinstance(e, Transition)
+        and e.local == event.local
+        and (e.source != "model" or e.cause in ("CLOSE", "CLOSE_UNREAD", "ABORT", "SHUTDOWN"))
     ]
     return None if acted else "the call changed nothing: the connection was over, or half closed"
 
