@@ -389,3 +389,17 @@ def test_what_was_seen_is_what_the_model_allows(seen: Witness, port: HeldPort) -
     Pair(port).close("client", "server", "listener")
     verdict = seen.check()
     assert verdict, verdict.explain()
+
+
+def test_a_port_that_something_else_holds_is_explained(seen: Witness, port: HeldPort) -> None:
+    Pair(port).close("client", "server", "listener")
+    with socket.create_server(("127.0.0.1", port.number)), pytest.raises(AssertionError) as failure:
+        seen.assert_bindable(port.number)
+    assert "EADDRINUSE\n  held by LISTEN" in str(failure.value)
+    assert "\n  why: " in str(failure.value)
+
+
+def test_refused_by_time_wait_tells_the_rule_and_when(seen: Witness, port: HeldPort) -> None:
+    Pair(port).close("server", "client", "listener")
+    with pytest.raises(AssertionError, match=r"(?s)why: .*SO_REUSEADDR.*free in \d\d s$"):
+        seen.assert_bindable(port)

@@ -541,13 +541,10 @@ class Witness:
                     for seen in self._seen.values()
                     if seen.state is not None and seen.local[1] == number
                 ]
-            told = [self._tell_end(end) for end in held] or [
-                "  (by none of this test's connections: `timewait explain` knows more)"
-            ]
             option = "with" if reuse_address else "without"
             raise AssertionError(
                 f"port {number} cannot be bound {option} SO_REUSEADDR: {refused}\n"
-                + "\n".join(told)
+                + "\n".join([*map(self._tell_end, held), *_why_refused(number, host, bool(held))])
             )
 
     def _held_otherwise(self, port: int) -> bool:
@@ -828,6 +825,22 @@ def _refusal(port: int, host: str, reuse_address: bool) -> str:
         except OSError as refused:
             return errno.errorcode.get(refused.errno or 0, str(refused))
     return ""
+
+
+def _why_refused(port: int, host: str, told: bool) -> list[str]:
+    """The rule in words, and who else holds the port where that was not told."""
+    from timewait.explain import explain_bind
+
+    try:
+        found = explain_bind(port, host)
+    except OSError:
+        return []
+    lines = [] if told else [f"  held by {holder}" for holder in found.holders]
+    if found.rule:
+        lines.append(f"  why: {found.rule}")
+    if found.free_after:
+        lines.append(f"  free in {found.free_after:.0f} s")
+    return lines
 
 
 _watching: Final[weakref.WeakSet[Witness]] = weakref.WeakSet()
