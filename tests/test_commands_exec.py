@@ -147,3 +147,22 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], word: str) -> 
     assert done.stdout == ""
     assert word in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@pytest.mark.parametrize(("option", "uid"), [((), "65534"), (("--as-root",), "0")])
+def test_anybody_may(
+    importable: Path, nobody: tuple[str, ...], option: tuple[str, ...], uid: str
+) -> None:
+    program = f"import os, sys; print(os.geteuid()); sys.argv[1:] = ['client']\n{PROGRAM}"
+    done = subprocess.run(
+        [*nobody, sys.executable, "-m", "timewait", "exec", *option, "--", "/usr/bin/python3",
+         "-c", program],
+        env={**os.environ, "PYTHONPATH": str(importable)},
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.stdout == f"{uid}\nsaid by the program\n", done.stderr
+    assert "the client closed first" in done.stderr
+    assert "conforms, on strong evidence" in done.stderr

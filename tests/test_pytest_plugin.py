@@ -491,3 +491,36 @@ def test_pytest_asyncio_beside_it(
     options = ("-ppytest_asyncio.plugin", f"--asyncio-mode={mode}")
     ini = "asyncio_default_fixture_loop_scope = function\nfilterwarnings = error"
     suite(code, *options, ini=ini, inside=False).assert_outcomes(passed=3)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_an_ordinary_user_sees_as_much(
+    importable: Path, nobody: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "help.py").write_text(HELP)
+    (folder / "test_suite.py").write_text(
+        textwrap.dedent("""
+        from help import *
+        @pytest.mark.tcp(closed_by="client", no_leaks=True)
+        def test_good(tcp_port): client_first(tcp_port)
+        @pytest.mark.tcp(no_leaks=True)
+        def test_bad(tcp_port): leak(tcp_port)
+        """)
+    )
+    folder.chmod(0o755)
+    done = subprocess.run(
+        [*nobody, sys.executable, "-m", "pytest", "-p", "timewait.pytest_plugin", "-p",
+         "no:cacheprovider", "test_suite.py"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(importable),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert "2 passed, 1 error" in done.stdout, done.stdout
+    assert "tcp(no_leaks=True): 1 socket left open" in done.stdout

@@ -1,4 +1,4 @@
-"""What tests about the kernel share: an ordinary user, and a package that one can read."""
+"""What tests share: an ordinary user, and a copy of the package that one can read."""
 
 import shutil
 from pathlib import Path
