@@ -193,8 +193,8 @@ class Checker:
     def _insert(self, t: float, event: Event | _Begun) -> None:
         """Put an event where its time is, behind those of the same time.
 
-        A call's beginning goes before them: what it caused may bear the very
-        same time, as it does where time is virtual.
+        A call's beginning goes before them, as far as the call before: what it
+        caused may bear the very same time, where time is virtual.
         """
         waiting = self._waiting
         if t < self._done:
@@ -203,7 +203,10 @@ class Checker:
             return
         place = len(waiting)
         first = isinstance(event, _Begun)
-        while place and (waiting[place - 1][0] > t or (first and waiting[place - 1][0] == t)):
+        while place and (
+            waiting[place - 1][0] > t
+            or (first and waiting[place - 1][0] == t and not _is_call(waiting[place - 1][1]))
+        ):
             place -= 1
         waiting.insert(place, (t, event))
 

@@ -68,7 +68,7 @@ W_ACK_FIN: Final = 1 << 21  # an acknowledgment of the peer's FIN
 W_TEXT: Final = 1 << 22
 W_RST: Final = 1 << 23
 W_RST_BEFORE: Final = 1 << 45  # a RST at its receiver's RCV.NXT - 1
-W_RST_CERTAIN: Final = 1 << 46  # a RST certainly at RCV.NXT, which has still to be delivered
+W_RST_CERTAIN: Final = 1 << 46  # a RST, whose place is certain, has still to be delivered
 WIRE: Final = 0xFF << 16 | W_RST_BEFORE | W_RST_CERTAIN
 _RSTS: Final = W_RST | W_RST_BEFORE | W_RST_CERTAIN
 # and what its user may do, having begun a call that does it.
@@ -433,13 +433,19 @@ class Explanations:
         """The pairs in which no RST waits to do what it must."""
         for pair in pairs:
             for end in (0, 1):
-                state = pair[end] & 15
-                row = self._tables[end][State(state), Event.RST_EXACT]
-                moves = row.kind == "go" and row.next not in (None, state)
-                if moves and pair[1 - end] & W_RST_CERTAIN:
+                row = self.row_of_reset(pair, end)
+                if row is not None and row.kind == "go" and row.next not in (None, pair[end] & 15):
                     break
             else:
                 yield pair[0] & ~W_RST_CERTAIN, pair[1] & ~W_RST_CERTAIN
+
+    def row_of_reset(self, pair: Pair, end: int) -> Row | None:
+        """The row for a RST that certainly reaches this end, if there is one."""
+        peer = pair[1 - end]
+        if not peer & W_RST_CERTAIN:
+            return None
+        event = Event.RST_EXACT if peer & W_RST else Event.RST_AFTER_FIN
+        return self._tables[end][State(pair[end] & 15), event]
 
     def _after_move(self, mode: int, pairs: frozenset[Pair], symbol: int) -> Iterator[Pair]:
         end = symbol >> 8 & 1

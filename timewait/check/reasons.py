@@ -105,7 +105,7 @@ def reason(
         )
     if symbol == ex.ALL_DELIVERED:
         return (
-            "a RST at RCV.NXT has been received, and the connection is still there: "
+            "a RST has been received, and the connection is still there: "
             f"the server in {_states(pairs, 0)}, the client in {_states(pairs, 1)}",
             _delivery_rule(model, pairs, profiles),
         )
@@ -119,11 +119,10 @@ def _delivery_rule(model: Explanations, pairs: frozenset[Pair], profiles: tuple[
     found: dict[str, None] = {}
     for pair in pairs:
         for end in (0, 1):
-            if pair[1 - end] & ex.W_RST_CERTAIN:
-                state = State(pair[end] & 15)
-                row = model.table(end)[state, Event.RST_EXACT]
-                text = f"{profiles[end]} profile, ({state.name}, RST_EXACT): {row.source}"
-                found[text] = None
+            row = model.row_of_reset(pair, end)
+            if row is not None:
+                state = State(pair[end] & 15).name
+                found[f"{profiles[end]} profile, {state} and a RST: {row.source}"] = None
     return "; ".join(found)
 
 

@@ -35,7 +35,7 @@ OLD: Final = 0x40  # nothing in it that its sender had not sent before
 # A reset's kind says where it is, from its receiver's side.
 RST_AT: Final = 0x20  # it may be at RCV.NXT
 RST_BEFORE: Final = 0x40  # it may be at RCV.NXT - 1, before the FIN that was received
-RST_CERTAIN: Final = 0x08  # it is at RCV.NXT for certain
+RST_CERTAIN: Final = 0x08  # it is there for certain
 DROPPED: Final = 0x80  # the link lost it after it was seen
 FROM_B: Final = 0x100
 
@@ -271,6 +271,8 @@ class Sequence:
                 kind |= RST_CERTAIN
         if x.fin == seq:
             kind |= RST_BEFORE
+            if y.ack == seq_add(seq, 1):
+                kind |= RST_CERTAIN
         return kind
 
 
