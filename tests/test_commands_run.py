@@ -90,7 +90,7 @@ def test_both_side_by_side_fit_eighty_columns() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "\x1b" not in done.stdout
     for words in (
-        "kernel (sock_diag)",
+        "kernel (sock_diag+capture)",
         "model (linux)",
         "closed first",
         "EADDRINUSE from bind()",

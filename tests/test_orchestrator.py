@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -94,14 +95,16 @@ def test_the_tables_of_server_first_step_by_step() -> None:
     assert closes == again == [(port, State.TIME_WAIT)] * 2
 
 
+@pytest.mark.parametrize("observer", ["sock_diag", "auto", "sock_diag+tracepoint"])
 @pytest.mark.parametrize("side", ["server", "client"])
-def test_a_deliberately_wrong_model_is_caught(side: str) -> None:
+def test_a_deliberately_wrong_model_is_caught(side: str, observer: str) -> None:
     story = Scenario.built_in("server-first" if side == "server" else "clients-first")
-    run = story.run_sync(on="kernel")
+    run = story.run_sync(on="kernel", observer=observer)
     assert run.check()
     verdict = run.check(profiles={side: WRONG})
     assert not verdict
-    assert "TIME_WAIT" in verdict.explain()
+    if observer == "sock_diag":
+        assert "TIME_WAIT" in verdict.explain()
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -148,6 +151,39 @@ def test_two_profiles_live_on_two_hosts() -> None:
 def test_the_same_seed_gives_the_same_events() -> None:
     first, second = (Scenario.built_in("half-close").run_sync(on="model") for _ in range(2))
     assert first.events == second.events
+
+
+def test_the_strongest_observer_that_is_permitted_watches() -> None:
+    run = Scenario.built_in("server-first").run_sync()
+    assert run.observer == "sock_diag+capture"
+    assert run.check().evidence.strength == "strong"
+
+
+def test_psutil_serves_and_says_what_it_cannot_tell() -> None:
+    run = Scenario.built_in("server-first").run_sync(observer="psutil")
+    assert run.observer == "psutil"
+    assert any(each.startswith("timers") for each in run.blind)
+    assert (run.time_wait.holder, run.time_wait.seconds_left) == ("server", None)
+    assert (run.restart.error, run.restart.free_after) == (errno.EADDRINUSE, None)
+    assert run.check()
+
+
+def test_an_unknown_observer_is_named() -> None:
+    with pytest.raises(ScenarioError, match="no observer is called 'crystal-ball'"):
+        Scenario.built_in("abort").run_sync(observer="crystal-ball")
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv is not installed")
+def test_without_permission_a_capture_is_refused_in_one_line() -> None:
+    bare = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"]
+    command = [*bare, sys.executable, "-m", "timewait", "run", "abort", "--on", "kernel"]
+    asked = subprocess.run([*command, "--observer", "capture"], capture_output=True, text=True)
+    assert (asked.returncode, asked.stdout) == (2, "")
+    assert "no capture here: " in asked.stderr
+    assert asked.stderr.count("\n") == 1
+    auto = subprocess.run(command, capture_output=True, text=True)
+    assert auto.returncode == 0
+    assert "conforms, on weak evidence" in auto.stdout
 
 
 def test_reuse_address_on_both_servers_lets_the_second_start() -> None:
@@ -209,7 +245,7 @@ def test_a_step_that_never_completes_is_named_with_its_states(backend: str) -> N
 def test_a_taken_port_says_by_what() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ScenarioError, match=f"port {port} is taken by .*LISTEN"):
+        with pytest.raises(ScenarioError, match=f"port {port} is taken: .*listens on it"):
             Scenario(port=port).listen().run_sync()
 
 

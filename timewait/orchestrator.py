@@ -86,6 +86,9 @@ class Stack(Protocol):
     def prepare(self, scenario: Scenario) -> Scenario:
         """The scenario with its port chosen. Raises `ScenarioError` where it cannot run here."""
 
+    def why_taken(self, scenario: Scenario) -> str:
+        """Who has the scenario's port, in words; "" where nothing can be told."""
+
     def run(self, main: Callable[[], Coroutine[Any, Any, None]], backend: str = "asyncio") -> None:
         """Run it on a loop of the stack's own."""
 
@@ -218,7 +221,7 @@ class Orchestrator:
                 self._options = step
                 failed = self._try_to_listen()
                 if failed:
-                    raise ScenarioError(_cannot(failed, self.scenario, self._holders()))
+                    raise ScenarioError(_cannot(failed, self.scenario, self.stack))
             case Connect():
                 for _ in range(step.clients):
                     await self._connect(step)
@@ -576,14 +579,13 @@ def _alone(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return wrong
 
 
-def _cannot(wrong: OSError, scenario: Scenario, held: list[Row]) -> str:
+def _cannot(wrong: OSError, scenario: Scenario, stack: Stack) -> str:
     """Why the server cannot listen at all, in one line."""
     port = scenario.port
     match wrong.errno:
         case errno.EADDRINUSE:
-            kinds = Counter(str(row.state) for row in held)
-            by = ", ".join(f"{count} {state}" for state, count in kinds.items())
-            return f"port {port} is taken" + (f" by {by}" if by else "")
+            why = stack.why_taken(scenario)
+            return f"port {port} is taken" + (f": {why}" if why else "")
         case errno.EACCES:
             return f"port {port} is privileged: to bind it takes root or CAP_NET_BIND_SERVICE"
         case errno.EADDRNOTAVAIL:

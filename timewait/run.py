@@ -247,7 +247,11 @@ def _whose(sides: set[Any]) -> Side | None:
 
 
 def _stack(
-    scenario: Scenario, on: str | Stack, profiles: dict[str, str] | None, allow_network: bool
+    scenario: Scenario,
+    on: str | Stack,
+    observer: str,
+    profiles: dict[str, str] | None,
+    allow_network: bool,
 ) -> Stack:
     if not isinstance(on, str):
         return on
@@ -259,7 +263,7 @@ def _stack(
             f"{scenario.host} is beyond loopback: allow it with --allow-network "
             "(allow_network=True)"
         )
-    return KernelStack() if on == "kernel" else ModelStack(scenario, profiles)
+    return KernelStack(observer) if on == "kernel" else ModelStack(scenario, profiles)
 
 
 def _orchestrator(
@@ -291,6 +295,7 @@ async def run(
     *,
     record: Callable[[Event], object] | None = None,
     wait: Waiting | bool = False,
+    observer: str = "auto",
     profiles: dict[str, str] | None = None,
     allow_network: bool = False,
 ) -> Run:
@@ -299,7 +304,8 @@ async def run(
     `on` is "kernel" or "model", or a stack made beforehand. Every event goes
     to `record` as it happens (an `events.Writer`, for one). With `wait`, a
     refused restart is tried until it succeeds; where `wait` is a function it
-    hears the seconds waited and left.
+    hears the seconds waited and left. `observer` names who watches the kernel
+    (`timewait.stacks.KernelStack`).
     `profiles` names the model's TCP for each role, `{"server": "linux", "client":
     "freebsd"}`. The kernel goes beyond loopback only with `allow_network`.
 
@@ -307,7 +313,7 @@ async def run(
     (one of those) where a step did not settle within the time limit.
     """
     seen: list[Event] = []
-    with closing(_stack(scenario, on, profiles, allow_network)) as stack:
+    with closing(_stack(scenario, on, observer, profiles, allow_network)) as stack:
         orchestrator = _orchestrator(scenario, stack, seen, record, wait)
         if stack.virtual:
             stack.run(orchestrator.perform)
@@ -322,13 +328,14 @@ def run_sync(
     *,
     record: Callable[[Event], object] | None = None,
     wait: Waiting | bool = False,
+    observer: str = "auto",
     profiles: dict[str, str] | None = None,
     allow_network: bool = False,
     backend: str = "asyncio",
 ) -> Run:
     """As `run`, from ordinary code; `backend` is "asyncio" or "trio"."""
     seen: list[Event] = []
-    with closing(_stack(scenario, on, profiles, allow_network)) as stack:
+    with closing(_stack(scenario, on, observer, profiles, allow_network)) as stack:
         orchestrator = _orchestrator(scenario, stack, seen, record, wait)
         stack.run(orchestrator.perform, backend)
     return _run(seen)

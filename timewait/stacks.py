@@ -14,36 +14,59 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from ipaddress import ip_address
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import anyio
 from attrs import evolve
 
 from timewait.events import Event, Row
+from timewait.explain import explain_bind
 from timewait.port import hold_port
 from timewait.scenario import Scenario, ScenarioError
 from timewait.tcp.states import State
 
-__all__ = ["KernelStack", "ModelStack"]
+if TYPE_CHECKING:
+    from timewait.kernel.capture import Capture
+    from timewait.kernel.tracepoint import Tracepoint
+
+__all__ = ["OBSERVERS", "KernelStack", "ModelStack"]
 
 _NONE_TO_SPARE: Final = 16  # descriptors that an event loop and observers want for themselves
+_BETWEEN: Final = "states between two looks at the table"
+_RING: Final = 1 << 20  # bytes for captured segments between two of a run's own events
 _PORT: Final = 9090  # on a modelled host every port is free
 
 
-class KernelStack:
-    """The machine's own kernel: real sockets, its clock, its table of sockets.
+OBSERVERS: Final = ("sock_diag", "psutil", "tracepoint", "capture")
 
-    The table comes from sock_diag; where there is none, from psutil, which
-    has no timers, and `blind` says so. Raises `ScenarioError` where neither works.
+
+class KernelStack:
+    """The machine's own kernel: real sockets, its clock, and who watches them.
+
+    `observer` names observers, joined by "+": a table of the sockets,
+    "sock_diag" or "psutil" (which has no timers, and serves where there is no
+    sock_diag), and besides it "capture", which sees every segment, and
+    "tracepoint", which sees every transition, in every network namespace
+    alike. "auto" is the table and a capture, if that is permitted. `observer`
+    and `blind` say who really watches, and what nobody sees and why.
+
+    Raises `ScenarioError` for an observer that is unknown or not permitted.
     """
 
     name = "kernel"
     virtual = False
 
-    def __init__(self) -> None:
+    def __init__(self, observer: str = "auto") -> None:
         self.profiles = {"server": "linux", "client": "linux"}
+        self._asked = () if observer == "auto" else tuple(observer.split("+"))
+        unknown = [name for name in self._asked if name not in OBSERVERS]
+        if unknown:
+            raise ScenarioError(
+                f"no observer is called {unknown[0]!r}; there are auto, {', '.join(OBSERVERS)}"
+            )
         self._opened = ExitStack()
-        self.observer, self._table, self.blind = _table(self._opened)
+        self.observer, self._table, self.blind = _table(self._opened, "psutil" in self._asked)
+        self._watching: list[Tracepoint | Capture] = []
         self._origin = time.monotonic()
 
     def close(self) -> None:
@@ -69,8 +92,17 @@ class KernelStack:
         anyio.run(main, backend=backend)
 
     def seen(self) -> list[Event]:
-        """Nothing beyond the table's instants."""
-        return []
+        """What the observers beside the table have seen since they were last asked."""
+        return [event for observer in self._watching for event in observer.read()]
+
+    def why_taken(self, scenario: Scenario) -> str:
+        """Who has the port, as `timewait explain` says it."""
+        try:
+            found = explain_bind(scenario.port, scenario.host)
+        except OSError:
+            return ""
+        free = "" if found.free_after is None else f", free in {found.free_after:.0f} s"
+        return f"{found.title}{free}"
 
     def prepare(self, scenario: Scenario) -> Scenario:
         """Choose the port and see that there are file descriptors for all the clients."""
@@ -81,12 +113,36 @@ class KernelStack:
                 f"{scenario.clients} clients need {wanted} file descriptors and this process "
                 f"has {left} left (see ulimit -n)"
             )
-        if scenario.port:
-            return scenario
+        if not scenario.port:
+            try:
+                scenario = evolve(scenario, port=hold_port().release())
+            except OSError as wrong:
+                raise ScenarioError(f"no free port: {wrong.strerror}") from None
+        for name in self._asked or ("capture",):
+            if name in ("tracepoint", "capture"):
+                self._watch(name, scenario.port)
+        return scenario
+
+    def _watch(self, name: str, port: int) -> None:
+        from timewait.kernel.capture import Capture
+        from timewait.kernel.tracepoint import Tracepoint
+
+        observer: Tracepoint | Capture
         try:
-            return evolve(scenario, port=hold_port().release())
-        except OSError as wrong:
-            raise ScenarioError(f"no free port: {wrong.strerror}") from None
+            if name == "tracepoint":
+                observer = Tracepoint([port], start=self._origin)
+            else:
+                observer = Capture([port], start=self._origin, buffer=_RING)
+        except OSError as refused:
+            if self._asked:
+                raise ScenarioError(f"no {name} here: {refused.strerror or refused}") from None
+            self.blind += (f"segments ({refused.strerror or refused})",)
+            return
+        self._opened.callback(observer.close)
+        self._watching.append(observer)
+        self.observer += f"+{name}"
+        if name == "tracepoint":
+            self.blind = tuple(each for each in self.blind if each != _BETWEEN)
 
 
 class ModelStack:
@@ -161,6 +217,10 @@ class ModelStack:
             host = next(iter(_beyond(host)), self._hosts["server"].addresses[0])
         return evolve(scenario, host=host, port=scenario.port or _PORT)
 
+    def why_taken(self, scenario: Scenario) -> str:
+        """On a modelled host nobody else has a port."""
+        return ""
+
     def run(self, main: Callable[[], Coroutine[Any, Any, None]], backend: str = "asyncio") -> None:
         """Run it on the simulated loop, whatever loop the caller may be on."""
         from timewait.sim import run
@@ -214,9 +274,13 @@ def _descriptors_left() -> int | None:
         return None
 
 
-def _table(opened: ExitStack) -> tuple[str, Callable[[int], list[Row]], tuple[str, ...]]:
+def _table(
+    opened: ExitStack, psutil_wanted: bool
+) -> tuple[str, Callable[[int], list[Row]], tuple[str, ...]]:
     """The best table of sockets there is here: its name, a look at it, what it cannot tell."""
     try:
+        if psutil_wanted:
+            raise ImportError
         from timewait.kernel.sock_diag import SockDiag
 
         diag = opened.enter_context(SockDiag())
@@ -224,9 +288,9 @@ def _table(opened: ExitStack) -> tuple[str, Callable[[int], list[Row]], tuple[st
     except OSError as missing:
         why = f"no sock_diag here ({missing.strerror})"
     except ImportError:
-        why = "no sock_diag here"
+        why = "asked for" if psutil_wanted else "no sock_diag here"
     else:
-        return "sock_diag", diag.sockets, ("states between two looks at the table",)
+        return "sock_diag", diag.sockets, (_BETWEEN,)
     try:
         import psutil
     except ImportError:
@@ -244,5 +308,5 @@ def _table(opened: ExitStack) -> tuple[str, Callable[[int], list[Row]], tuple[st
             if port in (each.laddr.port, each.raddr and each.raddr.port)
         ]
 
-    blind = (f"timers: {why}, and psutil tells none", "states between two looks at the table")
+    blind = (f"timers ({why}, and psutil tells none)", _BETWEEN)
     return "psutil", look, blind

@@ -67,7 +67,7 @@ def command(
     courses = only or tuple(COURSES)
     chosen = [kind for kind in available() if not kinds or kind.name in kinds]
     sizes = {1: 3, 20: 1} if quick else {1: 15, 100: 1} | {connections: 1}
-    passes = 2 if quick else 3
+    passes = 2
     families = ["ipv4"] if quick or not _has_ipv6() else [*FAMILIES]
     own = report.settings()
     isolated = not here and _isolate(own)

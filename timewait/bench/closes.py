@@ -40,7 +40,7 @@ _PASSING: Final = frozenset({State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK, St
 _OPEN: Final = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT_2})
 _TIME_WAIT_AND_MORE: Final = 130.0  # seconds, an orphan's FIN_WAIT_2 before it included
 _PATIENCE: Final = 5.0  # seconds for a close to settle
-_TIMED: Final = 100  # of the connections open at once, so many are timed
+_TIMED: Final = 50  # of the connections open at once, so many are timed
 _WATCHED: Final = 5  # and so many by a capture
 _TEXT: Final = 100  # bytes sent where a course sends any
 DELAYED_ACK: Final = 0.5  # seconds that an ACK may be delayed at most (RFC 9293 §3.8.6.3)
@@ -316,12 +316,13 @@ class Trial:
     def run(self, tick: Callable[[], object] = lambda: None) -> None:
         """Make a pass; `tick` is called after each of its `rounds` + 2 rounds.
 
-        A round before them warms up and is not counted, and one after them, of
-        a few connections, is watched by a capture where that is permitted.
+        A round of a few connections before them warms up and is not counted,
+        and one after them is watched by a capture where that is permitted.
         """
         before = counters()
         with SockDiag() as diag, _quiet():
-            _, *counted = self._rounds(self.connections, self.rounds + 1, diag, tick)
+            self._rounds(min(self.connections, _WATCHED), 1, diag, tick)
+            counted = self._rounds(self.connections, self.rounds, diag, tick)
             self._counters += counters() - before
             self._last.append(self._last_segments(diag))
         self._passes.append([sample for each in counted for sample in each])

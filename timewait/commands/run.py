@@ -17,6 +17,7 @@ from rich.text import Text
 from timewait import report
 from timewait.check import Verdict
 from timewait.events import Writer
+from timewait.kernel.namespace import isolate
 from timewait.orchestrator import Waiting
 from timewait.run import Run, run_sync
 from timewait.scenario import BUILT_IN, Scenario, ScenarioError
@@ -57,6 +58,18 @@ __all__ = ["command"]
     metavar="ROLE=NAME",
     help="The model's TCP for server or client, linux if not given; repeatable.",
 )
+@click.option(
+    "--observer",
+    default="auto",
+    show_default=True,
+    metavar="NAME[+NAME]",
+    help="Who watches the kernel: sock_diag or psutil, and tracepoint, capture.",
+)
+@click.option(
+    "--isolated",
+    is_flag=True,
+    help="In a private network namespace, where a capture needs no root.",
+)
 @click.option("--allow-network", is_flag=True, help="Allow an address beyond loopback.")
 @click.option(
     "--backend",
@@ -75,6 +88,8 @@ def command(
     clients: int | None,
     events: str | None,
     profiles: tuple[str, ...],
+    observer: str,
+    isolated: bool,
     allow_network: bool,
     backend: str,
     as_json: bool,
@@ -83,6 +98,8 @@ def command(
     try:
         chosen = _chosen(scenario, clients)
         named = _profiles(profiles)
+        if isolated:
+            isolate()
         changes: dict[str, Any] = {"host": host, "port": port}
         chosen = evolve(chosen, **{k: v for k, v in changes.items() if v is not None})
         with ExitStack() as stack:
@@ -96,6 +113,7 @@ def command(
                             each,
                             record=writer,
                             wait=waiting or wait,
+                            observer=observer,
                             profiles=named,
                             allow_network=allow_network,
                             backend=backend,
@@ -105,7 +123,8 @@ def command(
     except ScenarioError as wrong:
         raise click.ClickException(str(wrong)) from None
     except OSError as wrong:
-        raise click.ClickException(f"{wrong.filename}: {wrong.strerror}") from None
+        what = f"{wrong.filename}: " if wrong.filename else ""
+        raise click.ClickException(f"{what}{wrong.strerror}") from None
     verdicts = [run.check() for run in runs]
     if as_json:
         click.echo(json.dumps(_document(chosen, runs, verdicts)))

@@ -16,7 +16,6 @@ import random
 import sys
 from collections import Counter
 from contextlib import ExitStack
-from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
@@ -26,42 +25,13 @@ import click
 
 from timewait.check import Verdict, check
 from timewait.events import Event, Writer
-from timewait.kernel.capture import Capture
-from timewait.kernel.tracepoint import Tracepoint
 from timewait.orchestrator import Orchestrator
 from timewait.scenario import BUILT_IN, Scenario, ScenarioError
 from timewait.stacks import KernelStack, ModelStack
 
-__all__ = ["Observed", "one", "random_scenario"]
+__all__ = ["one", "random_scenario"]
 
 _OBSERVERS: Final = ("tracepoint+capture", "tracepoint", "capture", "")
-
-
-class Observed(KernelStack):
-    """The kernel, seen by sock_diag's table and by the observers named besides."""
-
-    def __init__(self, observers: str) -> None:
-        super().__init__()
-        self._wanted = [name for name in observers.split("+") if name]
-        self.observer = "+".join((self.observer, *self._wanted))
-        self._watching: list[Tracepoint | Capture] = []
-
-    def prepare(self, scenario: Scenario) -> Scenario:
-        """As the kernel's, and begin to watch the port."""
-        scenario = super().prepare(scenario)
-        kinds = {"tracepoint": Tracepoint, "capture": Capture}
-        self._watching = [kinds[name]([scenario.port], start=self._origin) for name in self._wanted]
-        return scenario
-
-    def seen(self) -> list[Event]:
-        """What the other observers have seen since they were last asked."""
-        return list(chain.from_iterable(observer.read() for observer in self._watching))
-
-    def close(self) -> None:
-        """Stop watching."""
-        for observer in self._watching:
-            observer.close()
-        super().close()
 
 
 def random_scenario(rng: random.Random) -> Scenario:
@@ -120,7 +90,7 @@ def one(seed: int, on: str = "kernel") -> tuple[Scenario, str, list[Event], Verd
     with ExitStack() as resources:
         stack: Any
         if on == "kernel":
-            stack = Observed(observers)
+            stack = KernelStack("+".join(filter(None, ("sock_diag", observers))))
             resources.callback(stack.close)
             orchestrator = Orchestrator(scenario, stack, seen.append, None)
         else:
