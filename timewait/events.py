@@ -121,7 +121,7 @@ class Called:
     began: float | None = None
 
 
-@frozen
+@define(unsafe_hash=True)
 class Transition:
     """A socket went from `old` to `new`.
 
@@ -142,7 +142,7 @@ class Transition:
     cause: str | None = None
 
 
-@frozen
+@define(unsafe_hash=True)
 class SegmentSeen:
     """A TCP segment on the wire, from `src` to `dst`.
 

@@ -9,7 +9,6 @@ await wait_until_bindable(9090, timeout=90)
 
 from __future__ import annotations
 
-import select
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,6 +25,7 @@ from timewait.kernel.observers import Observer, observe
 __all__ = ["Watch", "wait_until_bindable", "wait_until_bindable_sync", "watch"]
 
 _SOON: Final = 0.005  # seconds between two looks for new events
+_FETCH: Final = 0.05  # seconds between two fetches from an observer that records
 _LOOK: Final = 0.02  # seconds between two tries to bind: some 20 µs of work each
 _TELL: Final = 0.25  # seconds between two reports of progress
 
@@ -101,28 +101,25 @@ class Watch:
     def _run(self) -> None:
         observer = self._observer
         assert observer is not None
-        descriptor = observer.fileno()
-        last = False
+        # Nothing waits on the observer's descriptor: to be woken for each event would slow
+        # those who are watched down, and the kernel keeps events until they are fetched.
         try:
-            while not last:
-                last = self._ending.is_set()
-                with self._looking:
-                    seen = observer.read()
-                if seen:
-                    with self._news:
-                        self.events += seen
-                        self._news.notify_all()
-                if last:
-                    break
-                if descriptor is not None and not seen:
-                    select.select([descriptor], [], [], 0.05)
-                else:
-                    self._ending.wait(getattr(observer, "period", 0.005))
+            while not self._ending.wait(getattr(observer, "period", _FETCH)):
+                self._fetch(observer)
+            self._fetch(observer)
         except BaseException as trouble:
             self._trouble = trouble
-        with self._news:
             self._ending.set()
+        with self._news:
             self._news.notify_all()
+
+    def _fetch(self, observer: Observer) -> None:
+        with self._looking:
+            seen = observer.read()
+        if seen:
+            with self._news:
+                self.events += seen
+                self._news.notify_all()
 
     # Looking
 

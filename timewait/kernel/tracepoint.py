@@ -51,6 +51,8 @@ _FSCONFIG_CMD_CREATE: Final = 6
 # Every kind of event has these; an IPv4 address stands in the IPv6 field too, mapped.
 _PORTS: Final = "sport dport"
 _HOSTS: Final = "saddr_v6 daddr_v6"
+_STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
+_BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
 _LOOKS: Final = 64  # at most so many orphans are looked at in one read
 
@@ -101,6 +103,7 @@ class Tracepoint:
         self.start = time.monotonic() if start is None else start
         self.lost = 0
         self._ports = None if ports is None else frozenset(ports)
+        self._pages: list[bytes] = []
         self._held: list[tuple[int, int, bytes, int]] = []
         self._unnamed: dict[int, int] = {}
         self._overruns: dict[int, int] = {}
@@ -112,6 +115,7 @@ class Tracepoint:
         self._enable: list[Path] = []
         self._buffers: list[int] = []
         self._stats: list[int] = []
+        self._epoll: select.epoll | None = None
         self._resources = ExitStack()
         try:
             self._open(buffer, resets)
@@ -135,20 +139,39 @@ class Tracepoint:
         self._resources.close()
 
     def fileno(self) -> int:
-        """Readable when there is something to `read`."""
+        """Readable when there is something to `read`.
+
+        From the first call on, the kernel wakes whoever waits for it at each
+        event, which costs the watched more than the recording does.
+        """
+        if self._epoll is None:
+            self._epoll = self._resources.enter_context(select.epoll())
+            for fd in self._buffers:
+                self._epoll.register(fd, select.EPOLLIN)
         return self._epoll.fileno()
 
     def rows(self, port: int) -> list[Row]:
         """The table as sock_diag has it now."""
         return self._diag.sockets(port)
 
+    def drain(self) -> None:
+        """Empty the kernel's buffers into memory, for a later `read`: a twentieth of its work."""
+        page, pages = self._page, self._pages
+        for fd in self._buffers:
+            try:
+                while (size := os.readv(fd, [page])) >= _PAGE.size:
+                    pages.append(bytes(memoryview(page)[:size]))
+            except BlockingIOError:
+                pass
+
     def read(self) -> list[Event]:
         """Everything that happened before this call and was not read yet, in order of time."""
         now = time.monotonic_ns()
-        records = self._held
-        self._held = []
-        for fd in self._buffers:
-            self._drain(fd, records)
+        self.drain()
+        records, pages = self._held, self._pages
+        self._held, self._pages = [], []
+        for page in pages:
+            _parse(page, self._handlers, records)
         records.sort(key=_when)
         # What came while the buffers were read, one after the other, would be out of order.
         while records and records[-1][0] > now:
@@ -208,28 +231,13 @@ class Tracepoint:
         self._enable.append(event / "enable")
 
     def _open_buffers(self, home: Path) -> None:
-        self._epoll = self._resources.enter_context(select.epoll())
         for cpu in sorted((home / "per_cpu").iterdir()):
             fd = os.open(cpu / "trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             self._resources.callback(os.close, fd)
             self._buffers.append(fd)
-            self._epoll.register(fd, select.EPOLLIN)
             stats = os.open(cpu / "stats", os.O_RDONLY | os.O_CLOEXEC)
             self._resources.callback(os.close, stats)
             self._stats.append(stats)
-
-    # Reading pages
-
-    def _drain(self, fd: int, records: list[tuple[int, int, bytes, int]]) -> None:
-        page = self._page
-        while True:
-            try:
-                size = os.readv(fd, [page])
-            except BlockingIOError:
-                return
-            if size < _PAGE.size:
-                return
-            _parse(bytes(page[:size]), self._handlers, records)
 
     def _count_lost(self, events: list[Event]) -> None:
         for cpu, fd in enumerate(self._stats):
@@ -252,21 +260,20 @@ class Tracepoint:
         if protocol != socket.IPPROTO_TCP:
             return
         local, remote = (host_text(source), sport), (host_text(target), dport)
-        unnamed = self._unnamed.pop(sock, None)
-        if unnamed is not None and sport:
+        if self._unnamed and (unnamed := self._unnamed.pop(sock, None)) is not None and sport:
             events[unnamed] = _with_local(events[unnamed], local)
         if sport == 0:
             self._unnamed[sock] = len(events)
-        elif self._small.pop((local, remote), None) is not None:
+        elif old in _BEGINNINGS and self._small.pop((local, remote), None) is not None:
             events.append(
                 Transition(
                     *(at, local, remote, State.TIME_WAIT, State.CLOSED, self.name),
                     cause="the connection's addresses are used again",
                 )
             )
-        was, became = State.from_linux(old), State.from_linux(new)
+        was, became = _STATES[old], _STATES[new]
         if was is not became:
-            cause = self._causes.pop(sock, None)
+            cause = self._causes.pop(sock, None) if self._causes else None
             events.append(Transition(at, local, remote, was, became, self.name, cause=cause))
 
     def _on_reset(

@@ -1,0 +1,231 @@
+"""Watching the kernel: what a look at the table costs, what watching slows, how fast files read.
+
+Everything happens in private network namespaces; as an ordinary user only the
+file reader is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks import Figure, side_by_side
+from timewait.kernel.capture import read
+from timewait.kernel.namespace import Namespace
+from timewait.kernel.sock_diag import sockets
+from timewait.tcp.packet import Packet, encode
+from timewait.tcp.segment import ACK, FIN, PSH, SYN, Options, Segment
+from timewait.watching import watch
+
+PORT = 9090
+TIME_WAITS = 28_000
+ROOM = {"net.ipv4.tcp_tw_reuse": 0, "net.ipv4.tcp_max_tw_buckets": 1_000_000}
+
+CHURN = f"""
+import socket, sys, time
+listener = socket.create_server(("127.0.0.1", {PORT}), backlog=128)
+count = int(sys.argv[1])
+start, begun = time.perf_counter(), time.process_time()
+for _ in range(count):
+    client = socket.socket()
+    client.connect(("127.0.0.1", {PORT}))
+    server, _ = listener.accept()
+    client.close()
+    server.close()
+print((time.perf_counter() - start) / count, (time.process_time() - begun) / count)
+"""
+
+
+def measure(quick: bool) -> Iterator[Figure]:
+    if os.geteuid() == 0:
+        yield from _dumps(quick)
+        for name, bound in (("tracepoint", 1.05), ("sock_diag", 1.05), ("capture", 1.15)):
+            yield _overhead(name, bound, quick)
+    yield from _files(quick)
+
+
+# A dump of the table
+
+
+def _dumps(quick: bool) -> Iterator[Figure]:
+    with Namespace(sysctls=ROOM) as ns, ns.entered():
+        _churn(TIME_WAITS)
+        count = len(sockets())
+        peers: list[tuple[str, Callable[[int], object], float | None]] = [
+            ("ss -tan", _ss, 1.0),
+            ("/proc/net/tcp, read and split", _proc, None),
+        ]
+        try:
+            import psutil
+
+            peers.append(("psutil", lambda n: psutil.net_connections("tcp"), None))
+        except ImportError:
+            pass
+        try:
+            from pyroute2 import DiagSocket
+
+            peers.append(("pyroute2", lambda n: _pyroute2(DiagSocket), None))
+        except ImportError:
+            pass
+        for name, peer, target in peers:
+            ours, theirs = side_by_side(
+                (lambda n: sockets(), 1), (peer, 1), rounds=3 if quick else 9
+            )
+            yield Figure(
+                f"dump of {count:,} sockets in TIME_WAIT", ours, "/s", name, theirs, target
+            )
+        ours, theirs = side_by_side((lambda n: sockets(PORT + 1), 1), (_ss_port, 1), rounds=5)
+        yield Figure(
+            f"one other port among {count:,} sockets", ours, "/s", "ss with a filter", theirs, 1.0
+        )
+
+
+def _ss(_: int) -> None:
+    subprocess.run(["ss", "-tan"], stdout=subprocess.DEVNULL, check=True)
+
+
+def _ss_port(_: int) -> None:
+    condition = ["sport", "=", f":{PORT + 1}", "or", "dport", "=", f":{PORT + 1}"]
+    subprocess.run(["ss", "-tan", *condition], stdout=subprocess.DEVNULL, check=True)
+
+
+def _proc(_: int) -> list[list[str]]:
+    with open("/proc/thread-self/net/tcp") as table:
+        return [line.split() for line in table]
+
+
+def _pyroute2(diag_socket: Callable[[], object]) -> None:
+    with diag_socket() as diag:  # type: ignore[attr-defined]
+        diag.bind()
+        list(diag.get_sock_stats(family=socket.AF_INET))
+
+
+# What watching costs those who are watched
+
+
+def _overhead(name: str, bound: float, quick: bool) -> Figure:
+    count, pairs = (3_000, 5) if quick else (10_000, 11)
+    watched: list[tuple[float, float]] = []
+    alone: list[tuple[float, float]] = []
+    seen = lost = 0
+    for _ in range(pairs):
+        with Namespace(sysctls=ROOM) as ns, ns.entered():
+            alone.append(_churn(count))
+        with Namespace(sysctls=ROOM) as ns, ns.entered(), watch(PORT, observer=name) as witness:
+            watched.append(_churn(count))
+        seen += len(witness.events)
+        lost += witness.lost
+    # Other work on the machine only adds: the least of each counts. A connection over
+    # loopback is all processor time; what the clock says needs a core to spare.
+    clock, processor = (
+        (min(each[i] for each in watched), min(each[i] for each in alone)) for i in (0, 1)
+    )
+    return Figure(
+        f"a connection's processor time, while its port is watched by {name}",
+        processor[0] * 1e6,
+        "µs",
+        "unwatched",
+        processor[1] * 1e6,
+        bound,
+        lower_is_better=True,
+        note=f"by the clock {clock[0] / clock[1]:.2f}; {seen:,} events, {lost} lost",
+    )
+
+
+def _churn(count: int) -> tuple[float, float]:
+    """Seconds by the clock and of processor time that a connection takes another process."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHURN, str(count)], stdout=subprocess.PIPE, check=True
+    )
+    clock, processor = done.stdout.split()
+    return float(clock), float(processor)
+
+
+# Files
+
+FIELDS = (
+    *("frame.time_epoch", "ip.src", "ip.dst", "tcp.srcport", "tcp.dstport", "tcp.flags"),
+    *("tcp.seq_raw", "tcp.ack_raw", "tcp.len", "tcp.window_size_value"),
+    *("tcp.options.timestamp.tsval", "tcp.options.timestamp.tsecr"),
+)
+
+
+def _files(quick: bool) -> Iterator[Figure]:
+    connections = 2_000 if quick else 20_000
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "capture.pcap")
+        count = _write(path, connections)
+        ours = _cpu_rate(lambda: sum(1 for _ in read(path)), count)
+        if shutil.which("tshark"):
+            theirs = _cpu_rate(lambda: _tshark(path), count)
+            yield Figure(
+                "segments read from a pcap file (CPU)", ours, "/s", "tshark -T fields", theirs, 0.5
+            )
+        else:
+            yield Figure(
+                "segments read from a pcap file (CPU)", ours, "/s", "tshark -T fields", None, 0.5
+            )
+        try:
+            import dpkt
+        except ImportError:
+            return
+        theirs = _cpu_rate(lambda: _dpkt(path, dpkt), count)
+        yield Figure("segments read from a pcap file (CPU)", ours, "/s", "dpkt", theirs)
+
+
+def _write(path: Path, connections: int) -> int:
+    client, server = ("192.0.2.1", 0), ("192.0.2.2", 443)
+    stamps = Options(ts_val=1, ts_ecr=2)
+    course = [
+        (0, Segment(1, 0, SYN, 64240, b"", Options(1460, 7, True, 1, 0))),
+        (1, Segment(1, 2, SYN | ACK, 65160, b"", Options(1460, 7, True, 1, 1))),
+        (0, Segment(2, 2, ACK, 502, b"", stamps)),
+        (0, Segment(2, 2, PSH | ACK, 502, bytes(200), stamps)),
+        (1, Segment(2, 202, PSH | ACK, 509, bytes(1200), stamps)),
+        (0, Segment(202, 1202, FIN | ACK, 501, b"", stamps)),
+        (1, Segment(1202, 203, FIN | ACK, 509, b"", stamps)),
+        (0, Segment(203, 1203, ACK, 501, b"", stamps)),
+    ]
+    with path.open("wb") as file:
+        file.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1))
+        for n in range(connections):
+            ends = (client[0], 1024 + n % 60000), server
+            for i, (direction, segment) in enumerate(course):
+                src, dst = ends if direction == 0 else reversed(ends)
+                frame = bytes(12) + b"\x08\x00" + encode(Packet(src, dst, segment))
+                file.write(struct.pack("<IIII", 1_700_000_000 + n, i, len(frame), len(frame)))
+                file.write(frame)
+    return connections * len(course)
+
+
+def _cpu_rate(work: Callable[[], object], count: int) -> float:
+    """Per second of processor time, children's included: other work there does not count."""
+    before = sum(os.times()[:4])
+    work()
+    return count / max(sum(os.times()[:4]) - before, 1e-9)
+
+
+def _tshark(path: Path) -> None:
+    fields = [argument for name in FIELDS for argument in ("-e", name)]
+    subprocess.run(
+        ["tshark", "-r", path, "-T", "fields", *fields],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+
+
+def _dpkt(path: Path, dpkt: object) -> None:
+    with path.open("rb") as file:
+        for _, frame in dpkt.pcap.Reader(file):  # type: ignore[attr-defined]
+            ip = dpkt.ethernet.Ethernet(frame).data  # type: ignore[attr-defined]
+            tcp = ip.data
+            _ = (ip.src, ip.dst, tcp.sport, tcp.dport, tcp.seq, tcp.ack, tcp.flags, tcp.win)
+            _ = dpkt.tcp.parse_opts(tcp.opts)  # type: ignore[attr-defined]
