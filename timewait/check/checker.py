@@ -19,7 +19,7 @@ from timewait.check import explanations as ex
 from timewait.check import reasons
 from timewait.check.binds import RULE, Binds, Holder, Options
 from timewait.check.explanations import Explanations
-from timewait.check.sequence import Contradiction, Sequence
+from timewait.check.sequence import DROPPED, Contradiction, Sequence
 from timewait.check.verdict import (
     Divergence,
     Evidence,
@@ -41,6 +41,7 @@ from timewait.events import (
     Transition,
 )
 from timewait.tcp.profiles import Profile, profile
+from timewait.tcp.segment import ACK, FIN, RST, SYN
 from timewait.tcp.states import Event as Tcp
 from timewait.tcp.states import State
 
@@ -92,6 +93,7 @@ class Connection:
     # The last observation: under which mode, after which set, what.
     step: tuple[int, int, int] | None = None
     ending: bool = False
+    presumed: bool = False  # that nothing went before the first segment, a SYN
     sent: list[int] = field(factory=lambda: [0, 0])
     read: list[int] = field(factory=lambda: [0, 0])
     # What was seen since a quiet moment, after which set; and what is not explained yet.
@@ -343,12 +345,16 @@ class Checker:
     def _segment(self, event: SegmentSeen) -> None:
         found = self._ends.get((event.src, event.dst))
         if found is None:
-            found = self._begin(event.src, event.dst, event.flags & 0x12 == 0x12)
+            found = self._begin(event.src, event.dst, event.flags & (SYN | ACK) == SYN | ACK)
         connection, end = found
         sequence = connection.sequence
         if sequence is None:
             exact = event.source in ("model", "wire") or _same_host(*connection.ends)
             sequence = connection.sequence = Sequence(exact)
+            if event.flags & (SYN | ACK | RST | FIN) == SYN and not connection.history:
+                # A SYN is the beginning, unless what follows says otherwise.
+                connection.number = self._model.start(connection.mode | ex.SEGMENTS)
+                connection.presumed = not self._from_start
             connection.mode |= ex.SEGMENTS
             self._sources.add("segments")
         connection.recent.append(event)
@@ -362,7 +368,9 @@ class Checker:
             self._diverge(connection, event, str(wrong), wrong.rule)
             return
         if event.lost:
-            kind |= 0x80
+            kind |= DROPPED
+        if event.flags & RST and not connection.history and not self._from_start:
+            return  # What it answers went before.
         self._advance(connection, kind, event)
 
     def _snapshot(self, event: Snapshot) -> None:
@@ -625,6 +633,10 @@ class Checker:
         connection.last = t
         after = model.next.get((mode, number, symbol))
         if after is None:
+            after = model.follow(mode, number, symbol)
+        if not after and connection.presumed:
+            connection.presumed = False
+            number = model.anywhere(mode)
             after = model.follow(mode, number, symbol)
         if not after:
             if not self._again(connection, number, symbol):

@@ -110,6 +110,25 @@ def _closed_first(a: int, b: int) -> tuple[str, str | None, str | None]:
     return ("nobody", None, None)
 
 
+def _by_the_wire(
+    connection: Connection, pairs: frozenset[ex.Pair]
+) -> tuple[str, str, str | None] | None:
+    """Whose RST came first, or whose FIN without knowing of the other's, where all was seen."""
+    sequence = connection.sequence
+    if sequence is None or (sequence.a.isn is None and sequence.b.isn is None):
+        return None
+    end = sequence.reset_by
+    if end is not None:
+        causes = {_HOW.get(pair[end] >> 28 & 15, ("RST", None)) for pair in pairs}
+        why = _one({cause[1] for cause in causes if cause[0] == "RST"})
+        return (_SIDES[end], "RST", why)
+    first = [flow.fin is not None and not flow.fin_after for flow in (sequence.a, sequence.b)]
+    who = {(True, False): "server", (False, True): "client", (True, True): "both"}.get(
+        (first[0], first[1])
+    )
+    return (who, *_HOW[ex.BY_FIN]) if who else None
+
+
 def answers(connection: Connection) -> Answers:
     """What can be told of this connection by now."""
     pairs = connection.pairs()
@@ -117,6 +136,8 @@ def answers(connection: Connection) -> Answers:
     who = _one({first[0] for first in firsts})
     how = _one({first[1] for first in firsts}) if who else None
     why = _one({first[2] for first in firsts}) if how else None
+    if how == "FIN" or who is None:
+        who, how, why = _by_the_wire(connection, pairs) or (who, how, why)
     states = tuple(_one({p[end] & 15 for p in pairs}) for end in (0, 1))
     held = _one({(a & 15 == ex.TIME_WAIT, b & 15 == ex.TIME_WAIT) for a, b in pairs})
     holder, until = None, None

@@ -78,7 +78,9 @@ class Flow:
 
     isn: int | None = None
     next: int | None = None  # after the last octet sent, SYN and FIN counted
+    guessed: bool = False  # that `next` is what the peer acknowledged: nothing was seen yet
     fin: int | None = None  # the FIN's own number
+    fin_after: bool = False  # it acknowledged the peer's FIN
     ack: int | None = None  # the last acknowledgment it sent
     acks: tuple[int, ...] = ()  # it and the few before, newest first: resets repeat them
     gaps: list[tuple[int, int]] = field(factory=list)  # octets that have not been seen
@@ -92,12 +94,13 @@ class Sequence:
     it sends; elsewhere segments may be lost or overtaken before they are seen.
     """
 
-    __slots__ = ("a", "b", "exact")
+    __slots__ = ("a", "b", "exact", "reset_by")
 
     def __init__(self, exact: bool) -> None:
         self.a = Flow()
         self.b = Flow()
         self.exact = exact
+        self.reset_by: int | None = None  # which end sent a RST before any FIN was seen
 
     def forget(self) -> None:
         """Segments were missed: begin again with whatever comes next."""
@@ -118,8 +121,9 @@ class Sequence:
             raise Contradiction("it carries no acknowledgment", _NO_ACK)
         kind = ACK | FROM_B if from_b else ACK
         end = seq + length + (flags & FIN) & 0xFFFFFFFF
-        if x.next is None:
+        if x.next is None or (x.guessed and seq_diff(end, x.next) >= 0):
             x.next = end
+            x.guessed = False
         else:
             new = ((end - x.next + 0x80000000) & 0xFFFFFFFF) - 0x80000000
             if seq != x.next:
@@ -148,6 +152,8 @@ class Sequence:
             self._acknowledge(x, y, ack, kind)
         if y.fin is not None and (ack - y.fin & 0xFFFFFFFF) == 1:
             kind |= ACKS_FIN
+            if flags & FIN and not kind & OLD:
+                x.fin_after = True
         return kind
 
     def _out_of_place(
@@ -192,9 +198,10 @@ class Sequence:
         return new
 
     def _acknowledge(self, x: Flow, y: Flow, ack: int, kind: int) -> None:
-        if y.next is None:
-            if y.isn is None and y.former is None:
-                y.next = ack  # Nothing of the peer's has been seen yet.
+        if y.next is None or y.guessed:
+            if y.next is None or seq_diff(ack, y.next) > 0:
+                y.next = ack
+            y.guessed = True
         else:
             ahead = seq_diff(ack, y.next)
             if ahead > 0 and not (
@@ -251,6 +258,8 @@ class Sequence:
         return kind
 
     def _reset(self, x: Flow, y: Flow, flags: int, seq: int, ack: int) -> int:
+        if x.fin is None and y.fin is None and self.reset_by is None:
+            self.reset_by = 1 if x is self.b else 0
         at = [n for n in (x.next, *y.acks) if n is not None]
         if x.former is not None:
             at += [n for n in (x.former.next, *x.former.acks) if n is not None]
