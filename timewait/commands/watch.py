@@ -217,7 +217,7 @@ def _what(event: Event) -> str:
     if isinstance(event, Note):
         return event.text
     if isinstance(event, RunStarted):
-        return f"watching with {event.observer}, which cannot see {'; '.join(event.blind)}"
+        return f"watching with {event.observer}"
     assert not isinstance(event, Called)
     return event.kind
 
