@@ -17,7 +17,7 @@ from timewait.kernel.namespace import isolate
 PORT = 9090
 
 
-def server(host: str = "0.0.0.0", *, reuse_address: int = 0, reuse_port: int = 0) -> socket.socket:
+def _server(host: str = "0.0.0.0", *, reuse_address: int = 0, reuse_port: int = 0) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse_address)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse_port)
@@ -26,26 +26,26 @@ def server(host: str = "0.0.0.0", *, reuse_address: int = 0, reuse_port: int = 0
     return sock
 
 
-def connected(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+def _connected(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
     client = socket.create_connection(("127.0.0.1", listener.getsockname()[1]))
     accepted, _ = listener.accept()
     listener.close()
     return accepted, client
 
 
-def time_wait(reuse_address: int) -> object:
-    for end in connected(server(reuse_address=reuse_address)):
+def _time_wait(reuse_address: int) -> object:
+    for end in _connected(_server(reuse_address=reuse_address)):
         end.close()
     return None
 
 
-def leak() -> object:
-    accepted, client = connected(server())
+def _leak() -> object:
+    accepted, client = _connected(_server())
     client.close()
     return accepted
 
 
-def outbound() -> object:
+def _outbound() -> object:
     client = socket.socket()
     client.bind(("127.0.0.1", 40000))
     web = socket.create_server(("127.0.0.1", 80))
@@ -54,13 +54,13 @@ def outbound() -> object:
 
 
 SITUATIONS: dict[str, Callable[[], object]] = {
-    "time-wait": lambda: time_wait(0),
-    "time-wait-reuse": lambda: time_wait(1),
-    "listener": server,
-    "shared": lambda: (server(reuse_port=1), server(reuse_port=1)),
-    "ipv6": lambda: server("::"),
-    "close-wait": leak,
-    "outbound": outbound,
+    "time-wait": lambda: _time_wait(0),
+    "time-wait-reuse": lambda: _time_wait(1),
+    "listener": _server,
+    "shared": lambda: (_server(reuse_port=1), _server(reuse_port=1)),
+    "ipv6": lambda: _server("::"),
+    "close-wait": _leak,
+    "outbound": _outbound,
 }
 
 if __name__ == "__main__":
