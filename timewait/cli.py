@@ -31,10 +31,12 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     },
     "Check": {
         "check": "Say whether TCP allows what an event file or a packet capture shows",
+        "profiles": "Show what each stack does otherwise than the RFC, and where that is written",
         "mutate": "Change one thing in a true trace, many times: does the check notice?",
     },
     "Laboratory": {
         "exec": "Run any program in a private network, see all of its TCP, and judge it",
+        "explore": "Walk every state of two endpoints on a bad network, and check what must hold",
         "fuzz": "Play random programs and segments to kernel and model, and compare",
         "matrix": "Ask kernel and model who may take a held port, in every combination",
         "packetdrill": "run packetdrill scripts on the model or the kernel",

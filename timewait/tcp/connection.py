@@ -675,9 +675,11 @@ class Connection:
         if acked > flight:
             if not acked & HALF:
                 return _ACK_OF_UNSENT
-            # Nobody can have held back an ACK of what was never acknowledged.
-            most = (self.snd_una - self.iss - self.passive) & MASK
-            if MASK + 1 - acked > min(self.max_wnd, most) or self.state is SYN_RECEIVED:
+            most = self.max_wnd
+            if self.profile.parameters.linux_checks:
+                # Nobody can have held back an ACK of what was never acknowledged.
+                most = min(most, (self.snd_una - self.iss - self.passive) & MASK)
+            if MASK + 1 - acked > most or self.state is SYN_RECEIVED:
                 return _ACK_TOO_OLD
         elif acked:
             of_syn = self.snd_una == self.iss and (

@@ -191,6 +191,13 @@ _RFC_SETTINGS = [
         "giving up, at least 100 s",
         effect=_to("give_up_after", "orphan_give_up_after"),
     ),
+    Setting(
+        "user_timeout",
+        300.0,
+        "RFC 9293 §3.9.1.1, §3.10.8",
+        "five minutes, which also end an orphan's FIN_WAIT_2",
+        effect=_to("fin_wait_2"),
+    ),
 ]
 
 # --- Linux ------------------------------------------------------------------------------------

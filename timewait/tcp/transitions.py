@@ -105,6 +105,18 @@ class Row:
     errno: str | None = None
     via: State | None = None
 
+    def __str__(self) -> str:
+        if self.kind == "error":
+            text = str(self.errno)
+        elif self.kind == "go":
+            acts = ", ".join(self.actions).replace("_", " ")
+            text = f"-> {self.next}" if self.next is not None else acts or "nothing happens"
+            if self.next is not None and acts:
+                text += f": {acts}"
+        else:
+            text = "ignored" if self.kind == "ignored" else "cannot happen"
+        return f"{text} ({self.why})" if self.why else text
+
 
 def go(to: State, *actions: str, source: str, why: str = "", via: State | None = None) -> Row:
     """A row that leads to another state."""
