@@ -31,8 +31,8 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
     },
     "Check": {
         "check": "Say whether TCP allows what an event file or a packet capture shows",
-        "profiles": "Show what each stack does otherwise than the RFC, and where that is written",
         "mutate": "Change one thing in a true trace, many times: does the check notice?",
+        "profiles": "Show what each stack does otherwise than the RFC, and where that is written",
     },
     "Laboratory": {
         "exec": "Run any program in a private network, see all of its TCP, and judge it",

@@ -9,7 +9,16 @@ from typing import Any
 import click
 from attrs import evolve
 
-from timewait.tcp.explorer import CHECKS, WORLDS, Found, Violation, World, breakages, explore
+from timewait.tcp.explorer import (
+    CHECKS,
+    WORLDS,
+    Found,
+    Violation,
+    World,
+    breakages,
+    excuse,
+    explore,
+)
 from timewait.tcp.profiles import PROFILES, Profile, profile
 
 __all__ = ["command"]
@@ -82,9 +91,7 @@ def command(
     }
     if no_time_wait:
         changes["time_wait"] = False
-    worlds = [
-        evolve(world, **changes) for world in WORLDS if not wanted or world.name in wanted
-    ]
+    worlds = [evolve(world, **changes) for world in WORLDS if not wanted or world.name in wanted]
     stack = profile(name)
     if break_rows:
         return _break(stack, worlds, as_json)
@@ -157,7 +164,7 @@ def _break(stack: Profile, worlds: list[World], as_json: bool) -> int:
     )
     cells = frozenset[Any]().union(*(result.rows for result, _ in reached))
     caught: dict[str, int] = {}
-    missed: list[str] = []
+    missed: dict[str, list[str]] = {}
     every = list(breakages(stack, cells))
     for number, breakage in enumerate(every, 1):
         if not as_json and sys.stderr.isatty():
@@ -170,7 +177,8 @@ def _break(stack: Profile, worlds: list[World], as_json: bool) -> int:
                     caught[seen[0].check] = caught.get(seen[0].check, 0) + 1
                     break
         else:
-            missed.append(str(breakage))
+            why = excuse(breakage) or "for no known reason"
+            missed.setdefault(why, []).append(str(breakage))
     total = sum(caught.values())
     if as_json:
         click.echo(
@@ -189,7 +197,9 @@ def _break(stack: Profile, worlds: list[World], as_json: bool) -> int:
         click.echo(f"{total} of {len(every)} breakages of {len(cells)} rows are noticed:")
         for check, count in sorted(caught.items(), key=lambda item: -item[1]):
             click.echo(f"  {count:>4}  {check}: {CHECKS[check]}")
-        click.echo(f"{len(missed)} are not:")
-        for line in missed:
-            click.echo(f"        {line}")
+        click.echo(f"{len(every) - total} are not:")
+        for why, lines in missed.items():
+            click.echo(f"  {len(lines):>4}  {why}")
+            for line in lines:
+                click.echo(f"        {line}")
     return 0

@@ -108,9 +108,7 @@ def _entry(lead: str, text: str) -> None:
     click.echo(textwrap.fill(text, 98, initial_indent=lead, subsequent_indent=" " * len(lead)))
 
 
-def _difference(
-    cell: tuple[State, Event], rows: tuple[tuple[str, Row], tuple[str, Row]]
-) -> None:
+def _difference(cell: tuple[State, Event], rows: tuple[tuple[str, Row], tuple[str, Row]]) -> None:
     click.echo(f"  {cell[0]} x {cell[1]}")
     for name, row in rows:
         _entry(f"    {name:<9} ", f"{row} [{row.source}]" if row.source else str(row))
