@@ -110,6 +110,13 @@ def test_a_run_is_kept_as_json_lines(tmp_path: Path) -> None:
     assert run.check()
 
 
+def test_every_event_is_logged_when_asked_for() -> None:
+    done = timewait("run", "abort", "--on", "model", "-v", "--json")
+    assert json.loads(done.stdout)["verdict"]["conforms"]
+    words = {line.split()[0] for line in done.stderr.splitlines()}
+    assert words == {"run", "call", "transition", "segment", "snapshot", "restart"}
+
+
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(timewait("scenarios", "--toml", "abort").stdout.replace("abort", "my-abort", 1))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+import structlog
 from attrs import evolve
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.rule import Rule
@@ -78,6 +80,7 @@ __all__ = ["command"]
     show_default=True,
     help="The event loop on the kernel.",
 )
+@click.option("-v", "--verbose", is_flag=True, help="Log every event to standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     scenario: str,
@@ -92,9 +95,15 @@ def command(
     isolated: bool,
     allow_network: bool,
     backend: str,
+    verbose: bool,
     as_json: bool,
 ) -> int:
     """Run it, print what came of it, return 0 or 1."""
+    if verbose:
+        structlog.configure(
+            processors=[structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())],
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        )
     try:
         chosen = _chosen(scenario, clients)
         named = _profiles(profiles)
