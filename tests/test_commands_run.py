@@ -110,6 +110,13 @@ def test_a_run_is_kept_as_json_lines(tmp_path: Path) -> None:
     assert run.check()
 
 
+def test_servers_that_set_the_option_start_again() -> None:
+    for option in ("--reuse-address", "--reuse-port"):
+        told = document("server-first", option)
+        assert [run["restart"]["ok"] for run in told["runs"]] == [True, True]
+        assert told["verdict"]["conforms"]
+
+
 def test_every_event_is_logged_when_asked_for() -> None:
     done = timewait("run", "abort", "--on", "model", "-v", "--json")
     assert json.loads(done.stdout)["verdict"]["conforms"]

@@ -368,7 +368,11 @@ def log(event: Event) -> None:
     """Hand the event to structlog, at level debug, where the program has configured it.
 
     Unconfigured structlog prints to standard output, which belongs to the
-    program; nothing is said there.
+    program; nothing is said there. A run's `stack` is logged as `on`, since
+    structlog means a stack trace by that name.
     """
     if structlog.is_configured():
-        structlog.get_logger("timewait").debug(event.kind, **_converter().unstructure(event))
+        fields = _converter().unstructure(event)
+        if "stack" in fields:
+            fields["on"] = fields.pop("stack")
+        structlog.get_logger("timewait").debug(event.kind, **fields)

@@ -22,7 +22,7 @@ from timewait.events import Writer
 from timewait.kernel.namespace import isolate
 from timewait.orchestrator import Waiting
 from timewait.run import Run, run_sync
-from timewait.scenario import BUILT_IN, Scenario, ScenarioError
+from timewait.scenario import BUILT_IN, Listen, Scenario, ScenarioError
 
 __all__ = ["command"]
 
@@ -47,6 +47,8 @@ __all__ = ["command"]
 @click.option(
     "--clients", type=click.IntRange(1), metavar="N", help="So many clients (built-in scenarios)."
 )
+@click.option("--reuse-address", is_flag=True, help="The servers set SO_REUSEADDR.")
+@click.option("--reuse-port", is_flag=True, help="The servers set SO_REUSEPORT.")
 @click.option(
     "--events",
     type=click.Path(dir_okay=False),
@@ -89,6 +91,8 @@ def command(
     host: str | None,
     port: int | None,
     clients: int | None,
+    reuse_address: bool,
+    reuse_port: bool,
     events: str | None,
     profiles: tuple[str, ...],
     observer: str,
@@ -111,6 +115,10 @@ def command(
             isolate()
         changes: dict[str, Any] = {"host": host, "port": port}
         chosen = evolve(chosen, **{k: v for k, v in changes.items() if v is not None})
+        options: dict[str, Any] = {"reuse_address": True} if reuse_address else {}
+        options |= {"reuse_port": True} if reuse_port else {}
+        steps = (evolve(s, **options) if isinstance(s, Listen) else s for s in chosen.steps)
+        chosen = evolve(chosen, steps=tuple(steps))
         with ExitStack() as stack:
             writer = stack.enter_context(Writer(events)) if events else None
             runs = []
