@@ -27,7 +27,7 @@ from zlib import crc32
 from timewait.events import Row, Transition
 from timewait.sim.network import Key, canonical
 from timewait.sim.ports import ANY4, ANY6, PortTable, is_v4
-from timewait.tcp.connection import Connection, Hook
+from timewait.tcp.connection import Connection, Hook, SocketOptions
 from timewait.tcp.profiles import Profile, profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, Segment, seq_add
 from timewait.tcp.states import Event, State, Timer
@@ -46,6 +46,8 @@ UNCONNECTED, CONNECTING, CONNECTED, DISCONNECTING = range(4)
 
 INF: Final = float("inf")
 _LOOPBACK_MSS: Final = 32741  # lo's MTU of 65536, halved by Linux's window rule, less timestamps
+_KEEP: Final = (7200.0, 75.0, 9)
+_NO_OPTIONS: Final = SocketOptions()
 _SOMAXCONN: Final = 4096
 _RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
@@ -97,6 +99,7 @@ class Sock:
         "files",
         "host",
         "in_reuse_port_group",
+        "keep",
         "keepalive",
         "key",
         "linger",
@@ -158,6 +161,7 @@ class Sock:
         self.linger: int | None = None
         self.linger2: int | None = None
         self.keepalive = False
+        self.keep: tuple[float, float, int] = _KEEP  # idle, interval, probes
         self.no_delay = False
         self.user_timeout = 0
         self.rcvbuf: int | None = None
@@ -290,6 +294,7 @@ class Sock:
         self.peer_key = (address, port, source, self.port)
         self.sport = self.port
         self.conn = host.connection(self)
+        self.tell_options()
         self.conn.read_shut = bool(self.shut & 1)
         host.tcp[self.key] = self
         host.counters["ActiveOpens"] += 1
@@ -400,7 +405,7 @@ class Sock:
             now = self.clock.now
             if old is State.CLOSED:
                 self.host.forget(self)
-            elif self.linger == 0:
+            elif self.linger == 0 or (old is State.FIN_WAIT_2 and self.linger2 == -1):
                 conn.abort(now)
                 self.after(old)
             else:
@@ -484,7 +489,24 @@ class Sock:
             case socket.SOL_SOCKET, socket.SO_REUSEPORT:
                 self.reuse_port = bool(value)
             case socket.SOL_SOCKET, socket.SO_KEEPALIVE:
+                started = bool(value) and not self.keepalive
                 self.keepalive = bool(value)
+                if self.conn is not None and self.conn.state not in (State.CLOSED, State.SYN_SENT):
+                    if started:
+                        self.conn.t_keepalive = self.clock.now + self.keep[0]
+                    elif not value:
+                        self.conn.t_keepalive = INF
+            case socket.IPPROTO_TCP, socket.TCP_KEEPIDLE if 1 <= value <= 32767:
+                self.keep = (value, *self.keep[1:])
+            case socket.IPPROTO_TCP, socket.TCP_KEEPINTVL if 1 <= value <= 32767:
+                self.keep = (self.keep[0], value, self.keep[2])
+            case socket.IPPROTO_TCP, socket.TCP_KEEPCNT if 1 <= value <= 127:
+                self.keep = (*self.keep[:2], value)
+            case (
+                socket.IPPROTO_TCP,
+                socket.TCP_KEEPIDLE | socket.TCP_KEEPINTVL | socket.TCP_KEEPCNT,
+            ):
+                fail(errno.EINVAL)
             case socket.SOL_SOCKET, socket.SO_RCVBUF:
                 self.rcvbuf = max(2304, 2 * min(value, _RMEM_MAX))
             case socket.SOL_SOCKET, socket.SO_SNDBUF:
@@ -510,6 +532,27 @@ class Sock:
                 self.v6only = bool(value)
             case _:
                 fail(errno.ENOPROTOOPT)
+        if self.conn is not None:
+            self.tell_options()
+
+    def tell_options(self) -> None:
+        """Have the connection know what the user wants of it."""
+        conn = self.conn
+        assert conn is not None
+        if self.rcvbuf is not None:
+            conn.rcv_buf = self.rcvbuf // 2
+        if self.sndbuf is not None:
+            conn.snd_buf = self.sndbuf // 2
+        if self.keepalive or self.no_delay or self.user_timeout or self.linger2 is not None:
+            conn.options = SocketOptions(
+                nodelay=self.no_delay,
+                user_timeout=self.user_timeout / 1000 or None,
+                linger2=None if self.linger2 is None else float(self.linger2),
+                keepalive=self.keep if self.keepalive else None,
+            )
+        else:
+            conn.options = _NO_OPTIONS
+        self.after(conn.state)
 
     def get_option(self, level: int, option: int) -> int:
         """getsockopt(2) of a number; ENOPROTOOPT for what is not modelled."""
@@ -538,6 +581,12 @@ class Sock:
                 return self.sndbuf or 16384
             case socket.IPPROTO_TCP, socket.TCP_NODELAY:
                 return int(self.no_delay)
+            case socket.IPPROTO_TCP, socket.TCP_KEEPIDLE:
+                return int(self.keep[0])
+            case socket.IPPROTO_TCP, socket.TCP_KEEPINTVL:
+                return int(self.keep[1])
+            case socket.IPPROTO_TCP, socket.TCP_KEEPCNT:
+                return self.keep[2]
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:
                 return 60 if self.linger2 is None else self.linger2
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
@@ -1077,7 +1126,10 @@ class Host:
             self.forget(sock)
         elif new is State.FIN_WAIT_2:
             assert sock.conn is not None
-            if sock.conn.orphaned:
+            if sock.conn.orphaned and sock.linger2 == -1:
+                sock.conn.abort(self.network.clock.now)
+                sock.after(new)
+            elif sock.conn.orphaned:
                 self.orphaned(sock)
         elif new is State.ESTABLISHED and old is State.SYN_RECEIVED and sock.shut & 2:
             # The socket, or its listener, was shut down beforehand (tcp_rcv_state_process).
@@ -1094,11 +1146,15 @@ class Host:
         child.linger = listener.linger
         child.linger2 = listener.linger2
         child.keepalive = listener.keepalive
+        child.keep = listener.keep
         child.no_delay = listener.no_delay
         child.user_timeout = listener.user_timeout
         child.rcvbuf = listener.rcvbuf
         child.sndbuf = listener.sndbuf
         child.bound_address = listener.bound_address
+        child.tell_options()
+        if child.keepalive and child.conn is not None:
+            child.conn.t_keepalive = self.network.clock.now + child.keep[0]
         child.sport = child.port
         child.shut = listener.shut
         if child.conn is not None and child.shut & 1:
