@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from zlib import crc32
 
 from timewait.events import Row, Transition
+from timewait.sim.express import pass_text, read_all
 from timewait.sim.network import Key, canonical
 from timewait.sim.ports import ANY4, ANY6, PortTable, is_v4
 from timewait.tcp.connection import Connection, Hook, SocketOptions
@@ -109,6 +110,7 @@ class Sock:
         "network",
         "no_delay",
         "parent",
+        "peer",
         "peer_key",
         "phase",
         "port",
@@ -150,6 +152,7 @@ class Sock:
         self.accepted: deque[Sock] = deque()
         self.embryos: dict[Sock, None] = {}
         self.parent: Sock | None = None
+        self.peer: Sock | None = None  # the other end, where it is on this host too
         self.bound_address = False
         self.bound_port = False
         self.connect_bound = False
@@ -317,6 +320,24 @@ class Sock:
         conn = self.conn
         if conn is None:
             fail(self.take_error() or errno.EPIPE)
+        peer = self.peer
+        if peer is not None:
+            network = self.network
+            other = peer.conn
+            if (
+                other is not None
+                and not network.observers
+                and not network.faults
+                and not self.error
+                and pass_text(conn, other, data, self.clock.now)
+            ):
+                if self.waker is None or conn.t_retransmit < self.waker:
+                    self._set_waker(conn.t_retransmit)
+                if peer.waker is None or other.t_ack < peer.waker:
+                    peer._set_waker(other.t_ack)
+                if peer.watch is not None:
+                    peer.watch[peer] = None
+                return len(data)
         old = conn.state
         if conn.error or self.error:
             fail(self.take_error())
@@ -343,7 +364,11 @@ class Sock:
             if self.shut & 1:
                 return b""
             fail(errno.ENOTCONN)
-        if conn.readable_bytes:
+        if conn._rx:
+            if not peek and len(conn._rx) <= size:
+                text = read_all(conn)
+                if text is not None:
+                    return text
             old = conn.state
             data = conn.receive(size, self.clock.now, peek)
             self.after(old)
@@ -457,11 +482,9 @@ class Sock:
         if self.listening:
             return bool(self.accepted)
         conn = self.conn
-        if conn is None:
+        if conn is None or conn._rx:
             return True
-        if conn.readable_bytes or conn.eof or conn.error or self.error:
-            return True
-        return conn.state is State.CLOSED
+        return bool(conn.eof or conn.error or self.error) or conn.state is State.CLOSED
 
     def writable(self) -> bool:
         """Whether a selector would report EVENT_WRITE."""
@@ -655,8 +678,11 @@ class Sock:
             self.host.changed(self, old, state)
         deadline = conn.deadline
         if deadline is not None and (self.waker is None or deadline < self.waker):
-            self.waker = deadline
-            self.clock.at(deadline, self.wake, deadline)
+            self._set_waker(deadline)
+
+    def _set_waker(self, deadline: float) -> None:
+        self.waker = deadline
+        self.clock.at(deadline, self.wake, deadline)
 
     def wake(self, asked: float) -> None:
         """The clock calls: a timer is due, or was put off meanwhile."""
@@ -671,8 +697,7 @@ class Sock:
             return
         now = self.clock.now
         if deadline > now:
-            self.waker = deadline
-            self.clock.at(deadline, self.wake, deadline)
+            self._set_waker(deadline)
             return
         old = conn.state
         conn.expire(now)
@@ -1120,6 +1145,10 @@ class Host:
             self._inherit(listener, sock)
             listener.accepted.append(sock)
             listener.notify()
+        if new is State.ESTABLISHED:
+            other = self.tcp.get(sock.peer_key) if sock.peer_key is not None else None
+            if isinstance(other, Sock) and self.is_local(sock.remote):
+                sock.peer, other.peer = other, sock
         if new is State.TIME_WAIT:
             self.shrink(sock)
         elif new is State.CLOSED:

@@ -1,0 +1,97 @@
+"""The short way must leave both connections exactly as the long way does."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timewait.sim.express import pass_text, read_all
+from timewait.tcp.connection import _STATEFUL, Connection
+from timewait.tcp.profiles import profile
+
+sizes = st.integers(1, 3000) | st.sampled_from([1, 12, 536, 32_000, 40_000])
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.integers(0, 1), sizes),
+        st.tuples(st.just("read"), st.integers(0, 1), st.just(0)),
+        st.tuples(st.just("wait"), st.just(0), st.integers(1, 90)),
+        st.tuples(st.just("shut"), st.integers(0, 1), st.just(0)),
+    ),
+    max_size=25,
+)
+
+
+def connected(name: str, timestamps: bool) -> list[Connection]:
+    client = Connection(profile(name), iss=0xFFFFFF00, mss=32741, timestamps=timestamps)
+    server = Connection(profile(name), iss=7, mss=32741, timestamps=timestamps)
+    server.open_passive(0.0)
+    client.open_active(0.0)
+    deliver([client, server], 0.0)
+    assert client.state.name == server.state.name == "ESTABLISHED"
+    return [client, server]
+
+
+def deliver(pair: list[Connection], now: float) -> None:
+    while pair[0].out or pair[1].out:
+        for here, there in (pair, pair[::-1]):
+            segments, here.out[:] = here.out[:], []
+            for segment in segments:
+                there.segment(segment, now)
+
+
+def variables(connection: Connection) -> dict[str, object]:
+    return dict(zip(_STATEFUL, connection.snapshot(), strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(actions, st.booleans(), st.sampled_from(["linux", "rfc9293", "freebsd"]))
+def test_the_short_way_is_the_long_way(script, timestamps, name):
+    pair = connected(name, timestamps)
+    now = 0.5
+    for what, who, number in script:
+        here = pair[who]
+        if what == "wait":
+            now += number / 1000
+            for end in pair:
+                end.expire(now)
+        elif what == "shut" and not here.write_shut:
+            here.shutdown(now)
+        elif what == "read" and here.readable_bytes:
+            twin = Connection.restore(here.profile, here.snapshot())
+            text = read_all(twin)
+            assert here.receive(1 << 20, now) == (text if text is not None else twin._rx)
+            if text is None:
+                assert twin.snapshot() != here.snapshot()
+            else:
+                assert not here.out
+                assert variables(twin) == variables(here)
+        elif what == "send" and not here.write_shut:
+            twins = [Connection.restore(end.profile, end.snapshot()) for end in pair]
+            text = bytes(number)
+            short = pass_text(twins[who], twins[1 - who], text, now)
+            assert not twins[0].out
+            assert not twins[1].out
+            if not short:
+                assert [variables(t) for t in twins] == [variables(end) for end in pair]
+            taken = here.send(text, now)
+            if short:
+                assert taken == len(text)
+                assert len(here.out) == 1
+                pair[1 - who].segment(here.out.pop(), now)
+                assert not pair[1 - who].out
+                assert [variables(t) for t in twins] == [variables(end) for end in pair]
+        deliver(pair, now)
+
+
+@pytest.mark.parametrize("timestamps", [True, False])
+def test_a_conversation_soon_takes_the_short_way(timestamps):
+    pair = connected("linux", timestamps)
+    short = 0
+    for turn in range(40):
+        a, b = (pair[0], pair[1]) if turn % 2 == 0 else (pair[1], pair[0])
+        if pass_text(a, b, b"x" * 100, 1.0):
+            short += 1
+        else:
+            a.send(b"x" * 100, 1.0)
+            deliver(pair, 1.0)
+        assert (read_all(b) or b.receive(100, 1.0)) == b"x" * 100
+    assert short >= 30

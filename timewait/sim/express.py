@@ -1,0 +1,147 @@
+"""The usual case, done at once: text between two connections of one host with nothing in the way.
+
+Most of what a simulation does is to pass text over a loopback: both ends are
+ESTABLISHED, nothing is in flight, nobody watches, and no ACK is due at once.
+Then all that a segment would change is known, and is changed here without
+making one. It is `Connection`'s own work, in its own order, and the tests
+hold the two against each other, variable by variable; whatever is not this
+very case is refused, nothing having been touched, and goes the long way.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from timewait.tcp.connection import Connection
+from timewait.tcp.states import State
+
+__all__ = ["pass_text", "read_all"]
+
+ESTABLISHED: Final = State.ESTABLISHED
+MASK: Final = 0xFFFFFFFF
+HALF: Final = 0x80000000
+INF: Final = float("inf")
+
+
+def pass_text(a: Connection, b: Connection, data: bytes, now: float) -> bool:
+    """Have `a` send `data` and `b` receive it; False, and nothing done, if that is not simple."""
+    n = len(data)
+    seq = a.snd_nxt
+    ack = a.rcv_nxt
+    flight = (ack - b.snd_una) & MASK
+    if (
+        a.state is not ESTABLISHED
+        or b.state is not ESTABLISHED
+        or a is b
+        or a._tx
+        or a.snd_una != seq
+        or b.rcv_nxt != seq
+        or b.snd_nxt != ack
+        or len(b._tx) != flight
+        or not n
+    ):
+        return False
+    scale = a.rcv_scale
+    mss = a.mss - 12 if a.timestamps else a.mss
+    if (
+        n > mss
+        or n > a.snd_wnd
+        or n > a.snd_buf
+        or (a.max_wnd >> 1 if a.max_wnd > 536 else a.max_wnd) < mss
+        or not scale
+        or a.write_shut
+        or a._fin
+        or a.error is not None
+        or a._recover is not None
+        or a.t_probe != INF
+        or a.t_keepalive != INF
+        or a.t_retransmit != INF
+        or a.options.user_timeout is not None
+        or b.read_shut
+        or b.fin_received
+        or b._out_of_order
+        or b._recover is not None
+        or b.retransmits
+        or b.t_probe != INF
+        or b.t_keepalive != INF
+        or n > (b.rcv_adv - seq) & MASK
+        or b.snd_una == b.iss
+    ):
+        return False
+    # Whether the receiver would answer at once.
+    unacknowledged = (seq + n - b.rcv_wup) & MASK
+    largest = b._rcv_mss if n <= b._rcv_mss else n if n < b.mss else b.mss
+    elapsed = now - b._last_text
+    if (
+        b._ack_due == 2
+        or b._ato == 0.0
+        or (b._quick and not b._pingpong)
+        or unacknowledged > largest
+        or (elapsed and elapsed > b.profile.parameters.rto_min)
+    ):
+        return False
+    if a.timestamps:
+        stamp = (int(now * 1000) + a.ts_offset) & MASK
+        if (stamp - b.ts_recent) & HALF:
+            return False
+        if not (b.rcv_wup - seq) & HALF:
+            b.ts_recent = stamp
+
+    # What a's segment does to a.
+    after = (seq + n) & MASK
+    a._tx = data
+    a.snd_nxt = after
+    if n < mss:
+        a._small = after
+    if a._rtt_seq is None:
+        a._rtt_seq = after
+        a._rtt_at = now
+    a.first_sent = now
+    a.t_retransmit = now + a.rto
+    if now - a._last_text < a._ato:
+        a._pingpong = True
+    window = (a.rcv_adv - ack) & MASK
+    space = a.rcv_buf - len(a._rx)
+    if window & HALF:
+        window = 0
+    if space > window:
+        window = space
+    window = (window + (1 << scale) - 1) >> scale
+    if window > 0xFFFF:
+        window = 0xFFFF
+    a.rcv_adv = (ack + (window << scale)) & MASK
+    a.rcv_wup = ack
+    a.t_ack = INF
+    if a._ack_due:
+        a._ack_due = 0
+        if a._quick:
+            a._quick -= 1
+
+    # And to b.
+    if flight:
+        b._acknowledged(ack, flight, flight, now)
+    b.snd_wl1 = seq
+    b.snd_wl2 = ack
+    b.snd_wnd = window = window << b.snd_scale
+    if window > b.max_wnd:
+        b.max_wnd = window
+    b.rcv_nxt = after
+    b._rx = b._rx + data if b._rx else data
+    if not b._ack_due:
+        b._ack_due = 1
+    b._last_text = now
+    b._rcv_mss = largest
+    if b.t_ack == INF:
+        b.t_ack = now + b._ato
+    return True
+
+
+def read_all(c: Connection) -> bytes | None:
+    """All that is readable; None, and nothing done, if reading it would tell the peer something."""
+    if c.state is not ESTABLISHED:
+        return None
+    space = c.rcv_buf - ((c.rcv_adv - c.rcv_nxt) & MASK)
+    if space >= c.rcv_buf >> 1 or space >= 2 * c.mss:
+        return None
+    data, c._rx = c._rx, b""
+    return data
