@@ -41,6 +41,7 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float) -> bool:
         or not n
     ):
         return False
+    # With nothing in flight, no timer of a's runs but that of a delayed ACK or a probe.
     scale = a.rcv_scale
     mss = a.mss - 12 if a.timestamps else a.mss
     if (
@@ -49,19 +50,12 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float) -> bool:
         or n > a.snd_buf
         or (a.max_wnd >> 1 if a.max_wnd > 536 else a.max_wnd) < mss
         or not scale
-        or a.write_shut
-        or a._fin
         or a.error is not None
-        or a._recover is not None
         or a.t_probe != INF
         or a.t_keepalive != INF
-        or a.t_retransmit != INF
         or a.options.user_timeout is not None
         or b.read_shut
-        or b.fin_received
         or b._out_of_order
-        or b._recover is not None
-        or b.retransmits
         or b.t_probe != INF
         or b.t_keepalive != INF
         or n > (b.rcv_adv - seq) & MASK

@@ -320,24 +320,8 @@ class Sock:
         conn = self.conn
         if conn is None:
             fail(self.take_error() or errno.EPIPE)
-        peer = self.peer
-        if peer is not None:
-            network = self.network
-            other = peer.conn
-            if (
-                other is not None
-                and not network.observers
-                and not network.faults
-                and not self.error
-                and pass_text(conn, other, data, self.clock.now)
-            ):
-                if self.waker is None or conn.t_retransmit < self.waker:
-                    self._set_waker(conn.t_retransmit)
-                if peer.waker is None or other.t_ack < peer.waker:
-                    peer._set_waker(other.t_ack)
-                if peer.watch is not None:
-                    peer.watch[peer] = None
-                return len(data)
+        if self.peer is not None and self.pass_text(data):
+            return len(data)
         old = conn.state
         if conn.error or self.error:
             fail(self.take_error())
@@ -352,6 +336,32 @@ class Sock:
         if taken == 0 and data:
             fail(errno.EAGAIN)
         return taken
+
+    def pass_text(self, data: bytes) -> bool:
+        """Send all of `data` to the other end on this host the short way, if that may be."""
+        peer = self.peer
+        if peer is None:
+            return False
+        conn, other = self.conn, peer.conn
+        network = self.network
+        if (
+            conn is None
+            or other is None
+            or network.observers
+            or network.faults
+            or self.error
+            or self.shut
+            or self.dead
+            or not pass_text(conn, other, data, self.clock.now)
+        ):
+            return False
+        if self.waker is None or conn.t_retransmit < self.waker:
+            self._set_waker(conn.t_retransmit)
+        if peer.waker is None or other.t_ack < peer.waker:
+            peer._set_waker(other.t_ack)
+        if peer.watch is not None:
+            peer.watch[peer] = None
+        return True
 
     def receive(self, size: int, peek: bool = False) -> bytes:
         """recv(2): b"" at the end; EAGAIN if nothing is there yet."""

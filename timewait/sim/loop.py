@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from contextvars import copy_context
 from heapq import heapify, heappop
 from typing import Any, Final, NoReturn, TypeVar
 
+from timewait.sim.express import read_all
 from timewait.sim.host import Host, Sock
 from timewait.sim.network import Network
 from timewait.sim.socket import _HERE, SimSocket, current_host
@@ -147,11 +149,53 @@ class SimSelector(selectors.BaseSelector):
             self.unregister(fd)
 
 
+class _Transport(_SelectorSocketTransport):  # type: ignore[misc]
+    """asyncio's transport, which first tries the short way to and from the simulated socket."""
+
+    _plain = True
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._plain = not isinstance(protocol, asyncio.BufferedProtocol)
+        super().set_protocol(protocol)
+
+    def _read_ready(self) -> None:
+        sock = self._sock._sock
+        if self._plain and not self._conn_lost and sock is not None and not sock.dead:
+            conn = sock.conn
+            if conn is not None and 0 < len(conn._rx) <= self.max_size:
+                data = read_all(conn)
+                if data is not None:
+                    try:
+                        self._protocol.data_received(data)
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        self._fatal_error(
+                            error, "Fatal error: protocol.data_received() call failed."
+                        )
+                    return
+        self._read_ready_cb()
+
+    def write(self, data: Any) -> None:
+        if (
+            type(data) is bytes
+            and not self._buffer
+            and not self._conn_lost
+            and not self._eof
+            and self._empty_waiter is None
+        ):
+            sock = self._sock._sock
+            if sock is not None and sock.pass_text(data):
+                return
+        super().write(data)
+
+
 class SimLoop(asyncio.SelectorEventLoop):
     """asyncio's loop for one network; `time()` is virtual seconds since its start."""
 
     # asyncio's own, which its type stubs do not tell.
     _debug: bool
+    _closed: bool
     _stopping: bool
     _ready: deque[Any]
     _scheduled: list[Any]
@@ -212,7 +256,34 @@ class SimLoop(asyncio.SelectorEventLoop):
         for _ in range(len(ready)):
             handle = take()
             if not handle._cancelled:
-                handle._run()
+                try:
+                    handle._context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self.call_exception_handler(
+                        {
+                            "message": f"Exception in callback {handle._callback!r}",
+                            "exception": error,
+                            "handle": handle,
+                        }
+                    )
+        handle = None  # let go of what it refers to
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        """As any loop's."""
+        if self._debug or self._closed:
+            return super().call_soon(callback, *args, context=context)
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def _make_socket_transport(
+        self, sock: Any, protocol: Any, waiter: Any = None, *, extra: Any = None, server: Any = None
+    ) -> Any:
+        return _Transport(self, sock, protocol, waiter, extra, server)
 
     def _poll(self, ready: deque[Any]) -> None:
         """Add the callbacks of ready sockets."""
@@ -223,7 +294,7 @@ class SimLoop(asyncio.SelectorEventLoop):
             if key is not None:
                 events = key.events
                 reader, writer = key.data
-                if events & 1 and sock.readable():
+                if events & 1 and ((sock.conn is not None and sock.conn._rx) or sock.readable()):
                     hot = True
                     if reader._cancelled:
                         self._remove_reader(key.fd)
