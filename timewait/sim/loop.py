@@ -149,6 +149,21 @@ class SimSelector(selectors.BaseSelector):
             self.unregister(fd)
 
 
+class _Handle(asyncio.Handle):
+    """asyncio's, without asking the loop whether it debugs: then it would not be used."""
+
+    __slots__ = ()
+
+    def __init__(self, callback: Any, args: Any, loop: Any, context: Any) -> None:
+        self._context = copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+
+
 class _Transport(_SelectorSocketTransport):  # type: ignore[misc]
     """asyncio's transport, which first tries the short way to and from the simulated socket."""
 
@@ -219,56 +234,65 @@ class SimLoop(asyncio.SelectorEventLoop):
         return self.network.clock.now
 
     def _run_once(self) -> None:
-        """One iteration, in asyncio's order: sockets, timers, callbacks.
+        """Iterate until told to stop, in asyncio's order: sockets, timers, callbacks.
 
-        What asyncio's own does, less what a selector of the kernel's needs.
+        What asyncio's own iteration does, less what a selector of the kernel's needs.
         """
         if self._debug:
             super()._run_once()  # type: ignore[misc]
             return
-        scheduled = self._scheduled
-        if self._timer_cancelled_count:
-            self._drop_cancelled()
-        clock = self._clock
-        ready = self._ready
-        if clock.next <= clock.now:
-            clock.run_until(clock.now)
-        if self._touched:
-            self._poll(ready)
-        if not (ready or self._stopping):
-            until = scheduled[0]._when if scheduled else INF
-            while not ready:
-                if clock.next > until:
-                    if until == INF:
-                        self._stuck()
-                    clock.now = max(clock.now, until)
-                    break
-                clock.run_until(until)
-                if self._touched:
-                    self._poll(ready)
-        if scheduled:
-            end = clock.now + 1e-9
-            while scheduled and scheduled[0]._when < end:
-                handle = heappop(scheduled)
-                handle._scheduled = False
-                ready.append(handle)
+        scheduled, ready, touched, clock = self._scheduled, self._ready, self._touched, self._clock
         take = ready.popleft
-        for _ in range(len(ready)):
-            handle = take()
-            if not handle._cancelled:
-                try:
-                    handle._context.run(handle._callback, *handle._args)
-                except (SystemExit, KeyboardInterrupt):
-                    raise
-                except BaseException as error:
-                    self.call_exception_handler(
-                        {
-                            "message": f"Exception in callback {handle._callback!r}",
-                            "exception": error,
-                            "handle": handle,
-                        }
-                    )
-        handle = None  # let go of what it refers to
+        while True:
+            if self._timer_cancelled_count:
+                self._drop_cancelled()
+                scheduled = self._scheduled
+            if clock.next <= clock.now:
+                clock.run_until(clock.now)
+            if touched:
+                self._poll(ready)
+            if not (ready or self._stopping):
+                self._wait(scheduled[0]._when if scheduled else INF)
+            if scheduled:
+                end = clock.now + self._clock_resolution
+                while scheduled and scheduled[0]._when < end:
+                    handle = heappop(scheduled)
+                    handle._scheduled = False
+                    ready.append(handle)
+            for _ in range(len(ready)):
+                handle = take()
+                if not handle._cancelled:
+                    try:
+                        handle._context.run(handle._callback, *handle._args)
+                    except (SystemExit, KeyboardInterrupt):
+                        raise
+                    except BaseException as error:
+                        self._failed(handle, error)
+            handle = None  # let go of what it refers to
+            if self._stopping:
+                return
+
+    def _wait(self, until: float) -> None:
+        """Let time pass until a socket is ready, `until` at the latest."""
+        clock = self._clock
+        while not self._ready:
+            if clock.next > until:
+                if until == INF:
+                    self._stuck()
+                clock.now = max(clock.now, until)
+                return
+            clock.run_until(until)
+            if self._touched:
+                self._poll(self._ready)
+
+    def _failed(self, handle: asyncio.Handle, error: BaseException) -> None:
+        self.call_exception_handler(
+            {
+                "message": f"Exception in callback {handle!r}",
+                "exception": error,
+                "handle": handle,
+            }
+        )
 
     def call_soon(  # type: ignore[override]
         self, callback: Any, *args: Any, context: Any = None
@@ -276,7 +300,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         """As any loop's."""
         if self._debug or self._closed:
             return super().call_soon(callback, *args, context=context)
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
