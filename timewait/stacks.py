@@ -194,10 +194,11 @@ class ModelStack:
 
     def socket(self, actor: str, family: int) -> socket.socket:
         """A non-blocking modelled socket on the actor's host."""
-        from timewait.sim.socket import _HERE, SimSocket
+        from timewait.sim.host import HERE
+        from timewait.sim.socket import SimSocket
 
         there = copy_context()
-        there.run(_HERE.set, self._hosts["server" if actor == "server" else "client"])
+        there.run(HERE.set, self._hosts["server" if actor == "server" else "client"])
         sock = there.run(SimSocket, family)
         sock.setblocking(False)
         return cast(socket.socket, sock)

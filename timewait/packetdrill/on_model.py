@@ -18,9 +18,9 @@ from timewait.packetdrill.frames import Frame
 from timewait.packetdrill.runner import Pending
 from timewait.packetdrill.script import Option, Unsupported
 from timewait.packetdrill.settings import Settings
-from timewait.sim.host import Host
+from timewait.sim.host import HERE, Host
 from timewait.sim.network import Key, Link, Network
-from timewait.sim.socket import _HERE, SimSocket
+from timewait.sim.socket import SimSocket
 from timewait.tcp.profiles import profile
 from timewait.tcp.segment import ACK, CWR, ECE, URG, Options, Segment
 
@@ -242,11 +242,11 @@ class ModelStack:
         """A modelled socket of the stack under test."""
         if protocol not in (0, socket.IPPROTO_TCP) or kind & 15 != socket.SOCK_STREAM:
             raise Unsupported("UDP on the model")
-        token = _HERE.set(self._host)
+        token = HERE.set(self._host)
         try:
             made = SimSocket(family, socket.SOCK_STREAM)
         finally:
-            _HERE.reset(token)
+            HERE.reset(token)
         return ModelSocket(made, not kind & socket.SOCK_NONBLOCK)
 
     # -- time

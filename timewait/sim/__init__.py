@@ -1,7 +1,7 @@
 """An internet of modelled hosts, under an asyncio loop whose clock is virtual."""
 
 from timewait.sim.host import Host
-from timewait.sim.loop import Deadlock, LeavesSimulation, run
+from timewait.sim.loop import Deadlock, LeavesSimulation, SimLoop, run
 from timewait.sim.network import Fault, Link, Network, Observer
 from timewait.sim.socket import SimSocket, WouldBlockForever, current_host
 
@@ -13,6 +13,7 @@ __all__ = [
     "Link",
     "Network",
     "Observer",
+    "SimLoop",
     "SimSocket",
     "WouldBlockForever",
     "current_host",

@@ -13,15 +13,18 @@ wait raises `BlockingIOError`.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from contextvars import ContextVar, copy_context
 from ipaddress import ip_address
 from random import Random
 from selectors import SelectorKey
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 from timewait.events import Row, Transition
@@ -37,7 +40,11 @@ from timewait.tcp.time_wait import TimeWait
 if TYPE_CHECKING:
     from timewait.sim.network import Network
 
-__all__ = ["Host", "Sock", "fail"]
+__all__ = ["HERE", "Host", "Remnant", "Sock", "fail"]
+
+T = TypeVar("T")
+
+HERE: ContextVar[Host] = ContextVar("host")  # on which host the running code runs
 
 AF_INET: Final = socket.AF_INET
 AF_INET6: Final = socket.AF_INET6
@@ -894,6 +901,7 @@ class Host:
         self.mtu = mtu
         self.up = True
         self.counters: Counter[str] = Counter()
+        self.tasks: WeakKeyDictionary[asyncio.Task[Any], None] = WeakKeyDictionary()
         self.boots = 0
         self._boot()
 
@@ -907,6 +915,22 @@ class Host:
         self.time_waits = 0
         self._random = Random(f"{seed}/iss")
         self.next_iss: int | None = None  # above everything an ended TIME_WAIT had sent
+
+    # Programs.
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run part of a program on this host: a task, whose sockets are this host's.
+
+        What it starts in turn runs here too. Await it, or let it run. Raises
+        `RuntimeError` where no simulated loop runs.
+        """
+        loop = asyncio.get_running_loop()
+        if getattr(loop, "network", None) is not self.network:
+            coroutine.close()
+            raise RuntimeError(f"{self.name} belongs to a network that is not being run")
+        context = copy_context()
+        context.run(HERE.set, self)
+        return loop.create_task(coroutine, context=context)
 
     # Addresses.
 
@@ -1262,20 +1286,26 @@ class Host:
     # Bad days.
 
     def crash(self) -> None:
-        """The host is gone: it sends nothing, and its programs' sockets are dead."""
+        """The host is gone: it sends nothing, and its programs are cancelled.
+
+        What they still try with their sockets fails with ENETDOWN.
+        """
         self.up = False
         for sock in self.sockets():
             sock.dead = True
             sock.notify()
         self.tcp.clear()
         self.listeners.clear()
+        for task in list(self.tasks):
+            task.cancel(f"{self.name} crashed")
 
     def sockets(self) -> list[Sock]:
         """All sockets that programs on this host have open."""
         return [sock for sock in self.network.files.values() if sock.host is self]
 
     def reboot(self) -> None:
-        """The host is back, and remembers nothing."""
+        """The host is back, and remembers nothing: old connections are answered with resets."""
+        self.crash()
         self.up = True
         self._boot()
 

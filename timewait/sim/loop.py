@@ -11,8 +11,10 @@ is refused.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import errno
+import os
 import random
 import selectors
 import signal
@@ -27,11 +29,12 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from heapq import heapify, heappop
 from typing import Any, Final, NoReturn, TypeVar
+from zlib import crc32
 
 from timewait.sim.express import read_all
-from timewait.sim.host import Host, Sock
+from timewait.sim.host import HERE, Host, Sock
 from timewait.sim.network import Network
-from timewait.sim.socket import _HERE, SimSocket, current_host
+from timewait.sim.socket import SimSocket, current_host
 
 __all__ = ["Deadlock", "LeavesSimulation", "SimLoop", "SimSelector", "run"]
 
@@ -109,7 +112,7 @@ class SimSelector(selectors.BaseSelector):
                 return ready
             if until is None:
                 until = INF if timeout is None else clock.now + timeout
-            if clock.next > until:
+            if clock.next > until or clock.next == INF:
                 if until == INF:
                     assert self.stuck is not None
                     self.stuck()
@@ -205,6 +208,18 @@ class _Transport(_SelectorSocketTransport):  # type: ignore[misc]
         super().write(data)
 
 
+class _Info(tuple[Any, ...]):
+    """An answer of getaddrinfo whose hash is the same in every process.
+
+    asyncio's create_server() binds them in a set's order.
+    """
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return crc32(repr(self).encode())
+
+
 class SimLoop(asyncio.SelectorEventLoop):
     """asyncio's loop for one network; `time()` is virtual seconds since its start."""
 
@@ -276,7 +291,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         """Let time pass until a socket is ready, `until` at the latest."""
         clock = self._clock
         while not self._ready:
-            if clock.next > until:
+            if clock.next > until or clock.next == INF:
                 if until == INF:
                     self._stuck()
                 clock.now = max(clock.now, until)
@@ -303,6 +318,15 @@ class SimLoop(asyncio.SelectorEventLoop):
         handle = _Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
+
+    def create_task(self, coro: Any, **options: Any) -> Any:
+        """As any loop's; the host on which the task runs knows it."""
+        task = super().create_task(coro, **options)
+        context = options.get("context")
+        host = HERE.get(None) if context is None else context.get(HERE)
+        if host is not None:
+            host.tasks[task] = None
+        return task
 
     def _make_socket_transport(
         self, sock: Any, protocol: Any, waiter: Any = None, *, extra: Any = None, server: Any = None
@@ -396,6 +420,10 @@ class SimLoop(asyncio.SelectorEventLoop):
         """Names of the simulated network."""
         return _getaddrinfo(host, port, **hints)
 
+    async def _create_server_getaddrinfo(self, *args: Any) -> list[_Info]:
+        infos = await super()._create_server_getaddrinfo(*args)  # type: ignore[misc]
+        return [_Info(info) for info in infos]
+
     async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
         """The numeric form."""
         return sockaddr[0], str(sockaddr[1])
@@ -464,13 +492,23 @@ class SimLoop(asyncio.SelectorEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """As asyncio's, noting the virtual time."""
         error = context.get("exception")
+        if isinstance(error, asyncio.CancelledError) and any(
+            not host.up for host in self.network.hosts.values()
+        ):
+            return  # a program that went down with its host has nobody to tell
         if error is not None:
             _note(error, self.time())
         super().call_exception_handler(context)
 
+    def _where(self, task: asyncio.Task[Any]) -> str:
+        for host in self.network.hosts.values():
+            if task in host.tasks:
+                return f" on {host.name}"
+        return ""
+
     def _stuck(self) -> NoReturn:
         waiting = [
-            f"  {task.get_name()} on {_host_of(task)}: {_awaited(task)}"
+            f"  {task.get_name()}{self._where(task)}: {_awaited(task)}"
             for task in sorted(asyncio.all_tasks(self), key=lambda t: _number(t.get_name()))
             if not task.done()
         ]
@@ -517,9 +555,9 @@ def run(
         raise ValueError("a network without hosts has nowhere to run a program")
     first = next(iter(network.hosts.values()))
     context = copy_context()
-    context.run(_HERE.set, first)
-    loop = SimLoop(network)
+    context.run(HERE.set, first)
     with _inside(network, seed):
+        loop = SimLoop(network)
         runner = asyncio.Runner(loop_factory=lambda: loop, debug=debug)
         try:
             with runner:
@@ -541,13 +579,14 @@ def _note(error: BaseException, now: float) -> None:
 # Inside a simulation.
 
 _network: Network | None = None
+_thread_inside = 0
 _hooked = False
 
 
 @contextmanager
 def _inside(network: Network, seed: int | str) -> Iterator[None]:
     """Put the simulation in the place of the machine, and the machine back afterwards."""
-    global _network, _hooked
+    global _network, _thread_inside, _hooked
     if _network is not None:
         raise RuntimeError("a simulation runs already")
     if not _hooked:
@@ -571,6 +610,8 @@ def _inside(network: Network, seed: int | str) -> Iterator[None]:
         (socket, "getfqdn", lambda name="": name or current_host().name),
         (socket, "socketpair", lambda *a, **k: _leaves("a socket pair")),
         (socket, "fromfd", _fromfd),
+        (threading.Thread, "start", _guarded(threading.Thread.start, "a thread")),
+        (_thread, "start_new_thread", _guarded(_thread.start_new_thread, "a thread")),
         (time, "monotonic", lambda: clock.now),
         (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
         (time, "time", lambda: EPOCH + clock.now),
@@ -580,7 +621,7 @@ def _inside(network: Network, seed: int | str) -> Iterator[None]:
     originals = [(where, name, getattr(where, name)) for where, name, _ in replaced]
     dice = random.getstate()
     random.seed(f"{seed}/random")
-    _network = network
+    _network, _thread_inside = network, threading.get_ident()
     for where, name, ours in replaced:
         setattr(where, name, ours)
     try:
@@ -588,7 +629,7 @@ def _inside(network: Network, seed: int | str) -> Iterator[None]:
     finally:
         for where, name, theirs in originals:
             setattr(where, name, theirs)
-        _network = None
+        _network, _thread_inside = None, 0
         random.setstate(dice)
 
 
@@ -600,15 +641,23 @@ _REFUSED: Final = {
     "os.system": "a subprocess",
     "os.fork": "a subprocess",
     "os.posix_spawn": "a subprocess",
-    "_thread.start_new_thread": "a thread",
-    "_thread.start_joinable_thread": "a thread",
 }
-_thread_of_sim: int | None = None
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if _network is not None and event in _REFUSED:
+    if event in _REFUSED and _network is not None and threading.get_ident() == _thread_inside:
         _leaves(_REFUSED[event])
+
+
+def _guarded(original: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Refuse in the simulation's own thread what raises no audit event before Python 3.13."""
+
+    def call(*args: Any, **named: Any) -> Any:
+        if threading.get_ident() == _thread_inside:
+            _leaves(what)
+        return original(*args, **named)
+
+    return call
 
 
 def _leaves(what: str) -> NoReturn:
@@ -733,25 +782,26 @@ def _number(name: str) -> tuple[str, int]:
     return head, int(name[len(head) :] or 0)
 
 
-def _host_of(task: asyncio.Task[Any]) -> str:
-    get_context = getattr(task, "get_context", None)  # Python 3.12
-    host = get_context().get(_HERE) if get_context is not None else None
-    return host.name if host is not None else "its host"
-
-
 def _awaited(task: asyncio.Task[Any]) -> str:
-    """The innermost thing a task's coroutine waits for, and where."""
+    """What a task waits in, and where its own code called that."""
     coroutine: Any = task.get_coro()
-    frame: Any = None
+    inner, own = None, None
     while coroutine is not None:
-        frame = (
-            getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None) or frame
-        )
-        inner = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
-        if inner is None:
-            break
-        coroutine = inner
-    if frame is None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        if frame is not None:
+            inner = frame
+            if not frame.f_code.co_filename.startswith(_ASYNCIO):
+                own = frame
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+    if inner is None:
         return "not started"
-    code = frame.f_code
-    return f"{code.co_qualname}() ({code.co_filename}:{frame.f_lineno})"
+    where = own or inner
+    text = f"{_qualified(where)} ({where.f_code.co_filename}:{where.f_lineno})"
+    return text if inner is where else f"{_qualified(inner)}, from {text}"
+
+
+def _qualified(frame: Any) -> str:
+    return f"{frame.f_code.co_qualname}()"
+
+
+_ASYNCIO: Final = os.path.dirname(asyncio.__file__)

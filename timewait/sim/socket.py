@@ -16,16 +16,13 @@ import socket
 import struct
 import warnings
 from collections.abc import Iterable
-from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
-from timewait.sim.host import AF_INET, AF_INET6, Host, Sock, fail
+from timewait.sim.host import AF_INET, AF_INET6, HERE, Host, Sock, fail
 from timewait.sim.ports import is_v4
 
 __all__ = ["SimSocket", "WouldBlockForever", "current_host"]
-
-_HERE: ContextVar[Host] = ContextVar("host")
 
 _SOCK_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 # Plain numbers: Python's own are enums, whose `&` is slow.
@@ -49,7 +46,7 @@ def current_host() -> Host:
     Raises `RuntimeError` outside of a simulation.
     """
     try:
-        return _HERE.get()
+        return HERE.get()
     except LookupError:
         raise RuntimeError("no simulated host: this code does not run in a simulation") from None
 

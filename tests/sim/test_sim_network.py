@@ -1,0 +1,591 @@
+"""Hosts, names, links and bad days, all in virtual time and from one seed."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from timewait import sim
+from timewait.events import SegmentSeen, Transition
+from timewait.sim.ports import PortTable
+from timewait.tcp.segment import FIN
+from timewait.tcp.states import State
+
+# As on any asyncio loop, a program that just ends leaves its transports unclosed.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+async def greeter(port: int = 80) -> None:
+    """A server that says hello, reads until the end, and closes."""
+
+    async def handle(reader, writer):
+        writer.write(b"hello\n")
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    await (await asyncio.start_server(handle, None, port)).serve_forever()
+
+
+def two_hosts(main, **settings):
+    network = sim.Network(settings.pop("seed", 0), link=settings.pop("link", None))
+    client = network.host("client", **settings)
+    web = network.host("web", **settings)
+
+    async def start():
+        serving = web.run(greeter())
+        await asyncio.sleep(0.001)
+        try:
+            return await main(client, web)
+        finally:
+            serving.cancel()
+
+    return sim.run(start, hosts=network)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+# Hosts and names.
+
+
+def test_hosts_are_known_by_name_and_reached_at_the_speed_of_their_link():
+    async def main(client, web):
+        reader, writer = await asyncio.open_connection("web", 80)
+        assert now() == pytest.approx(0.041)  # a SYN and its SYN,ACK, 20 ms each
+        assert writer.get_extra_info("peername")[:2] == ("fd00::2", 80)  # IPv6 comes first
+        assert await reader.readline() == b"hello\n"
+        assert web.rows(80)[-1].state is State.ESTABLISHED
+        writer.close()
+        await writer.wait_closed()
+
+    two_hosts(main, link=sim.Link(delay=0.020))
+
+
+def test_what_cannot_be_reached_fails_as_on_linux():
+    async def main(client, web):
+        with pytest.raises(socket.gaierror, match="Name or service not known"):
+            await asyncio.open_connection("nowhere", 80)
+        with pytest.raises(OSError) as unreachable:
+            await asyncio.open_connection("192.0.2.1", 80)
+        assert unreachable.value.errno == errno.ENETUNREACH
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("web", 81, family=socket.AF_INET)
+        with pytest.raises(OverflowError):
+            socket.socket().bind(("", 65536))
+
+    two_hosts(main)
+
+
+def test_addresses_and_names_are_checked():
+    network = sim.Network()
+    network.host("a", "192.0.2.1", "2001:DB8::1")
+    assert network.hosts["a"].addresses == ("192.0.2.1", "2001:db8::1")
+    for name, address in (("a", "192.0.2.9"), ("b", "192.0.2.1"), ("b", "127.0.0.1"), ("b", "x")):
+        with pytest.raises(ValueError, match=r"."):
+            network.host(name, address)
+    with pytest.raises(ValueError, match="no host 'c'"):
+        network.connect("a", "c", delay=1)
+    with pytest.raises(ValueError, match="probability"):
+        sim.Link(loss=1.5)
+    with pytest.raises(ValueError, match="not a kind of segment"):
+        network.drop("PUSH")
+    with pytest.raises(ValueError, match="no host and no address"):
+        network.drop("FIN", source="nobody")
+
+
+# Links.
+
+
+def test_a_lost_fin_is_sent_again_and_a_lost_last_ack_keeps_the_other_side_waiting():
+    async def main(client, web):
+        network = client.network
+        network.drop("FIN", source="client")
+        network.drop("last-ack", source=client)
+        with network.observe() as seen:
+            reader, writer = await asyncio.open_connection("web", 80)
+            await reader.readline()
+            writer.close()
+            await asyncio.sleep(30)
+            events = seen.read()
+        fins = [e for e in events if isinstance(e, SegmentSeen) and e.flags & FIN]
+        assert [(e.src[1] == 80, e.lost) for e in fins] == [
+            (False, True),
+            (False, False),
+            (True, False),
+            (True, False),  # the server's, whose ACK was lost
+        ]
+        ends = [e.t for e in events if isinstance(e, Transition) and e.old is State.LAST_ACK]
+        assert len(ends) == 1
+        assert ends[0] > fins[-1].t
+
+    two_hosts(main)
+
+
+def test_a_duplicate_of_an_old_syn_does_not_disturb_what_came_after():
+    async def main(client, web):
+        client.network.duplicate("SYN", 90, source="client")
+        reader, writer = await asyncio.open_connection("web", 80)
+        await reader.readline()
+        await asyncio.sleep(100)  # the old SYN has come: it drew a challenge ACK
+        assert [row.state for row in web.rows(80)[-1:]] == [State.ESTABLISHED]
+        writer.close()
+
+    two_hosts(main)
+
+
+def test_a_partition_is_waited_out_and_healed():
+    async def main(client, web):
+        network = client.network
+        reader, writer = await asyncio.open_connection("web", 80)
+        await reader.readline()
+        network.partition(web)
+        writer.write_eof()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(), 5)
+        network.heal()
+        assert await reader.read() == b""
+        assert 5 < now() < 20
+
+    two_hosts(main)
+
+
+def test_a_connection_to_nobody_times_out_as_tcp_syn_retries_has_it():
+    async def main(client, web):
+        client.network.partition(web)
+        started = now()
+        with pytest.raises(TimeoutError):
+            await asyncio.open_connection("web", 80, family=socket.AF_INET)
+        assert now() - started == pytest.approx(131, abs=1)  # 4 linear timeouts, then doubling
+
+    two_hosts(main)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_bad_link_loses_nothing_that_tcp_repairs(seed):
+    async def main(client, web):
+        async def take(reader, writer):
+            received.append(await reader.read())
+            writer.close()
+
+        received = []
+
+        async def serve():
+            await asyncio.start_server(take, None, 90)
+
+        await web.run(serve())
+        _, writer = await asyncio.open_connection("web", 90)
+        text = bytes(range(256)) * 200
+        writer.write(text)
+        writer.write_eof()
+        await asyncio.sleep(300)
+        assert received == [text]
+        writer.close()
+
+    bad = sim.Link(delay=0.01, jitter=0.02, loss=0.05, duplicate=0.05, reorder=0.1)
+    two_hosts(main, seed=seed, link=bad)
+
+
+# Crashes.
+
+
+def test_a_crashed_host_is_silent_and_a_rebooted_one_resets():
+    async def main(client, web):
+        reader, writer = await asyncio.open_connection("web", 80)
+        await reader.readline()
+        web.crash()
+        writer.write(b"anybody?")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(), 60)
+        web.reboot()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        assert web.counters["OutRsts"] == 1
+        writer.close()
+        again = web.run(greeter())
+        await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection("web", 80)
+        assert await reader.readline() == b"hello\n"
+        writer.close()
+        again.cancel()
+
+    two_hosts(main)
+
+
+def test_a_program_on_a_crashed_host_is_cancelled_and_its_sockets_are_dead():
+    async def main(client, web):
+        failures = []
+
+        async def program():
+            with socket.socket() as sock:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    try:
+                        sock.bind(("", 99))
+                    except OSError as error:
+                        failures.append(error.errno)
+
+        task = web.run(program())
+        await asyncio.sleep(1)
+        web.crash()
+        with pytest.raises(asyncio.CancelledError, match="web crashed"):
+            await task
+        assert failures == [errno.ENETDOWN]
+
+    two_hosts(main)
+
+
+# The accept queue.
+
+
+def test_a_full_accept_queue_makes_clients_wait_and_is_counted():
+    async def main():
+        host = sim.current_host()
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 70))
+        listener.listen(1)
+        clients = [socket.socket() for _ in range(4)]
+        for client in clients:
+            client.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                client.connect(("127.0.0.1", 70))
+        # Linux takes backlog + 1; later SYNs are dropped.
+        assert host.rows(70)[0].recv_q == 2
+        assert [str(row.state) for row in host.rows(70) if row.remote[1] == 70] == [
+            "ESTABLISHED",
+            "ESTABLISHED",
+            "SYN_SENT",
+            "SYN_SENT",
+        ]
+        assert host.counters["ListenOverflows"] == 2
+        listener.setblocking(False)
+        accepted = [listener.accept()[0] for _ in range(2)]
+        await asyncio.sleep(1.1)  # their SYNs are sent again
+        accepted += [listener.accept()[0] for _ in range(2)]
+        listener.close()
+        for sock in clients + accepted:
+            sock.close()
+
+    sim.run(main)
+
+
+def test_a_listener_that_goes_resets_who_was_waiting():
+    async def main():
+        listener = socket.create_server(("127.0.0.1", 70))
+        reader, writer = await asyncio.open_connection("127.0.0.1", 70)
+        listener.close()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        assert sim.current_host().rows(70) == []
+        writer.close()
+
+    sim.run(main)
+
+
+# Ports.
+
+
+def test_ephemeral_ports_run_out_as_on_linux():
+    async def main(client, web):
+        made = []
+        for _ in range(8):
+            sock = socket.socket()
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.connect(("10.0.0.2", 80))
+            made.append(sock)
+        ports = [sock.getsockname()[1] for sock in made]
+        assert sorted(ports) == list(range(40000, 40008))
+        # connect() takes the parity of the range's low end first, bind(0) the other.
+        assert [port % 2 for port in ports] == [0, 0, 0, 0, 1, 1, 1, 1]
+        with socket.socket() as late, pytest.raises(OSError) as failure:
+            late.connect(("10.0.0.2", 80))
+        assert failure.value.errno == errno.EADDRNOTAVAIL
+        with socket.socket() as late, pytest.raises(OSError) as failure:
+            late.bind(("", 0))
+        assert failure.value.errno == errno.EADDRINUSE
+        with socket.socket() as late, pytest.raises(sim.WouldBlockForever):
+            late.connect(("10.0.0.2", 81))  # another destination has all ports again
+        for sock in made:
+            sock.close()
+
+    two_hosts(main, ephemeral=(40000, 40007))
+
+
+def test_bind_to_zero_takes_the_odd_ports_first():
+    table = PortTable("seed", ephemeral=(40000, 40007))
+    host = sim.Network().host("x")
+    ports = [table.bind(host.socket(), 0) for _ in range(8)]
+    assert [port % 2 for port in ports] == [1, 1, 1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("tw_reuse", "wait", "outcome"), [(2, 0.5, False), (2, 1.5, True), (0, 1.5, False)]
+)
+def test_a_loopback_time_wait_is_reused_by_connect_after_its_delay(tw_reuse, wait, outcome):
+    network = sim.Network()
+    network.host("one", ephemeral=(40000, 40000), tw_reuse=tw_reuse)
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 80)) as listener:
+            first = socket.create_connection(("127.0.0.1", 80))
+            accepted, _ = listener.accept()
+            first.close()
+            accepted.close()
+            assert [row.state for row in sim.current_host().rows(40000)] == [State.TIME_WAIT]
+            await asyncio.sleep(wait)
+            if outcome:
+                socket.create_connection(("127.0.0.1", 80)).close()
+            else:
+                with pytest.raises(OSError) as failure:
+                    socket.create_connection(("127.0.0.1", 80))
+                assert failure.value.errno == errno.EADDRNOTAVAIL
+
+    sim.run(main, hosts=network)
+
+
+def test_more_time_waits_than_allowed_are_skipped_and_counted():
+    network = sim.Network()
+    host = network.host("one", max_tw_buckets=3)
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 80)) as listener:
+            for _ in range(5):
+                sock = socket.create_connection(("127.0.0.1", 80))
+                accepted, _ = listener.accept()
+                sock.close()
+                accepted.close()
+        assert sum(row.state is State.TIME_WAIT for row in host.rows()) == 3
+        assert host.counters["TCPTimeWaitOverflow"] == 2
+        await asyncio.sleep(60.1)
+        assert host.rows() == []
+
+    sim.run(main, hosts=network)
+
+
+def test_a_client_can_connect_to_itself():
+    network = sim.Network()
+    network.host("one", ephemeral=(40000, 40000))
+
+    async def main():
+        sock = socket.create_connection(("127.0.0.1", 40000))
+        assert sock.getsockname() == sock.getpeername()
+        sock.send(b"echo")
+        assert sock.recv(10) == b"echo"
+        with pytest.raises(OSError), socket.socket() as server:
+            server.bind(("127.0.0.1", 40000))
+        sock.close()
+
+    sim.run(main, hosts=network)
+
+
+# The edges of a simulation.
+
+
+def test_blocking_mode_is_refused_where_it_would_have_to_wait():
+    async def main():
+        with socket.create_server(("127.0.0.1", 80)) as listener:
+            with pytest.raises(sim.WouldBlockForever, match="setblocking"):
+                listener.accept()
+            with socket.create_connection(("127.0.0.1", 80)) as sock:
+                with pytest.raises(sim.WouldBlockForever):
+                    sock.recv(1)
+                with pytest.raises(sim.WouldBlockForever):
+                    sock.makefile()
+
+    sim.run(main)
+
+
+def test_what_is_not_modelled_is_never_silently_accepted():
+    async def main():
+        with socket.socket() as sock:
+            for level, option in (
+                (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
+                (socket.IPPROTO_TCP, socket.TCP_FASTOPEN),
+                (socket.IPPROTO_TCP, socket.TCP_CORK),
+            ):
+                with pytest.raises(OSError) as refused:
+                    sock.setsockopt(level, option, 1)
+                assert refused.value.errno == errno.ENOPROTOOPT
+            with pytest.raises(OSError) as refused:
+                sock.send(b"x", socket.MSG_OOB)
+            assert refused.value.errno == errno.EOPNOTSUPP
+            assert struct.unpack("ii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)) == (
+                0,
+                0,
+            )
+        with pytest.raises(OSError) as refused:
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        assert refused.value.errno == errno.ESOCKTNOSUPPORT
+        with pytest.raises(OSError) as refused:
+            socket.socket(socket.AF_UNIX)
+        assert refused.value.errno == errno.EAFNOSUPPORT
+        with pytest.raises(OSError) as refused:
+            sock.recv(1)
+        assert refused.value.errno == errno.EBADF
+
+    sim.run(main)
+
+
+def test_nothing_leaves_the_simulation():
+    real = socket.socket
+
+    async def main():
+        with pytest.raises(sim.LeavesSimulation, match="a real socket"):
+            real()
+        with pytest.raises(sim.LeavesSimulation, match="a thread"):
+            threading.Thread(target=print).start()
+        with pytest.raises(sim.LeavesSimulation, match="a subprocess"):
+            subprocess.run(["true"])
+        with pytest.raises(sim.LeavesSimulation, match="a subprocess"):
+            await asyncio.create_subprocess_exec("true")
+        with pytest.raises(sim.LeavesSimulation, match="a socket pair"):
+            socket.socketpair()
+        with pytest.raises(sim.LeavesSimulation, match="datagram"):
+            await asyncio.get_running_loop().create_datagram_endpoint(asyncio.DatagramProtocol)
+        return await asyncio.get_running_loop().run_in_executor(None, threading.get_ident)
+
+    assert sim.run(main) == threading.get_ident()  # executors run inline
+    real().close()
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+
+
+def test_time_is_virtual_inside_and_real_outside():
+    async def main():
+        before = time.time(), time.monotonic()
+        await asyncio.sleep(3600)
+        assert time.time() - before[0] == pytest.approx(3600)
+        assert time.monotonic() - before[1] == pytest.approx(3600)
+        time.sleep(10)
+        async with asyncio.timeout(1):
+            await asyncio.sleep(0.5)
+        return now()
+
+    started = time.monotonic()
+    assert sim.run(main) == pytest.approx(3610.5)
+    assert time.monotonic() - started < 30
+
+
+def test_a_deadlock_names_who_waits_for_what():
+    async def forgotten():
+        await asyncio.Event().wait()
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 80)) as listener:
+            listener.setblocking(False)
+            other = asyncio.create_task(forgotten(), name="other")
+            await asyncio.get_running_loop().sock_accept(listener)
+            await other
+
+    with pytest.raises(sim.Deadlock) as stuck:
+        sim.run(main)
+    text = str(stuck.value)
+    assert "other on localhost: Event.wait(), from " in text
+    assert "forgotten() (" in text
+    assert "sock_accept()" in text
+
+
+def test_an_exception_surfaces_as_itself_with_the_virtual_time():
+    async def main():
+        await asyncio.sleep(12.5)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as raised:
+        sim.run(main)
+    assert raised.value.__notes__ == ["12.500000 s into the simulation"]
+
+
+def test_one_simulation_at_a_time_and_only_from_its_own_thread():
+    async def main():
+        with pytest.raises(RuntimeError, match="runs already"):
+            sim.run(asyncio.sleep(0))
+
+    with pytest.warns(RuntimeWarning, match="never awaited"):
+        sim.run(main)
+    with pytest.raises(RuntimeError, match="no simulated host"):
+        sim.current_host()
+    loop = sim.SimLoop(sim.Network())
+    trouble = []
+
+    def elsewhere():
+        try:
+            loop.call_soon_threadsafe(print)
+        except RuntimeError as error:
+            trouble.append(str(error))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    loop.close()
+    assert trouble == ["a simulated loop cannot be used from another thread"]
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import asyncio, random, sys
+    from timewait import sim
+
+    async def handle(reader, writer):
+        writer.write(await reader.readline())
+        await asyncio.sleep(random.random())
+        writer.close()
+
+    async def serve():
+        await asyncio.start_server(handle, None, 80)
+
+    async def ask(number):
+        await asyncio.sleep(random.random())
+        reader, writer = await asyncio.open_connection("web", 80)
+        writer.write(b"%d\\n" % number)
+        await reader.read()
+        writer.close()
+
+    async def main():
+        network = sim.current_host().network
+        bad = dict(jitter=0.01, loss=0.1, duplicate=0.1, reorder=0.1)
+        network.connect("client", "web", **bad)
+        with network.observe(lambda event: print(event)):
+            await network.hosts["web"].run(serve())
+            await asyncio.gather(*[ask(number) for number in range(5)])
+            await asyncio.sleep(130)
+
+    sim.run(main, seed=int(sys.argv[1]), hosts=["client", "web"])
+    """
+)
+
+
+def event_log(seed: int, hash_seed: str) -> bytes:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            PROGRAM.replace("*{", "*[").replace("range(5)}", "range(5)]"),
+            str(seed),
+        ],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=True,
+    ).stdout
+
+
+def test_the_same_seed_is_the_same_run_in_every_process():
+    first = event_log(4, "1")
+    assert first.count(b"\n") > 50
+    assert first == event_log(4, "2") == event_log(4, "random")
+    assert first != event_log(5, "1")
