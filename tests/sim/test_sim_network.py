@@ -20,12 +20,6 @@ from timewait.sim.ports import PortTable
 from timewait.tcp.segment import FIN
 from timewait.tcp.states import State
 
-# As on any asyncio loop, a program that just ends leaves its transports unclosed.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
 
 async def greeter(port: int = 80) -> None:
     """A server that says hello, reads until the end, and closes."""
@@ -84,8 +78,8 @@ def test_what_cannot_be_reached_fails_as_on_linux():
         assert unreachable.value.errno == errno.ENETUNREACH
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("web", 81, family=socket.AF_INET)
-        with pytest.raises(OverflowError):
-            socket.socket().bind(("", 65536))
+        with socket.socket() as sock, pytest.raises(OverflowError):
+            sock.bind(("", 65536))
 
     two_hosts(main)
 
@@ -159,6 +153,7 @@ def test_a_partition_is_waited_out_and_healed():
         network.heal()
         assert await reader.read() == b""
         assert 5 < now() < 20
+        writer.close()
 
     two_hosts(main)
 

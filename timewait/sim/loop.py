@@ -230,6 +230,7 @@ class SimLoop(asyncio.SelectorEventLoop):
     _ready: deque[Any]
     _scheduled: list[Any]
     _timer_cancelled_count: int
+    _transports: Mapping[int, asyncio.WriteTransport]
     _remove_reader: Callable[[int], bool]
     _remove_writer: Callable[[int], bool]
 
@@ -420,8 +421,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         """Names of the simulated network."""
         return _getaddrinfo(host, port, **hints)
 
-    async def _create_server_getaddrinfo(self, *args: Any) -> list[_Info]:
-        infos = await super()._create_server_getaddrinfo(*args)  # type: ignore[misc]
+    async def _create_server_getaddrinfo(self, *args: Any, **named: Any) -> list[_Info]:
+        infos = await super()._create_server_getaddrinfo(*args, **named)  # type: ignore[misc]
         return [_Info(info) for info in infos]
 
     async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
@@ -483,10 +484,24 @@ class SimLoop(asyncio.SelectorEventLoop):
         signal.signal(sig, self._handled.pop(sig))
         return True
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """There is none; called when all tasks have ended, and with them the programs.
+
+        What they left open the kernel closes, as it does for any process.
+        """
+        for transport in list(self._transports.values()):
+            transport.abort()
+        for _ in range(3):
+            await asyncio.sleep(0)
+
     def close(self) -> None:
         """Close the loop and put signal handlers back."""
         for sig in list(self._handled):
             self.remove_signal_handler(sig)
+        for sock in self.network.files.values():
+            sock.close()
+            sock.dead = True
+        self.network.files.clear()
         super().close()
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:

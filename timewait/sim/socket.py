@@ -452,7 +452,7 @@ class SimSocket:
         return text + ">"
 
     def __del__(self) -> None:
-        if self._sock is not None:
+        if self._sock is not None and not self._sock.dead:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
 
