@@ -321,12 +321,16 @@ class Connection:
 
     def open_passive(self, now: float) -> None:
         """Wait for a SYN (RFC 9293 §3.10.1). Raises `TCPError` EINVAL if already connected."""
+        if self.state is CLOSED and self.snd_nxt != self.iss:
+            self._renew()
         self._step(_OPEN_PASSIVE, None, now)
         self.passive = True
         self.write_shut = False
 
     def open_active(self, now: float) -> None:
         """Send a SYN (RFC 9293 §3.10.1). Raises `TCPError` EALREADY or EISCONN."""
+        if self.state is CLOSED and self.snd_nxt != self.iss:
+            self._renew()
         self._step(_OPEN_ACTIVE, None, now)
         self.passive = self.write_shut = False
 
@@ -849,7 +853,7 @@ class Connection:
         options = seg.options
         if not self.timestamps or options is None or options.ts_val is None or not options.ts_ecr:
             return False
-        first = self._tsval(self.first_sent or now)
+        first = self._tsval(now if self.first_sent is None else self.first_sent)
         last = self._tsval(now if self.state is SYN_SENT else self._rtt_at)
         return (options.ts_ecr - first) & MASK > (last - first) & MASK
 
@@ -1136,18 +1140,21 @@ class Connection:
 
     def _reopen(self, _seg: Segment, now: float) -> None:
         """TIME_WAIT ends in a new incarnation, above every sequence number of the old."""
+        self._renew()
+        self.passive = True
+
+    def _renew(self) -> None:
+        """Begin anew, with what the user and the host have set."""
         again = Connection(
             self.profile,
             iss=self.next_iss,
             mss=self.adv_mss,
             rcv_buf=self.rcv_buf,
             snd_buf=self.snd_buf,
-            outbox=self.out,
         )
         for name in _STATEFUL:
-            if name not in ("state", "ts_offset"):
+            if name not in ("state", "ts_offset", "options"):
                 setattr(self, name, getattr(again, name))
-        self.passive = True
 
     def _take_text(self, data: bytes, now: float) -> None:
         self._tx += data[: max(0, self.snd_buf - len(self._tx))]
