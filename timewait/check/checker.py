@@ -67,7 +67,8 @@ class _Begun(NamedTuple):
     call: Called
 
 
-_Entry = tuple[float, int, int, "Event | _Begun"]  # time, mode, symbol, event
+# An observation: its time, the mode, the symbol, the event, and the set that it was made of.
+_Entry = tuple[float, int, int, "Event | _Begun", int]
 
 
 @define(eq=False)
@@ -86,20 +87,20 @@ class Connection:
     # must have at the latest.
     since: list[float] = field(factory=lambda: [0.0] * 6)
     timed: bool = False
-    recent: deque[Event] = field(factory=lambda: deque(maxlen=_KEPT))
+    segments: deque[SegmentSeen] = field(factory=lambda: deque(maxlen=_KEPT))
     waiting: tuple[Event, int, int] | None = None  # a look at one end; the other's may follow
     divergence: Divergence | None = None
     sees: int = 0
-    # The last observation: under which mode, after which set, what.
-    step: tuple[int, int, int] | None = None
     ending: bool = False
     presumed: bool = False  # that nothing went before the first segment, a SYN
     sent: list[int] = field(factory=lambda: [0, 0])
     read: list[int] = field(factory=lambda: [0, 0])
     # What was seen since a quiet moment, after which set; and what is not explained yet.
     base: int = 0
+    untangled: bool = False  # the last observation was put into another order
     history: list[_Entry] = field(factory=list)
     held: list[_Entry] = field(factory=list)
+    stuck: bool = False  # something is held, or it has diverged
     expires: list[float] = field(factory=lambda: [0.0, 0.0])  # by its timer, when last looked at
     options: list[Options] = field(factory=lambda: [frozenset(), frozenset()])
     queued: list[int] = field(factory=lambda: [0, 0])  # unread, when last looked at
@@ -111,9 +112,10 @@ class Connection:
 
     def pairs(self) -> frozenset[ex.Pair]:
         """What the last observation left, before anything unseen may have followed."""
-        if self.step is None:
+        if not self.history or self.untangled:
             return self.model.members(self.number)
-        return self.model.just_after(*self.step)
+        _, mode, symbol, _, number = self.history[-1]
+        return self.model.just_after(mode, number, symbol)
 
     def time_wait_span(self, end: int) -> tuple[float, float | None]:
         """When this end's TIME_WAIT is over: at the earliest and, if known, at the latest."""
@@ -190,7 +192,7 @@ class Checker:
             self._insert(t, event)
         before = waiting[-1][0] - self._window
         while waiting[0][0] < before:
-            self._dispatch(waiting.popleft()[1])
+            self._dispatch(*waiting.popleft())
 
     def _insert(self, t: float, event: Event | _Begun) -> None:
         """Put an event where its time is, behind those of the same time.
@@ -218,10 +220,10 @@ class Checker:
             "out of order, left out"
         )
 
-    def _dispatch(self, event: Event | _Begun) -> None:
-        self._done = event.t
+    def _dispatch(self, t: float, event: Event | _Begun) -> None:
+        self._done = t
         ending = self._ending
-        while ending and ending[0][0] < event.t:
+        while ending and ending[0][0] < t:
             self._forget(ending.popleft()[1])
         take = self._take.get(type(event))
         if take is not None:
@@ -230,7 +232,7 @@ class Checker:
     def verdict(self, problems: Iterable[str] = ()) -> Verdict:
         """What the events so far amount to; `problems` are faults of the evidence to tell of."""
         while self._waiting:
-            self._dispatch(self._waiting.popleft()[1])
+            self._dispatch(*self._waiting.popleft())
         self._problems[:0] = problems
         for connection in self.connections():
             self._settle(connection)
@@ -305,7 +307,6 @@ class Checker:
         if not connection.mode >> 2 * end & 3:
             connection.mode |= how << 2 * end
             self._sources.add(f"every transition ({event.source})")
-        connection.recent.append(event)
         if connection.waiting is not None:
             self._settle(connection)
         self._advance(
@@ -357,7 +358,7 @@ class Checker:
                 connection.presumed = not self._from_start
             connection.mode |= ex.SEGMENTS
             self._sources.add("segments")
-        connection.recent.append(event)
+        connection.segments.append(event)
         if connection.waiting is not None:
             self._settle(connection)
         if connection.divergence is not None:
@@ -440,7 +441,6 @@ class Checker:
         if event.call in ("connect", "accept") and event.errno is None:
             actor = event.actor if event.call == "connect" else None
             connection.options[end] = self._binds.options_of(event.local, actor)
-        connection.recent.append(event)
         what = 0
         if event.errno in ("ECONNRESET", "ETIMEDOUT"):
             what = ex.RESET_READ
@@ -574,7 +574,6 @@ class Checker:
     ) -> None:
         """An end was looked at. The other end may have been looked at a moment before or after."""
         connection.sees |= 1 << end
-        connection.recent.append(event)
         if row is not None and state in _READS:
             # A FIN counts as one octet of the receive queue.
             connection.queued[end] = row.recv_q - (state is State.CLOSE_WAIT)
@@ -600,12 +599,11 @@ class Checker:
 
     def _advance(self, connection: Connection, symbol: int, event: Event | _Begun) -> None:
         """Follow one observation of a connection."""
-        if connection.divergence is not None:
-            return
         t = event.t
-        if connection.held:
-            connection.held.append((t, connection.mode, symbol, event))
-            self._untangle(connection, t)
+        if connection.stuck:
+            if connection.divergence is None:
+                connection.held.append((t, connection.mode, symbol, event, 0))
+                self._untangle(connection, t)
             return
         mode = connection.mode
         model = connection.model
@@ -641,13 +639,14 @@ class Checker:
         if not after:
             if not self._again(connection, number, symbol):
                 connection.number = number
-                connection.held.append((t, mode, symbol, event))
+                connection.held.append((t, mode, symbol, event, 0))
+                connection.stuck = True
                 self._untangle(connection, t)
                 return
             number = model.start(mode)
             after = connection.number
-        connection.history.append((t, mode, symbol, event))
-        connection.step = (mode, number, symbol)
+        connection.history.append((t, mode, symbol, event, number))
+        connection.untangled = False
         connection.number = after
         facts = model.facts(after)
         if facts != connection.facts:
@@ -659,7 +658,7 @@ class Checker:
         Each observer's own order stands, and nothing is moved by more than
         `_EARLIER` has it. What is not explained so far may be by what is still to come.
         """
-        t, _, symbol, event = connection.held[0]
+        t, _, symbol, event, _ = connection.held[0]
         entries = [*connection.history, *connection.held]
         # The model's own clock is nobody else's: what it reports is in order.
         if connection.mode & _IN_ORDER or len({_lane(e[2]) for e in entries}) == 1:
@@ -670,7 +669,8 @@ class Checker:
         if number:
             connection.history.extend(connection.held)
             connection.held.clear()
-            connection.step = None
+            connection.stuck = False
+            connection.untangled = True
             connection.last = now
             connection.number = connection.model.close(connection.mode, number)
             facts = connection.model.facts(connection.number)
@@ -689,7 +689,7 @@ class Checker:
             symbol = ex.told(end, ex.ALL_REPORTED)
             after = model.follow(mode, number, symbol)
             if not after:
-                self._explain(connection, number, symbol, event or connection.recent[-1])
+                self._explain(connection, number, symbol, event or connection.history[-1][3])
                 return 0
             number = after
         return number
@@ -702,7 +702,7 @@ class Checker:
             return number
         after = connection.model.follow(connection.mode, number, ex.ALL_DELIVERED)
         if not after:
-            self._explain(connection, number, ex.ALL_DELIVERED, event or connection.recent[-1])
+            self._explain(connection, number, ex.ALL_DELIVERED, event or connection.history[-1][3])
         return after
 
     def _again(self, connection: Connection, number: int, symbol: int) -> bool:
@@ -849,7 +849,8 @@ class Checker:
         allowed: tuple[str, ...] = (),
         story: tuple[str, ...] = (),
     ) -> None:
-        segments = [e for e in connection.recent if isinstance(e, SegmentSeen)][-8:]
+        connection.stuck = True
+        segments = list(connection.segments)[-8:]
         connection.divergence = Divergence(
             event.t,
             connection.name,
@@ -969,7 +970,7 @@ def _in_any_order(model: Explanations, base: int, entries: list[_Entry]) -> int:
                 at = places[lane]
                 if at == len(queue):
                     continue
-                t, mode, symbol, _ = queue[at]
+                t, mode, symbol, _, _ = queue[at]
                 if t > first and any(
                     t - other[places[i]][0] > _EARLIER[kinds[lane]][kinds[i]]
                     for i, other in enumerate(queues)
