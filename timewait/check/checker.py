@@ -356,13 +356,14 @@ class Checker:
                 # A SYN is the beginning, unless what follows says otherwise.
                 connection.number = self._model.start(connection.mode | ex.SEGMENTS)
                 connection.presumed = not self._from_start
-            connection.mode |= ex.SEGMENTS
             self._sources.add("segments")
         connection.segments.append(event)
         if connection.waiting is not None:
             self._settle(connection)
         if connection.divergence is not None:
             return
+        seen = connection.mode & ex.SEGMENTS
+        connection.mode |= ex.SEGMENTS
         try:
             kind = sequence.take(end == 1, event.flags, event.seq, event.ack, event.length, event.t)
         except Contradiction as wrong:
@@ -370,7 +371,7 @@ class Checker:
             return
         if event.lost:
             kind |= DROPPED
-        if event.flags & RST and not connection.history and not self._from_start:
+        if event.flags & RST and not seen and not self._from_start:
             return  # What it answers went before.
         self._advance(connection, kind, event)
 
@@ -534,11 +535,26 @@ class Checker:
             )
 
     def _missed(self, event: Lost) -> None:
+        """An observer missed events: until its next one, anything it sees may have happened."""
+        if not event.count:
+            return
         self._lost += event.count
-        if event.count:
-            self._problems.append(
-                f"{event.source} lost {event.count} events before {event.t:.6f} s"
-            )
+        self._from_start = False
+        self._problems.append(f"{event.source} lost {event.count} events before {event.t:.6f} s")
+        segments = event.source not in _EXACT or event.source == "model"
+        states = event.source in _EXACT
+        for connection in self.connections():
+            self._settle(connection)
+            mode = connection.mode
+            if segments and connection.sequence is not None:
+                mode &= ~ex.SEGMENTS
+                connection.sequence.forget()
+            if states:
+                mode &= ~(ex.SEES_A | ex.SEES_B)
+            connection.mode = mode
+            connection.number = connection.model.close(mode, connection.number)
+            connection.base = connection.number
+            connection.history.clear()
 
     # One connection.
 
