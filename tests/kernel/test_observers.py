@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from timewait import State
-from timewait.events import Row, Transition
+from timewait.events import Note, Row, Transition
 from timewait.kernel import observers
 from timewait.kernel.namespace import Namespace
 from timewait.kernel.observers import OBSERVERS, Sampled, observe
@@ -104,6 +104,26 @@ def test_each_sees_a_connection_and_its_end(name: str) -> None:
         final = [e for e in seen if isinstance(e, Transition) and e.local == local[0]][-1]
         assert (final.remote, final.new) == (local[1], S.TIME_WAIT)
         assert final.sampled is (name == "sock_diag")
+
+
+def test_a_connection_between_two_looks_is_told_of() -> None:
+    with Namespace() as ns, ns.entered():
+        observer, _ = observe([9090], "sock_diag")
+        with observer, socket.create_server(("127.0.0.1", 9090)) as listener:
+            observer.read()
+            client = socket.create_connection(("127.0.0.1", 9090))
+            server, _ = listener.accept()
+            ends = f"{client.getsockname()[1]} → 127.0.0.1:9090"
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            server.close()
+            client.close()
+            notes: list[str] = []
+            for _ in range(1000):
+                notes += [e.text for e in observer.read() if isinstance(e, Note)]
+                if len(notes) == 2:
+                    break
+                time.sleep(0.005)
+    assert f"127.0.0.1:{ends} came and went between two looks" in notes
 
 
 @pytest.fixture

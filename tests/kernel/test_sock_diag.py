@@ -1,19 +1,25 @@
 """The socket table as the kernel gives it, against what the sockets themselves say."""
 
+import contextlib
 import os
+import select
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from timewait import State
+from timewait.events import Row
 from timewait.kernel import sock_diag
-from timewait.kernel.sock_diag import SockDiag, details, lookup, sockets
+from timewait.kernel.sock_diag import Destroyed, SockDiag, details, lookup, sockets
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sock_diag is Linux's")
 
@@ -238,3 +244,60 @@ def test_the_rest_of_an_abandoned_answer_is_skipped() -> None:
         next(diag._received(dump=True))
         assert [row.local[1] for row in diag.sockets(port)] == [port]
     diag.close()
+
+
+def test_the_destroyed_are_told_by_their_port(pair: tuple[socket.socket, ...]) -> None:
+    _, server, client = pair
+    port = end(server)[1]
+    cookies = {d.cookie: d.row.local for d in details(port, states=[State.ESTABLISHED])}
+    with (
+        contextlib.closing(Destroyed(port)) as told,
+        contextlib.closing(Destroyed(port + 1)) as not_told,
+    ):
+        assert told.read() == {}
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        server.close()
+        client.close()
+        dead: dict[int, Row] = {}
+        while len(dead) < 2:
+            assert select.select([told], [], [], 10)[0]
+            dead |= told.read()
+        assert {cookie: row.local for cookie, row in dead.items()} == cookies
+        assert {row.state for row in dead.values()} == {State.CLOSED}
+        assert not_told.read() == {}
+        assert told.lost == 0
+
+
+def test_notices_that_nobody_read_are_counted_as_lost() -> None:
+    with contextlib.closing(Destroyed()) as told:
+        told._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        for _ in range(40):
+            with (
+                socket.create_server(("127.0.0.1", 0)) as listener,
+                socket.create_connection(listener.getsockname()),
+            ):
+                pass
+        for _ in range(1000):
+            told.read()
+            if told.lost:
+                break
+            time.sleep(0.01)
+        assert told.lost > 0
+
+
+@given(st.binary(max_size=400))
+def test_any_answer_is_rows_or_an_error(data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        scripted(data, DONE, *[DONE] * 8).sockets()
+
+
+@example([(17, 200)], 1)
+@example([(18, 9)], 1)
+@given(st.lists(st.tuples(st.integers(0, 87), st.integers(0, 255)), max_size=4), st.integers(1, 6))
+def test_a_lying_answer_is_rows_or_an_error(lies: list[tuple[int, int]], times: int) -> None:
+    time_wait = message(18, bytes([2, 6, 3, 0]) + bytes(68))
+    data = bytearray(time_wait * times)
+    for where, value in lies:
+        data[where] = value
+    with contextlib.suppress(OSError):
+        assert len(scripted(bytes(data), *[DONE] * 9).sockets()) <= times

@@ -33,6 +33,7 @@ from typing import BinaryIO, Final, Self, TypeAlias
 from attrs import define, field
 
 from timewait.events import Event, Lost, Row, SegmentSeen
+from timewait.kernel import bpf
 from timewait.tcp.packet import NotTCP, decode, host_text
 
 __all__ = ["Capture", "CaptureError", "read"]
@@ -400,7 +401,6 @@ _PACKET_RX_RING: Final = 5
 _PACKET_STATISTICS: Final = 6
 _PACKET_VERSION: Final = 10
 _TPACKET_V2: Final = 1
-_SO_ATTACH_FILTER: Final = 26
 _ETH_P_ALL: Final = 3
 _TP_STATUS_USER: Final = 1
 _FRAME: Final = 256  # room for an IPv6 and a TCP header with all its options
@@ -457,7 +457,7 @@ class Capture:
     def _open(self, interface: str | None, buffer: int) -> None:
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
         self._socket = self._resources.enter_context(sock)
-        _attach(sock, _program(self._ports))
+        bpf.attach(sock, _program(self._ports))
         sock.setsockopt(_SOL_PACKET, _PACKET_VERSION, _TPACKET_V2)
         blocks = max(buffer // _RING_BLOCK, 1)
         self._frames = blocks * (_RING_BLOCK // _FRAME)
@@ -546,18 +546,10 @@ def _bind(sock: socket.socket, index: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def _attach(sock: socket.socket, program: bytes) -> None:
-    code = ctypes.create_string_buffer(program, len(program))
-    head = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, head)
-
-
-# Classic BPF (include/uapi/linux/bpf_common.h and filter.h)
-_LD_BYTE, _LD_HALF, _LD_WORD, _LD_HALF_X = 0x30, 0x28, 0x20, 0x48
-_LDX_HEADER_LENGTH, _AND, _RETURN = 0xB1, 0x54, 0x06
-_JUMP_EQUAL, _JUMP_SET = 0x15, 0x45
+# Where a packet's kind and its interface are found (SKF_AD_PKTTYPE, SKF_AD_IFINDEX).
 _PACKET_TYPE, _INTERFACE_INDEX = 0xFFFFF000 + 4, 0xFFFFF000 + 8
-_OUTGOING: Final = 4
+_OUTGOING, _LOOPBACK = 4, 1
+_MOST_PORTS: Final = 50
 
 
 def _program(ports: frozenset[int] | None) -> bytes:
@@ -566,51 +558,36 @@ def _program(ports: frozenset[int] | None) -> bytes:
     On the loopback interface each packet passes twice, going out and coming
     in; it is taken when it comes in.
     """
-    code: list[tuple[int, str, str, int]] = [
-        # operation, where to for yes, where to for no, operand; "" is the next line
-        (_LD_WORD, "", "", _INTERFACE_INDEX),
-        (_JUMP_EQUAL, "", "family", 1),
-        (_LD_WORD, "", "", _PACKET_TYPE),
-        (_JUMP_EQUAL, "drop", "family", _OUTGOING),
-    ]
-    labels = {"family": len(code)}
-    code += [
-        (_LD_BYTE, "", "", 0),
-        (_AND, "", "", 0xF0),
-        (_JUMP_EQUAL, "ipv4", "", 0x40),
-        (_JUMP_EQUAL, "ipv6", "drop", 0x60),
-    ]
-    labels["ipv4"] = len(code)
-    code += [
-        (_LD_BYTE, "", "", 9),
-        (_JUMP_EQUAL, "", "drop", socket.IPPROTO_TCP),
-        (_LD_HALF, "", "", 6),
-        (_JUMP_SET, "drop", "", 0x1FFF),
-        (_LDX_HEADER_LENGTH, "", "", 0),
+    if ports is not None and len(ports) > _MOST_PORTS:
+        raise ValueError(f"too many ports for one capture: {len(ports)} (at most {_MOST_PORTS})")
+    wanted = sorted(ports or ())
+    otherwise = (bpf.JUMP_EQUAL, 0, *(("take",) * 2 if ports is None else ("drop",) * 2))
+    lines: list[bpf.Line] = [
+        (bpf.LOAD_WORD, _INTERFACE_INDEX),
+        (bpf.JUMP_EQUAL, _LOOPBACK, "", "family"),
+        (bpf.LOAD_WORD, _PACKET_TYPE),
+        (bpf.JUMP_EQUAL, _OUTGOING, "drop", "family"),
+        "family",
+        (bpf.LOAD_BYTE, 0),
+        (bpf.AND, 0xF0),
+        (bpf.JUMP_EQUAL, 0x40, "ipv4", ""),
+        (bpf.JUMP_EQUAL, 0x60, "ipv6", "drop"),
+        "ipv4",
+        (bpf.LOAD_BYTE, 9),
+        (bpf.JUMP_EQUAL, socket.IPPROTO_TCP, "", "drop"),
+        (bpf.LOAD_HALF, 6),
+        (bpf.JUMP_SET, 0x1FFF, "drop", ""),
+        (bpf.IP_HEADER_LENGTH, 0),
     ]
     for at in (0, 2):
-        code.append((_LD_HALF_X, "", "", at))
-        code += [(_JUMP_EQUAL, "take", "", port) for port in sorted(ports or ())]
-    code.append((_JUMP_EQUAL, *(("drop", "drop") if ports is not None else ("take", "take")), 0))
-    labels["ipv6"] = len(code)
-    code += [
-        (_LD_BYTE, "", "", 6),
-        # Behind extension headers the ports are looked for by the reader.
-        *((_JUMP_EQUAL, "take", "", header) for header in (0, 43, 44, 51, 60)),
-        (_JUMP_EQUAL, "", "drop", socket.IPPROTO_TCP),
-    ]
+        lines.append((bpf.LOAD_HALF_INDEXED, at))
+        lines += [(bpf.JUMP_EQUAL, port, "take", "") for port in wanted]
+    # Behind IPv6's extension headers the ports are looked for by the reader.
+    lines += [otherwise, "ipv6", (bpf.LOAD_BYTE, 6)]
+    lines += [(bpf.JUMP_EQUAL, header, "take", "") for header in (0, 43, 44, 51, 60)]
+    lines.append((bpf.JUMP_EQUAL, socket.IPPROTO_TCP, "", "drop"))
     for at in (40, 42):
-        code.append((_LD_HALF, "", "", at))
-        code += [(_JUMP_EQUAL, "take", "", port) for port in sorted(ports or ())]
-    code.append((_JUMP_EQUAL, *(("drop", "drop") if ports is not None else ("take", "take")), 0))
-    labels["drop"] = len(code)
-    code.append((_RETURN, "", "", 0))
-    labels["take"] = len(code)
-    code.append((_RETURN, "", "", 160))
-    if len(code) > 250:
-        raise ValueError(f"too many ports for one capture: {len(ports or ())}")
-    out = b""
-    for line, (operation, yes, no, operand) in enumerate(code, 1):
-        jumps = [labels[to] - line if to else 0 for to in (yes, no)]
-        out += struct.pack("=HBBI", operation, *jumps, operand)
-    return out
+        lines.append((bpf.LOAD_HALF, at))
+        lines += [(bpf.JUMP_EQUAL, port, "take", "") for port in wanted]
+    lines += [otherwise, "drop", (bpf.RETURN, 0), "take", (bpf.RETURN, 160)]
+    return bpf.assemble(lines)

@@ -20,7 +20,8 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeAlias
 
-from timewait.events import Address, Event, Row, Transition
+from timewait.events import Address, Event, Note, Row, Transition
+from timewait.kernel.sock_diag import Destroyed, SockDiag, address_text
 from timewait.tcp.states import State
 
 __all__ = ["OBSERVERS", "Observer", "Sampled", "observe"]
@@ -70,7 +71,8 @@ class Sampled:
 
     Each `read` looks once. `period` is when it would look again, in seconds:
     soon while things change, seldom while they do not, and never so often
-    that looking takes more than a twentieth of the time.
+    that looking takes more than a twentieth of the time. `ended` tells which
+    sockets have been destroyed meanwhile, where anything does.
     """
 
     SOONEST: Final = 0.001
@@ -84,6 +86,7 @@ class Sampled:
         rows: Callable[[int], list[Row]],
         *,
         start: float | None = None,
+        ended: Callable[[], dict[int, Row]] = dict,
         resources: ExitStack | None = None,
     ) -> None:
         self.name = name
@@ -93,6 +96,7 @@ class Sampled:
         self.period = self.SOONEST
         self.rows = rows
         self._look = look
+        self._ended = ended
         self._resources = resources or ExitStack()
         self._table = look()
 
@@ -120,7 +124,12 @@ class Sampled:
         began = time.monotonic()
         table = self._look()
         took = time.monotonic() - began
+        ended = self._ended()
         events: list[Event] = list(self._changes(table, began - self.start))
+        for cookie, row in ended.items():
+            if cookie not in table and cookie not in self._table and row.remote[1] != 0:
+                ends = f"{address_text(row.local)} \N{RIGHTWARDS ARROW} {address_text(row.remote)}"
+                events.append(Note(began - self.start, f"{ends} came and went between two looks"))
         self._table = table
         wanted = self.period / 2 if events else self.period * 1.5
         self.period = min(max(wanted, self.SOONEST, 20 * took), max(self.LATEST, 20 * took))
@@ -155,8 +164,6 @@ _BETWEEN: Final = "states between two looks at the table"
 
 
 def _sock_diag(ports: frozenset[int] | None, start: float | None) -> Observer:
-    from timewait.kernel.sock_diag import SockDiag
-
     with ExitStack() as resources:
         diag = resources.enter_context(SockDiag())
 
@@ -166,9 +173,17 @@ def _sock_diag(ports: frozenset[int] | None, start: float | None) -> Observer:
                 table.update(diag.table(port).items())
             return table
 
+        notices = [Destroyed(port) for port in ([None] if ports is None else ports)]
+        for each in notices:
+            resources.callback(each.close)
+
+        def ended() -> dict[int, Row]:
+            return {cookie: row for each in notices for cookie, row in each.read().items()}
+
         return Sampled(
             *("sock_diag", (_BETWEEN,), look, diag.sockets),
             start=start,
+            ended=ended,
             resources=resources.pop_all(),
         )
 

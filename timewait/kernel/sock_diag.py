@@ -25,9 +25,19 @@ from typing import Any, Final, Self, TypeVar
 from attrs import frozen
 
 from timewait.events import Address, Row
+from timewait.kernel import bpf
 from timewait.tcp.states import State
 
-__all__ = ["Details", "SockDiag", "details", "host_text", "lookup", "sockets"]
+__all__ = [
+    "Destroyed",
+    "Details",
+    "SockDiag",
+    "address_text",
+    "details",
+    "host_text",
+    "lookup",
+    "sockets",
+]
 
 # include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h
 _NETLINK_SOCK_DIAG: Final = 4
@@ -43,6 +53,7 @@ _REQ_BYTECODE: Final = 1
 _BC_JMP: Final = 1
 _BC_S_EQ: Final = 11
 _BC_D_EQ: Final = 12
+_DESTROY_GROUPS: Final = 1 << 0 | 1 << 2  # SKNLGRP_INET_TCP_DESTROY and _INET6_TCP_DESTROY
 _NO_COOKIE: Final = b"\xff" * 8
 _TIME_WAIT, _TIME_WAIT_TIMER = 6, 3
 _HOSTS_KEPT: Final = 1 << 16
@@ -425,6 +436,74 @@ def host_text(address: bytes) -> str:
     return _HOSTS[address]
 
 
+class Destroyed:
+    """Notices of sockets as they are destroyed, from now on: those with `port`, or all.
+
+    A connection that came and went between two looks at the table is known
+    from these. TIME_WAIT gives none, neither when it begins nor when it ends.
+    Needs no privilege. `lost` counts the times that notices were dropped
+    because nobody read them.
+    """
+
+    def __init__(self, port: int | None = None) -> None:
+        self.lost = 0
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG
+        )
+        try:
+            if port is not None:
+                bpf.attach(
+                    self._socket,
+                    bpf.assemble(
+                        [
+                            (bpf.LOAD_HALF, 20),  # the source port, and then the destination's
+                            (bpf.JUMP_EQUAL, port, "take", ""),
+                            (bpf.LOAD_HALF, 22),
+                            (bpf.JUMP_EQUAL, port, "take", ""),
+                            (bpf.RETURN, 0),
+                            "take",
+                            (bpf.RETURN, 0xFFFFFFFF),
+                        ]
+                    ),
+                )
+            self._socket.setblocking(False)
+            self._socket.bind((0, _DESTROY_GROUPS))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """Readable when there is something to `read`."""
+        return self._socket.fileno()
+
+    def read(self) -> dict[int, Row]:
+        """The sockets destroyed since the last call, by cookie; their state is CLOSED."""
+        rows: dict[int, Row] = {}
+        while True:
+            try:
+                data, sender = self._socket.recvfrom(1 << 16)
+            except BlockingIOError:
+                return rows
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self.lost += 1
+                continue
+            if sender[0] == 0 and len(data) >= _MESSAGE.size:
+                message = _MESSAGE.unpack_from(data)
+                rows[message[_COOKIE]] = _row(message)
+
+
+def address_text(address: Address) -> str:
+    """An address as people write it: `"127.0.0.1:9090"`, `"[::1]:9090"`."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _row(message: tuple[Any, ...]) -> Row:
     # fmt: off
     (_, _, _, _, family, state, timer, retransmits, sport, dport, src, dst,
@@ -432,6 +511,8 @@ def _row(message: tuple[Any, ...]) -> Row:
     # fmt: on
     if family == socket.AF_INET:
         src, dst = src[:4], dst[:4]
+    if state >= len(_STATES) or timer >= len(_TIMERS):
+        raise OSError(errno.EBADMSG, f"sock_diag tells of an unknown state ({state}, {timer})")
     return Row(
         (_HOSTS[src], socket.ntohs(sport)),
         (_HOSTS[dst], socket.ntohs(dport)),

@@ -37,7 +37,7 @@ from typing import Any, Final, Self, TypeAlias
 from attrs import evolve
 
 from timewait.events import Address, Event, Lost, Note, Row, Transition
-from timewait.kernel.sock_diag import SockDiag, host_text
+from timewait.kernel.sock_diag import SockDiag, address_text, host_text
 from timewait.tcp.states import State
 
 __all__ = ["Tracepoint"]
@@ -197,6 +197,9 @@ class Tracepoint:
         self._resources.callback(_remove, home)
         (home / "trace_clock").write_text("mono")
         (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
+        with suppress(FileNotFoundError):
+            # The names of processes are not asked for, and noting them slows every task switch.
+            (home / "options/record-cmd").write_text("0")
         with suppress(FileNotFoundError):  # since Linux 5.0
             (home / "buffer_percent").write_text("0")
         self._page = bytearray(_subbuffer_size(home, root))
@@ -282,14 +285,14 @@ class Tracepoint:
         sock, sport, dport, source, target = unpack(page, offset)
         self._causes[sock] = "RST received"
         local, remote = (host_text(source), sport), (host_text(target), dport)
-        events.append(Note(at, f"{_text(local)} received a RST from {_text(remote)}"))
+        events.append(Note(at, f"{address_text(local)} received a RST from {address_text(remote)}"))
 
     def _on_retransmit(
         self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
     ) -> None:
         _, sport, dport, source, target = unpack(page, offset)
         local, remote = (host_text(source), sport), (host_text(target), dport)
-        events.append(Note(at, f"{_text(local)} retransmitted to {_text(remote)}"))
+        events.append(Note(at, f"{address_text(local)} retransmitted to {address_text(remote)}"))
 
     def _on_sent_reset(
         self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
@@ -298,7 +301,9 @@ class Tracepoint:
         local, remote = _sockaddr(source), _sockaddr(target)
         if self._ports is None or local[1] in self._ports or remote[1] in self._ports:
             why = self._reasons.get(reason, str(reason))
-            events.append(Note(at, f"{_text(local)} sent a RST to {_text(remote)} ({why})"))
+            events.append(
+                Note(at, f"{address_text(local)} sent a RST to {address_text(remote)} ({why})")
+            )
 
     def _name_the_unnamed(self, events: list[Event]) -> None:
         """Give connect()s whose next event is yet to come the port that sock_diag shows."""
@@ -367,10 +372,6 @@ class Tracepoint:
 
 def _when(record: tuple[int, int, bytes, int]) -> int:
     return record[0]
-
-
-def _text(address: Address) -> str:
-    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 
 def _with_local(event: Event, local: Address) -> Event:
