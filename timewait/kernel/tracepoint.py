@@ -197,9 +197,6 @@ class Tracepoint:
         self._resources.callback(_remove, home)
         (home / "trace_clock").write_text("mono")
         (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
-        with suppress(FileNotFoundError):
-            # The names of processes are not asked for, and noting them slows every task switch.
-            (home / "options/record-cmd").write_text("0")
         with suppress(FileNotFoundError):  # since Linux 5.0
             (home / "buffer_percent").write_text("0")
         self._page = bytearray(_subbuffer_size(home, root))
