@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from timewait import Scenario, ScenarioError, State, StepHung, events
+from timewait import Scenario, ScenarioError, State, StepHung, events, hold_port
 from timewait.events import Called, Event, Note, Snapshot, Transition
 from timewait.kernel.sock_diag import sockets
 from timewait.run import run_sync
@@ -226,6 +226,16 @@ def test_what_was_there_before_the_run_is_not_the_runs() -> None:
     first = Scenario.built_in("clients-first").run_sync()
     again = Scenario(port=first.port).listen().connect(1).close("client").close("server").restart()
     assert again.run_sync().time_wait.sockets == 1
+
+
+def test_a_socket_on_another_address_does_not_hold_the_port() -> None:
+    with hold_port() as held:
+        port = held.release()
+    with socket.socket() as other:
+        other.bind(("127.0.0.9", port))
+        other.listen()
+        story = Scenario(port=port).listen().connect().close("server").restart()
+        assert 59 < (story.run_sync().restart.free_after or 0) <= 60.1
 
 
 @both_backends

@@ -77,3 +77,13 @@ def test_every_dependency_has_its_line() -> None:
         name = re.match(r"[\w-]+", requirement)
         assert name
         assert f"| {name[0]} |" in README
+
+
+@from_source
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_link_leads_somewhere(page: str) -> None:
+    path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), target

@@ -55,6 +55,7 @@ _PASSING: Final = frozenset(
     {State.SYN_SENT, State.SYN_RECEIVED, State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK}
 )
 _LOOK_FIRST, _LOOK_AT_MOST = 0.0002, 0.02  # seconds between two looks at the table
+_WILDCARDS: Final = frozenset({"0.0.0.0", "::", "*"})
 _RESET: Final = struct.pack("ii", 1, 0)
 
 
@@ -405,8 +406,13 @@ class Orchestrator:
         return longest
 
     def _holders(self) -> list[Row]:
-        port = self.scenario.port
-        return [row for row in self.stack.rows(port) if row.local[1] == port]
+        """The sockets on the port whose address overlaps the server's (a wildcard overlaps all)."""
+        host, port = self._address
+        return [
+            row
+            for row in self.stack.rows(port)
+            if row.local[1] == port and (row.local[0] == host or {row.local[0], host} & _WILDCARDS)
+        ]
 
     async def _wait_until_free(self, wait: Waiting) -> None:
         """Wait until nothing has the port and then really bind it.
@@ -532,6 +538,7 @@ class Orchestrator:
         """What is still to come before the step is done, in words."""
         table = {(row.local, row.remote): row for row in rows}
         waits = []
+        awaited = set(self._ends(step.who)) if isinstance(step, Eof) else set()
         if self._listener and len(self._servers) < len(self._clients):
             waits.append(f"the server has not accepted client-{len(self._servers) + 1}")
         for end in (*self._servers, *self._clients):
@@ -541,7 +548,7 @@ class Orchestrator:
             if row and (row.state in _PASSING or (row.state is State.FIN_WAIT_2 and over)):
                 waits.append(f"{end.name} is still in {row.state}")
             elif end.open and not end.eof:
-                if isinstance(step, Eof) and end in self._ends(step.who):
+                if end in awaited:
                     waits.append(f"nothing ended the stream that {end.name} reads")
                 elif over and (end.reads or (row and row.state is State.ESTABLISHED)):
                     waits.append(f"{end.name} has not noticed that the other end closed")
