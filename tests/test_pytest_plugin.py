@@ -362,7 +362,7 @@ def test_without_any_observer_the_fixture_skips_and_a_suite_goes_on(
     def nothing() -> None:
         raise OSError(95, "no way to list TCP sockets here")
 
-    monkeypatch.setattr("timewait.witness._table", nothing)
+    monkeypatch.setattr("timewait.witness.table", nothing)
     code = "def test_asks(tcp): pass\ndef test_does_not(): pass"
     result = suite(code, "-rs", "--tcp")
     result.assert_outcomes(passed=1, skipped=1)

@@ -16,10 +16,11 @@ from contextlib import ExitStack
 
 import pytest
 
+from timewait.connections import UnusedPort
 from timewait.ledger import Ledger
 from timewait.port import HeldPort, hold_port
 from timewait.tcp.states import State
-from timewait.witness import UnusedPort, Witness
+from timewait.witness import Witness
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ _HOME: dict[str, str] = {
     "ScenarioError": "timewait.scenario",
     "State": "timewait.tcp.states",
     "StepHung": "timewait.orchestrator",
-    "UnusedPort": "timewait.witness",
+    "UnusedPort": "timewait.connections",
     "Witness": "timewait.witness",
     "Watch": "timewait.watching",
     "explain_bind": "timewait.explain",

@@ -18,9 +18,14 @@ from typing import Final, Self
 import anyio
 import anyio.lowlevel
 
-from timewait.events import Event, Row, RunStarted
+from timewait.connections import CLOSED_FIRST, LEFT_OPEN, Connections, Key, Seen
+from timewait.events import Address, Event, Row, RunStarted, SegmentSeen, Transition
 from timewait.explain import Explanation, can_bind, explain_bind
 from timewait.kernel.observers import Observer, observe
+from timewait.report import address
+from timewait.tcp.segment import ACK, FIN, RST, SYN
+from timewait.tcp.states import State
+from timewait.witness import table
 
 __all__ = ["Watch", "wait_until_bindable", "wait_until_bindable_sync", "watch"]
 
@@ -41,8 +46,11 @@ def watch(port: int | None = None, *, observer: str = "auto") -> Watch:
     return Watch(port, observer)
 
 
-class Watch:
+class Watch(Connections):
     """What is seen of a port from `__enter__` to `__exit__`; iterate for events as they come.
+
+    Whoever's the sockets are: their connections, and what can be asserted of
+    them, are in the methods of `timewait.connections.Connections`.
 
     `events` are those so far, complete after the end. `observer` names who
     saw them, `why_not` why not a stronger one, `blind` what cannot be seen,
@@ -51,8 +59,12 @@ class Watch:
     """
 
     def __init__(self, port: int | None, observer: str) -> None:
+        super().__init__()
         self.port = port
         self.events: list[Event] = []
+        self._before: set[Key] = set()
+        self._last: tuple[list[Row], float] = [], 0.0
+        self._taken = 0  # events that were put into the table of endpoints
         self._wanted = observer
         self._observer: Observer | None = None
         self._ending = threading.Event()
@@ -68,6 +80,13 @@ class Watch:
         self.observer = self._observer.name
         self.blind = self._observer.blind
         self.events.append(RunStarted(0.0, "kernel", self.observer, blind=self.blind))
+        self._list = table()
+        self._began = self._observer.start
+        self._watching = True
+        self.look()
+        self._before = {key for key, one in self._seen.items() if one.state is State.TIME_WAIT}
+        for key in self._before:
+            del self._seen[key]
         # In a thread, since an observer that looks at instants must look on while the
         # caller is busy, and one that records must be emptied before it overflows.
         self._thread = threading.Thread(target=self._run, name="timewait-watch", daemon=True)
@@ -82,6 +101,8 @@ class Watch:
     ) -> None:
         self._ending.set()
         self._thread.join()
+        self._last = self._table(), time.monotonic()
+        self._watching = False
         assert self._observer is not None
         self._observer.close()
         if self._trouble is not None and error is None:
@@ -122,6 +143,92 @@ class Watch:
                 self._news.notify_all()
 
     # Looking
+
+    def look(self) -> None:
+        """Take in what the observer has, and read the system's table."""
+        with self._lock:
+            if self._watching:
+                if self._observer is not None and not self._ending.is_set():
+                    self._fetch(self._observer)
+                self._last = self._table(), time.monotonic()
+            # Only now that somebody asks: while it watches, it does as little as it can.
+            for event in self.events[self._taken :]:
+                self._take(event)
+                self._taken += 1
+            rows, now = self._last
+            present: set[Key] = set()
+            for row in rows:
+                key = row.local, row.remote
+                if row.state is State.LISTEN:
+                    self._listening[row.local[1]] = True
+                elif key not in self._before:
+                    present.add(key)
+                    one = self._seen.setdefault(key, Seen(*key, None, now))
+                    one.row = row
+                    one.move(row.state, now)
+            for key, one in self._seen.items():
+                if key not in present:
+                    one.row = None
+                    one.move(None, now)
+
+    def _take(self, event: Event) -> None:
+        """What an event tells of an endpoint."""
+        t = self._began + event.t
+        if isinstance(event, Transition) and event.new is State.LISTEN:
+            self._listening[event.local[1]] = True
+        elif isinstance(event, Transition) and event.remote[1]:
+            if event.old is State.CLOSED:
+                self._forget_before(event.local, event.remote, t)
+            one = self._endpoint_at(event.local, event.remote, t)
+            one.move(None if event.new is State.CLOSED else event.new, t)
+            if event.cause == "RST received":
+                peer = self._endpoint_at(event.remote, event.local, t)
+                peer.reset = f"{address(event.local)} received a RST in {event.old}"
+        elif isinstance(event, SegmentSeen):
+            self._take_segment(event, t)
+
+    def _take_segment(self, seen: SegmentSeen, t: float) -> None:
+        """The states that a segment tells of, its own sender's and its receiver's."""
+        if seen.flags & SYN and not seen.flags & ACK:
+            self._forget_before(seen.src, seen.dst, t)
+        one = self._endpoint_at(seen.src, seen.dst, t)
+        peer = self._endpoint_at(seen.dst, seen.src, t)
+        if seen.flags & RST:
+            one.reset = f"{address(seen.src)} sent a RST"
+            one.move(None, t)
+            peer.move(None, t)
+        elif seen.flags & SYN:
+            one.move(State.SYN_RECEIVED if seen.flags & ACK else State.SYN_SENT, t)
+            if seen.flags & ACK:
+                self._listening[seen.src[1]] = True
+                peer.move(State.ESTABLISHED, t)
+        elif seen.flags & FIN:
+            one.move(State.LAST_ACK if peer.states & CLOSED_FIRST else State.FIN_WAIT_1, t)
+        elif one.state in (None, State.SYN_SENT, State.ESTABLISHED):
+            for end in (one, peer):
+                if not end.states - {State.SYN_SENT, State.SYN_RECEIVED}:
+                    end.move(State.ESTABLISHED, t)
+
+    def _forget_before(self, local: Address, remote: Address, t: float) -> None:
+        """A connection begins: what was seen of these addresses till now was another."""
+        pair = {(local, remote), (remote, local)}
+        known = [self._seen[key] for key in pair if key in self._seen]
+        if any(end.history and t > end.history[-1][0] for end in known):
+            self._past.append(known)
+            for key in pair:
+                self._seen.pop(key, None)
+
+    def _endpoint_at(self, local: Address, remote: Address, t: float) -> Seen:
+        return self._seen.setdefault((local, remote), Seen(local, remote, None, t))
+
+    def _table(self) -> list[Row]:
+        return self._list(self.port)
+
+    def _ours(self, seen: Seen) -> bool:
+        return True
+
+    def _held(self, seen: Seen) -> bool:
+        return seen.state in LEFT_OPEN and seen.row is not None and bool(seen.row.inode)
 
     @property
     def lost(self) -> int:

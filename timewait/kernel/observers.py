@@ -44,6 +44,10 @@ class Observer(Protocol):
     def lost(self) -> int:
         """How many events it missed and knows of."""
 
+    @property
+    def start(self) -> float:
+        """When event times are 0, in seconds of `time.monotonic`."""
+
     def read(self) -> list[Event]:
         """All events since the last call; never waits."""
 
