@@ -100,6 +100,7 @@ class Connection:
     untangled: bool = False  # the last observation was put into another order
     history: list[_Entry] = field(factory=list)
     held: list[_Entry] = field(factory=list)
+    suspect: SegmentSeen | None = None  # a gap before it, and no sign that segments get lost
     stuck: bool = False  # something is held, or it has diverged
     expires: list[float] = field(factory=lambda: [0.0, 0.0])  # by its timer, when last looked at
     options: list[Options] = field(factory=lambda: [frozenset(), frozenset()])
@@ -350,8 +351,9 @@ class Checker:
         connection, end = found
         sequence = connection.sequence
         if sequence is None:
-            exact = event.source in ("model", "wire") or _same_host(*connection.ends)
-            sequence = connection.sequence = Sequence(exact)
+            here = _same_host(*connection.ends)
+            exact = event.source in ("model", "wire") or (here and self._from_start)
+            sequence = connection.sequence = Sequence(exact, here and not exact)
             if event.flags & (SYN | ACK | RST | FIN) == SYN and not connection.history:
                 # A SYN is the beginning, unless what follows says otherwise.
                 connection.number = self._model.start(connection.mode | ex.SEGMENTS)
@@ -369,6 +371,8 @@ class Checker:
         except Contradiction as wrong:
             self._diverge(connection, event, str(wrong), wrong.rule)
             return
+        if sequence.suspicion is not None and connection.suspect is None:
+            connection.suspect = event
         if event.lost:
             kind |= DROPPED
         if event.flags & RST and not seen and not self._from_start:
@@ -573,11 +577,10 @@ class Checker:
         mode = 0 if _same_host(*ends) else ex.DOUBLES
         if self._declared and _same_host(*ends):
             mode = self._declared | self._declared << 2 | self._declared_segments
-        number = (
-            self._model.start(mode)
-            if self._from_start and not self._forgotten
-            else self._model.anywhere(mode)
-        )
+        # What a run does not make itself may be older than it, or seen in part: a connect() is
+        # reported before it has a port.
+        known = self._from_start and not self._forgotten and self._port in (None, ends[0][1])
+        number = self._model.start(mode) if known else self._model.anywhere(mode)
         connection = Connection(ends, self._model, self._profiles, mode, number)
         connection.base = number
         self._connections += 1
@@ -826,10 +829,13 @@ class Checker:
             self._ending.append((self._done + self._keeps(), connection))
 
     def _end(self, connection: Connection) -> None:
+        suspicion = connection.sequence and connection.sequence.suspicion
+        if connection.suspect and suspicion and connection.divergence is None:
+            self._diverge(connection, connection.suspect, str(suspicion), suspicion.rule)
         seen = connection.mode
         both = ex.SEES_A & seen and ex.SEES_B & seen
-        exact = connection.sequence is not None and connection.sequence.exact
-        if both or exact:
+        sequence = connection.sequence
+        if both or (sequence is not None and (sequence.exact or sequence.presumed)):
             self._strong += 1
         elif seen & (ex.SEES_A | ex.SEES_B | ex.SEGMENTS):
             self._partial += 1
@@ -1005,7 +1011,7 @@ def _in_any_order(model: Explanations, base: int, entries: list[_Entry]) -> int:
 
 
 def _passive(old: State, new: State, source: str) -> bool | None:
-    if old is State.CLOSED and new is State.SYN_SENT:
+    if State.SYN_SENT in (old, new):
         return False
     if new is State.SYN_RECEIVED and old in (State.LISTEN, State.CLOSED):
         return True
