@@ -99,7 +99,9 @@ def test_most_breakages_of_a_row_are_noticed_and_the_rest_is_explained() -> None
     """Each row that changes state is ignored, stays, or leads one state too far."""
     stack = profile("rfc9293")
     reached = [(explore(stack, world), world) for world in SMALL]
-    cells = {cell for found, _ in reached for cell in found.rows if stack.table[cell].next}
+    cells = {
+        cell for found, _ in reached for cell in found.rows if stack.table[cell].next is not None
+    }
     caught, missed = 0, []
     for breakage in breakages(stack, cells):
         row = stack.table[breakage.cell]

@@ -1,0 +1,233 @@
+"""The machine: lifecycles beside the kernel's own, the table's walk, TIME_WAIT by the million."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+from benchmarks import Figure, side_by_side
+from timewait.kernel.namespace import Namespace
+from timewait.tcp.connection import Connection
+from timewait.tcp.explorer import WORLDS, explore
+from timewait.tcp.profiles import profile
+from timewait.tcp.states import Event, State
+from timewait.tcp.time_wait import TimeWaits
+
+RFC = profile("rfc9293")
+LINUX = profile("linux")
+Hook = Callable[[State, State, Event, float], None] | None
+
+
+def lifecycle(now: float, hook: Hook = None, timestamps: bool = False) -> tuple[Connection, int]:
+    """SYN; SYN,ACK; ACK; FIN,ACK; ACK; FIN,ACK; ACK: the client is left in TIME_WAIT."""
+    to_server: list[object] = []
+    to_client: list[object] = []
+    client = Connection(RFC, iss=1, timestamps=timestamps, outbox=to_server)  # type: ignore[arg-type]
+    server = Connection(RFC, iss=2, timestamps=timestamps, outbox=to_client)  # type: ignore[arg-type]
+    if hook is not None:
+        client.on_transition = server.on_transition = hook
+    server.open_passive(now)
+    client.open_active(now)
+    server.segment(to_server.pop(), now)  # type: ignore[arg-type]
+    client.segment(to_client.pop(), now)  # type: ignore[arg-type]
+    server.segment(to_server.pop(), now)  # type: ignore[arg-type]
+    client.close(now)
+    server.segment(to_server.pop(), now)  # type: ignore[arg-type]
+    client.segment(to_client.pop(), now)  # type: ignore[arg-type]
+    server.close(now)
+    client.segment(to_client.pop(), now)  # type: ignore[arg-type]
+    server.segment(to_server.pop(), now)  # type: ignore[arg-type]
+    assert client.state is State.TIME_WAIT
+    assert server.state is State.CLOSED
+    return client, 7
+
+
+def silent(n: int) -> None:
+    for _ in range(n):
+        lifecycle(0.0)[0].expire(240.0)
+
+
+def with_timestamps(n: int) -> None:
+    for _ in range(n):
+        lifecycle(0.0, timestamps=True)[0].expire(240.0)
+
+
+def recorded(n: int) -> None:
+    record: list[tuple[State, State, Event, float]] = []
+
+    def note(old: State, new: State, event: Event, now: float) -> None:
+        record.append((old, new, event, now))
+
+    for _ in range(n):
+        lifecycle(0.0, note)[0].expire(240.0)
+    assert len(record) == 12 * n
+
+
+def kernel(listener: socket.socket) -> Callable[[int], None]:
+    address = listener.getsockname()
+
+    def work(n: int) -> None:
+        for _ in range(n):
+            client = socket.create_connection(address)
+            server, _ = listener.accept()
+            client.close()
+            server.close()
+
+    return work
+
+
+# An active and a passive close, as states and events: what the walks below walk.
+PATH = [
+    (State.CLOSED, Event.OPEN_ACTIVE),
+    (State.SYN_SENT, Event.SYN_ACK),
+    (State.ESTABLISHED, Event.SHUTDOWN),
+    (State.FIN_WAIT_1, Event.ACK_OF_FIN),
+    (State.FIN_WAIT_2, Event.FIN),
+    (State.TIME_WAIT, Event.TIME_WAIT_OVER),
+]
+
+
+def walk_ours(n: int) -> None:
+    Connection(RFC, iss=0)  # compiles the table
+    start = RFC.compiled[State.CLOSED]
+    events = [int(event) for _, event in PATH]
+    for _ in range(n // len(events)):
+        cells = start
+        for event in events:
+            _, cells, _, _ = cells[event]
+        assert cells is start
+
+
+def walk_dict(n: int) -> None:
+    table: dict[State, dict[Event, State]] = {}
+    for state, event in PATH:
+        following = RFC.table[state, event].next
+        assert following is not None
+        table.setdefault(state, {})[event] = following
+    events = [event for _, event in PATH]
+    for _ in range(n // len(events)):
+        state = State.CLOSED
+        for event in events:
+            state = table[state][event]
+        assert state is State.CLOSED
+
+
+def walk_transitions() -> Callable[[int], None] | None:
+    try:
+        from transitions import Machine
+    except ImportError:
+        return None
+    machine = Machine(states=[state.name for state in State], initial="CLOSED")
+    for state, event in PATH:
+        following = RFC.table[state, event].next
+        assert following is not None
+        machine.add_transition(event.name.lower(), state.name, following.name)
+
+    def work(n: int) -> None:
+        for _ in range(n // len(PATH)):
+            for _, event in PATH:
+                machine.trigger(event.name.lower())
+        assert machine.state == "CLOSED"
+
+    return work
+
+
+def standing(count: int) -> tuple[TimeWaits[tuple[str, int, str, int]], float]:
+    """`count` connections in TIME_WAIT, and how many bytes each takes, its key included."""
+    from tracemalloc import get_traced_memory, start, stop
+
+    connection, _ = lifecycle(0.0)
+    connection.profile = LINUX
+    waits = TimeWaits[tuple[str, int, str, int]](LINUX)
+    here, there = "192.0.2.1", "198.51.100.7"
+    gc.collect()
+    start()
+    before, _ = get_traced_memory()
+    for number in range(count):
+        connection.t_wait = 60.0 + number * 1e-5
+        waits.add((here, 9090, there, number), connection)
+    after, _ = get_traced_memory()
+    stop()
+    return waits, (after - before) / count
+
+
+def cost_beside(waits: TimeWaits[tuple[str, int, str, int]], n: int) -> float:
+    """Seconds for one lifecycle that leaves a TIME_WAIT and sees the oldest one expire.
+
+    The least of several rounds: what stands beside it must not matter.
+    """
+    key = len(waits)
+    best = float("inf")
+    gc.collect()
+    gc.disable()
+    for _ in range(7):
+        begun = time.perf_counter()
+        for _ in range(n):
+            now = waits.deadline or 0.0
+            assert len(waits.expire(now)) == 1
+            connection, _ = lifecycle(now)
+            connection.t_wait = now + 60.0
+            key += 1
+            waits.add(("192.0.2.1", 9090, "198.51.100.7", key), connection)
+        best = min(best, (time.perf_counter() - begun) / n)
+    gc.enable()
+    return best
+
+
+def measure(quick: bool) -> Iterator[Figure]:
+    n, rounds = (300, 5) if quick else (1000, 9)
+    with ExitStack() as resources:
+        namespace = resources.enter_context(Namespace())
+        listener = resources.enter_context(namespace.socket(socket.AF_INET))
+        with namespace.entered():
+            listener.setblocking(True)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(64)
+            ours, stamped, noted, theirs = side_by_side(
+                (silent, n),
+                (with_timestamps, n),
+                (recorded, n),
+                (kernel(listener), n),
+                rounds=rounds,
+            )
+    peer = "kernel, loopback"
+    yield Figure("lifecycle, seven segments", ours, "/s", peer, theirs, 3)
+    yield Figure("lifecycle, timestamps on", stamped, "/s", peer, theirs)
+    yield Figure("lifecycle, transitions recorded", noted, "/s", peer, theirs, 1.5)
+
+    n = 30_000 if quick else 300_000
+    steps, bare = side_by_side((walk_ours, n), (walk_dict, n))
+    yield Figure("walk of the table", steps, "/s", "a bare nested dict", bare, 0.5)
+    package = walk_transitions()
+    slow = None
+    if package is not None:
+        steps, slow = side_by_side((walk_ours, n), (package, n // 30))
+    yield Figure("walk of the table", steps, "/s", "transitions", slow, 20)
+
+    few, many = 1_000, 100_000 if quick else 1_000_000
+    small, _ = standing(few)
+    large, size = standing(many)
+    yield Figure(
+        f"TIME_WAIT, {many:,} standing", size, "bytes each", target=250, lower_is_better=True
+    )
+    n = 200 if quick else 500
+    yield Figure(
+        f"lifecycle beside {many:,} in TIME_WAIT",
+        1e6 * cost_beside(large, n),
+        "µs",
+        f"beside {few:,}",
+        1e6 * cost_beside(small, n),
+        1.5,
+        lower_is_better=True,
+    )
+    worlds = WORLDS[:2] if quick else WORLDS
+    found = [explore(LINUX, world) for world in worlds]
+    yield Figure(
+        "explorer",
+        sum(f.states for f in found) / sum(f.seconds for f in found),
+        "states/s",
+        target=50_000,
+    )
