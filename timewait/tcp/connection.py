@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import errno as errnos
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Final, TypeAlias
 
 from attrs import frozen
@@ -139,6 +141,12 @@ class Status:
 
 _NO_OPTIONS: Final = Options()
 
+
+@cache
+def _syn_options(mss: int, scale: int | None, sack: bool) -> Options:
+    return Options(mss, scale, sack)
+
+
 _Action: TypeAlias = Callable[["Connection", Any, float], None]
 
 
@@ -158,6 +166,13 @@ def _impossible(state: State, event: Event, row: Row) -> _Action:
     return impossible
 
 
+def _methods(names: tuple[str, ...]) -> Iterator[_Action]:
+    """The methods for these actions; two that nearly always follow each other are one call."""
+    text = " ".join(names)
+    for name in re.sub(r"\bsend_text acknowledge\b", "send_text_and_acknowledge", text).split():
+        yield getattr(Connection, f"_{name}")
+
+
 def _compile(profile: Profile) -> list[list[Any]]:
     """The table as lists indexed by small numbers.
 
@@ -171,7 +186,7 @@ def _compile(profile: Profile) -> list[list[Any]]:
         elif row.kind == "never":
             actions = (_impossible(state, event, row),)
         else:
-            actions = tuple(getattr(Connection, f"_{name}") for name in row.actions)
+            actions = tuple(_methods(row.actions))
         assert len(cells[state]) == event, "the table is not total"
         onwards = None if row.next is None else cells[row.next]
         cells[state].append((row.next, onwards, actions, row))
@@ -483,6 +498,10 @@ class Connection:
 
     def expire(self, now: float) -> None:
         """Run every timer that is due, the earliest first."""
+        if self.state is TIME_WAIT:
+            if self.t_wait <= now:
+                self.timeout(_WAIT, now)
+            return
         while (due := self._earliest()) <= now:
             for timer, name in _TIMERS:
                 if getattr(self, name) == due:
@@ -880,11 +899,13 @@ class Connection:
                 # A round trip was measured: RFC 6298 §2.
                 self._rtt_seq = None
                 rtt = now - self._rtt_at
-                if self.srtt is None:
-                    self.srtt, self.rttvar = rtt, rtt / 2
+                srtt = self.srtt
+                if srtt is None:
+                    self.srtt = rtt
+                    self.rttvar = rtt / 2
                 else:
-                    error = rtt - self.srtt
-                    self.srtt += error / 8
+                    error = rtt - srtt
+                    self.srtt = srtt + error / 8
                     self.rttvar += ((error if error > 0 else -error) - self.rttvar) / 4
                 self._set_rto()
         elif self.retransmits and self.srtt is not None:
@@ -1064,10 +1085,11 @@ class Connection:
             self.rcv_wup = self.rcv_nxt
             if not self.rcv_scale:
                 scale = None
-        options = Options(self.adv_mss, scale, parameters.sack and (not answer or self.sack))
+        sack = bool(parameters.sack and (not answer or self.sack))
         if self.timestamps:
-            options.ts_val = self._tsval(now)
-            options.ts_ecr = self.ts_recent
+            options = Options(self.adv_mss, scale, sack, self._tsval(now), self.ts_recent)
+        else:
+            options = _syn_options(self.adv_mss, scale, sack)
         self.out.append(
             Segment(self.iss, self.rcv_nxt if answer else 0, flags, window, b"", options)
         )
@@ -1255,6 +1277,12 @@ class Connection:
     def _send_ack(self, _seg: Any, now: float) -> None:
         self._emit(ACK, now)
 
+    def _send_text_and_acknowledge(self, seg: Segment, now: float) -> None:
+        if self._tx or self._fin == 1:
+            self._send_text(seg, now)
+        if self._ack_due:
+            self._acknowledge(seg, now)
+
     def _acknowledge(self, seg: Segment, now: float) -> None:
         due = self._ack_due
         if not due:
@@ -1414,19 +1442,12 @@ class Connection:
     def _emit(self, flags: int, now: float, seq: int | None = None, data: bytes = b"") -> None:
         """Send a segment that carries the current acknowledgment and window."""
         nxt = self.rcv_nxt
-        window = (self.rcv_adv - nxt) & MASK
-        space = self.rcv_buf - len(self._rx)
         scale = self.rcv_scale
-        if window & HALF:
-            window = 0
-        if space > window:
-            if scale or not self.profile.parameters.linux_checks:
-                window = space
-            elif space >= window + self._rcv_mss:
-                # __tcp_select_window: an unscaled window grows by whole segments.
-                window = space - space % self._rcv_mss
-        if scale:
-            window = (window + (1 << scale) - 1) >> scale
+        if self._rx or not scale:
+            window = self._window_to_tell(nxt, scale)
+        else:
+            # Nothing waits to be read: the whole buffer, rounded up, is never less than before.
+            window = (self.rcv_buf + (1 << scale) - 1) >> scale
         if window > 0xFFFF:
             window = 0xFFFF
         self.rcv_adv = (nxt + (window << scale)) & MASK
@@ -1454,6 +1475,20 @@ class Connection:
             self._ack_due = 0
             if self._quick:
                 self._quick -= 1
+
+    def _window_to_tell(self, nxt: int, scale: int) -> int:
+        """The window field: what room there is, but never less than was told."""
+        window = (self.rcv_adv - nxt) & MASK
+        space = self.rcv_buf - len(self._rx)
+        if window & HALF:
+            window = 0
+        if space > window:
+            if scale or not self.profile.parameters.linux_checks:
+                window = space
+            elif space >= window + self._rcv_mss:
+                # __tcp_select_window: an unscaled window grows by whole segments.
+                window = space - space % self._rcv_mss
+        return (window + (1 << scale) - 1) >> scale
 
     def _within_window(self, beyond: int) -> int:
         """Where to send an ACK from when the peer's window has shrunk (tcp_acceptable_seq)."""

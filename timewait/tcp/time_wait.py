@@ -76,7 +76,7 @@ class TimeWait(bytes):
         connection.rcv_nxt = connection.rcv_wup = rcv_nxt
         connection.rcv_scale = flags & 15
         connection.rcv_adv = (rcv_nxt + (window << connection.rcv_scale)) & _MASK
-        connection.rcv_buf = 0  # the window is the one last told
+        connection.rcv_buf = window << connection.rcv_scale
         connection.ts_recent = ts_recent
         connection.ts_offset = ts_offset
         connection.timestamps = bool(flags & _TIMESTAMPS)
