@@ -160,8 +160,10 @@ class ModelSocket:
         if sock.listening:
             return select.POLLIN | select.POLLRDNORM if sock.accepted else 0
         if conn is None:
-            broken = select.POLLERR if sock.error else 0
-            return select.POLLOUT | select.POLLWRNORM | select.POLLHUP | broken
+            events = select.POLLOUT | select.POLLWRNORM | select.POLLHUP
+            if sock.shut & 1:
+                events |= select.POLLIN | select.POLLRDNORM | select.POLLRDHUP
+            return events | (select.POLLERR if sock.error else 0)
         events = 0
         closed = conn.state.name in ("CLOSED", "TIME_WAIT")
         if closed or (conn.eof and conn.write_shut):

@@ -1122,10 +1122,6 @@ class Connection:
 
     def _send_syn_ack(self, seg: Segment, now: float) -> None:
         self._note_syn(seg)
-        if self.passive and self.timestamps and self.profile.parameters.linux_checks:
-            # tcp_select_initial_window: whole segments, less their options.
-            text = self.adv_mss - 12
-            self.rcv_buf = -(-self.rcv_buf // text) * text
         self.snd_nxt = (self.iss + 1) & MASK
         self._rtt_seq = self.snd_nxt
         self.rto = self.profile.parameters.rto_initial
