@@ -14,6 +14,8 @@ from functools import cached_property
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import anyio
+import anyio.to_thread
 from attrs import define, frozen
 
 from timewait import events, report
@@ -263,6 +265,10 @@ def _stack(
             f"{scenario.host} is beyond loopback: allow it with --allow-network "
             "(allow_network=True)"
         )
+    if on == "wire":
+        from timewait.lab.wire import WireStack
+
+        return WireStack(scenario, profiles)
     return KernelStack(observer) if on == "kernel" else ModelStack(scenario, profiles)
 
 
@@ -301,11 +307,11 @@ async def run(
 ) -> Run:
     """Do the scenario on a stack, from async code under asyncio or trio.
 
-    `on` is "kernel" or "model", or a stack made beforehand. Every event goes
-    to `record` as it happens (an `events.Writer`, for one). With `wait`, a
-    refused restart is tried until it succeeds; where `wait` is a function it
-    hears the seconds waited and left. `observer` names who watches the kernel
-    (`timewait.stacks.KernelStack`).
+    `on` is "kernel", "model", "wire" (the kernel's clients, a modelled server)
+    or a stack made beforehand. Every event goes to `record` as it happens (an
+    `events.Writer`, for one). With `wait`, a refused restart is tried until it
+    succeeds; where `wait` is a function it hears the seconds waited and left.
+    `observer` names who watches the kernel (`timewait.stacks.KernelStack`).
     `profiles` names the model's TCP for each role, `{"server": "linux", "client":
     "freebsd"}`. The kernel goes beyond loopback only with `allow_network`.
 
@@ -317,6 +323,9 @@ async def run(
         orchestrator = _orchestrator(scenario, stack, seen, record, wait)
         if stack.virtual:
             stack.run(orchestrator.perform)
+        elif stack.name == "wire":
+            # Its loop waits for real, so it does so in a thread of its own.
+            await anyio.to_thread.run_sync(stack.run, orchestrator.perform)
         else:
             await orchestrator.perform()
     return _run(seen)

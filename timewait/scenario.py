@@ -214,7 +214,7 @@ class Scenario:
     name: str = "scenario"
     about: str = ""
     time_limit: float = field(default=10.0, validator=[validators.gt(0), validators.lt(inf)])
-    stacks: tuple[str, ...] = ("kernel", "model")
+    stacks: tuple[str, ...] = ("kernel", "model", "wire")
 
     def __attrs_post_init__(self) -> None:
         try:
