@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from timewait import Run, Scenario, events
-from timewait.scenario import BUILT_IN
+from timewait.scenario import BUILT_IN, WITH_FAULTS
 
 
 def timewait(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -28,7 +28,7 @@ def document(*args: str) -> Any:
 
 def test_the_list_has_a_line_for_each_scenario() -> None:
     lines = timewait("scenarios").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list(BUILT_IN)
+    assert [line.split()[0] for line in lines] == [*BUILT_IN, *WITH_FAULTS]
 
 
 def test_server_first_on_the_kernel_as_json() -> None:

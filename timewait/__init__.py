@@ -22,11 +22,13 @@ _HOME: dict[str, str] = {
     "UnusedPort": "timewait.connections",
     "Witness": "timewait.witness",
     "Watch": "timewait.watching",
+    "WireLab": "timewait.lab.wire",
     "explain_bind": "timewait.explain",
     "hold_port": "timewait.port",
     "wait_until_bindable": "timewait.watching",
     "wait_until_bindable_sync": "timewait.watching",
     "watch": "timewait.watching",
+    "wire": "timewait.lab.wire",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

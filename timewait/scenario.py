@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILT_IN",
+    "WITH_FAULTS",
     "Abort",
     "Close",
     "Connect",
     "Eof",
+    "Fault",
     "Listen",
     "Pause",
     "Restart",
@@ -193,6 +195,25 @@ class Restart:
 
 Step: TypeAlias = Listen | Connect | Send | Shutdown | Close | Abort | Eof | Pause | Restart
 
+
+@frozen
+class Fault:
+    """What the link does to chosen segments; only where the link is ours: "model" and "wire".
+
+    `act` is "drop", "delay" or "duplicate"; `segments` "SYN", "SYN,ACK", "FIN",
+    "RST", "ACK", "data", "last-ack" or "any"; `source` "server", "client" or ""
+    for both. It strikes `times` segments (0: all) from the `nth` on; `seconds`
+    is how long they are held up, or how much later they come again.
+    """
+
+    act: str = field(validator=validators.in_(("drop", "delay", "duplicate")))
+    segments: str
+    source: str = field(default="", validator=validators.in_(("", "server", "client")))
+    nth: int = field(default=1, validator=validators.ge(1))
+    times: int = field(default=1, validator=validators.ge(0))
+    seconds: float = field(default=0.0, validator=[_finite, validators.ge(0)])
+
+
 _STEPS: Final[dict[str, type[Step]]] = {step.do: step for step in get_args(Step)}
 
 
@@ -203,7 +224,8 @@ class Scenario:
     `host` is an address of this machine, IPv4 or IPv6; `port` 0 picks a free
     port when the scenario is run. `time_limit` is how long a step may take to
     settle, in seconds, a pause not counted. `stacks` names where it can run:
-    "kernel", "model", "wire".
+    "kernel", "model", "wire"; with `faults` on the link it needs one of the
+    last two.
 
     Raises `ScenarioError` for steps that are out of order.
     """
@@ -215,6 +237,7 @@ class Scenario:
     about: str = ""
     time_limit: float = field(default=10.0, validator=[validators.gt(0), validators.lt(inf)])
     stacks: tuple[str, ...] = ("kernel", "model", "wire")
+    faults: tuple[Fault, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         try:
@@ -241,17 +264,36 @@ class Scenario:
 
         Raises `ScenarioError` for a name that is not built in, or fewer than one client.
         """
-        if name not in BUILT_IN:
-            raise ScenarioError(f"no scenario is called {name!r}; there are {', '.join(BUILT_IN)}")
+        known = BUILT_IN | WITH_FAULTS
+        if name not in known:
+            raise ScenarioError(f"no scenario is called {name!r}; there are {', '.join(known)}")
         if clients < 1:
             raise ScenarioError(f"{clients} clients: at least 1 is expected")
-        about, build = BUILT_IN[name]
+        about, build = known[name]
         return evolve(build(clients), name=name, about=about)
 
     @property
     def clients(self) -> int:
         """How many clients connect in all."""
         return sum(step.clients for step in self.steps if isinstance(step, Connect))
+
+    def fault(
+        self,
+        act: str,
+        segments: str,
+        source: str = "",
+        *,
+        nth: int = 1,
+        times: int = 1,
+        seconds: float = 0.0,
+    ) -> Scenario:
+        """This scenario with something that happens to chosen segments (`Fault`)."""
+        try:
+            struck = Fault(act, segments, source, nth, times, seconds)
+        except (TypeError, ValueError) as wrong:
+            raise ScenarioError(f"fault: {_plainly(wrong)}") from None
+        beyond = tuple(stack for stack in self.stacks if stack != "kernel")
+        return evolve(self, faults=(*self.faults, struck), stacks=beyond)
 
     def then(self, kind: Callable[..., Step], /, *values: Any, **options: Any) -> Scenario:
         """This scenario with one more step; the methods below are this with a name."""
@@ -540,5 +582,53 @@ BUILT_IN: Final[dict[str, tuple[str, Callable[[int], Scenario]]]] = {
     "close-wait-leak": (
         "the clients close, the server forgets to: CLOSE_WAIT until it ends",
         _close_wait_leak,
+    ),
+}
+
+
+def _last_ack_lost(clients: int) -> Scenario:
+    return _server_first(clients).fault("drop", "last-ack")
+
+
+def _fin_lost(clients: int) -> Scenario:
+    return _server_first(clients).fault("drop", "FIN", "server")
+
+
+def _duplicate_fin(clients: int) -> Scenario:
+    story = Scenario().listen().connect(clients).close("server").pause(0.5).restart()
+    return story.fault("duplicate", "FIN", "client", seconds=0.2)
+
+
+def _simultaneous_close(clients: int) -> Scenario:
+    return _simultaneous(clients).fault("delay", "FIN", times=0, seconds=0.05)
+
+
+def _old_duplicate(clients: int) -> Scenario:
+    story = Scenario().listen().connect(clients).send("client", 100)
+    story = story.close("server").pause(0.5).restart()
+    return story.fault("duplicate", "data", "client", seconds=0.3)
+
+
+# What only a link of our own can do: these run on "model" and "wire".
+WITH_FAULTS: Final[dict[str, tuple[str, Callable[[int], Scenario]]]] = {
+    "last-ack-lost": (
+        "the last ACK of the close is lost: the FIN comes again, and TIME_WAIT answers it",
+        _last_ack_lost,
+    ),
+    "fin-lost": (
+        "the server's first FIN is lost, and sent again",
+        _fin_lost,
+    ),
+    "duplicate-fin-in-time-wait": (
+        "the FIN arrives once more in TIME_WAIT: its ACK draws the reset that ends it (RFC 1337)",
+        _duplicate_fin,
+    ),
+    "simultaneous-close": (
+        "both FINs are under way at once: both ends pass CLOSING, for certain",
+        _simultaneous_close,
+    ),
+    "old-duplicate": (
+        "text arrives once more in TIME_WAIT: its ACK draws the reset that ends it (RFC 1337)",
+        _old_duplicate,
     ),
 }

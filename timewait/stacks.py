@@ -28,8 +28,9 @@ from timewait.tcp.states import State
 if TYPE_CHECKING:
     from timewait.kernel.capture import Capture
     from timewait.kernel.tracepoint import Tracepoint
+    from timewait.sim.network import Network
 
-__all__ = ["OBSERVERS", "KernelStack", "ModelStack"]
+__all__ = ["OBSERVERS", "KernelStack", "ModelStack", "aim"]
 
 _NONE_TO_SPARE: Final = 16  # descriptors that an event loop and observers want for themselves
 _BETWEEN: Final = "states between two looks at the table"
@@ -216,7 +217,9 @@ class ModelStack:
         host = scenario.host
         if len(set(self._hosts.values())) > 1:
             host = next(iter(_beyond(host)), self._hosts["server"].addresses[0])
-        return evolve(scenario, host=host, port=scenario.port or _PORT)
+        chosen = evolve(scenario, host=host, port=scenario.port or _PORT)
+        aim(self._network, chosen)
+        return chosen
 
     def why_taken(self, scenario: Scenario) -> str:
         """On a modelled host nobody else has a port."""
@@ -228,6 +231,27 @@ class ModelStack:
 
         with _outside_any_loop(), self._observer:
             run(main, hosts=self._network)
+
+
+def aim(network: Network, scenario: Scenario) -> None:
+    """Have a modelled network do what the scenario says of its link.
+
+    Raises `ScenarioError` for segments of an unknown kind.
+    """
+    for fault in scenario.faults:
+        place: dict[str, int] = {}
+        if fault.source:
+            place = {"source" if fault.source == "server" else "target": scenario.port}
+        often: dict[str, Any] = {"nth": fault.nth, "times": fault.times or None, **place}
+        try:
+            if fault.act == "drop":
+                network.drop(fault.segments, **often)
+            elif fault.act == "delay":
+                network.delay(fault.segments, fault.seconds, **often)
+            else:
+                network.duplicate(fault.segments, fault.seconds, **often)
+        except ValueError as wrong:
+            raise ScenarioError(f"fault: {wrong}") from None
 
 
 def _beyond(host: str) -> tuple[str, ...]:

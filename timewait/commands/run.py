@@ -22,7 +22,7 @@ from timewait.events import Writer
 from timewait.kernel.namespace import isolate
 from timewait.orchestrator import Waiting
 from timewait.run import Run, run_sync
-from timewait.scenario import BUILT_IN, Listen, Scenario, ScenarioError
+from timewait.scenario import BUILT_IN, WITH_FAULTS, Listen, Scenario, ScenarioError
 
 __all__ = ["command"]
 
@@ -36,10 +36,12 @@ __all__ = ["command"]
 @click.argument("scenario", metavar="SCENARIO")
 @click.option(
     "--on",
-    type=click.Choice(["kernel", "model", "both"]),
+    type=click.Choice(["kernel", "model", "wire", "both"]),
     default="both",
     show_default=True,
-    help="The stack: this machine's kernel, the model, or both side by side.",
+    help="The stack: this machine's kernel, the model, a wire between the two (clients on the "
+    "kernel, the server modelled), or both kernel and model side by side; where the link has "
+    "faults, wire and model.",
 )
 @click.option("--wait", is_flag=True, help="Really wait until the port is free (about 60 s).")
 @click.option("--host", metavar="ADDRESS", help="Listen on this address instead.")
@@ -122,7 +124,8 @@ def command(
         with ExitStack() as stack:
             writer = stack.enter_context(Writer(events)) if events else None
             runs = []
-            for each in ("kernel", "model") if on == "both" else (on,):
+            real = "wire" if chosen.faults else "kernel"
+            for each in (real, "model") if on == "both" else (on,):
                 with _progress(wait and each == "kernel") as waiting:
                     runs.append(
                         run_sync(
@@ -151,7 +154,9 @@ def command(
 
 
 def _chosen(scenario: str, clients: int | None) -> Scenario:
-    if scenario not in BUILT_IN and (scenario.endswith(".toml") or Path(scenario).exists()):
+    if scenario not in BUILT_IN | WITH_FAULTS and (
+        scenario.endswith(".toml") or Path(scenario).exists()
+    ):
         if clients is not None:
             raise ScenarioError("--clients is for built-in scenarios; a file says how many itself")
         return Scenario.load(scenario)

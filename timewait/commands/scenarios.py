@@ -6,7 +6,7 @@ import json
 
 import click
 
-from timewait.scenario import BUILT_IN, Scenario
+from timewait.scenario import BUILT_IN, WITH_FAULTS, Scenario
 
 __all__ = ["command"]
 
@@ -23,9 +23,12 @@ def command(name: str | None, as_json: bool) -> int:
             raise click.ClickException(str(wrong)) from None
         return 0
     if as_json:
-        click.echo(json.dumps([Scenario.built_in(name).to_dict() for name in BUILT_IN]))
+        click.echo(
+            json.dumps([Scenario.built_in(name).to_dict() for name in BUILT_IN | WITH_FAULTS])
+        )
         return 0
-    width = max(map(len, BUILT_IN))
-    for each, (about, _) in BUILT_IN.items():
+    known = BUILT_IN | WITH_FAULTS
+    width = max(map(len, known))
+    for each, (about, _) in known.items():
         click.echo(f"{each:{width}}  {about}")
     return 0

@@ -61,16 +61,16 @@ def address(name: str, host: str, prefix: int) -> None:
     body += attribute(2, octets) + attribute(1, octets)
     request(RTM_NEWADDR, NLM_CREATE | NLM_REPLACE, body)
     if family == socket.AF_INET6:
-        # A worker of the kernel's makes it usable a moment later.
+        # A worker of the kernel's makes it usable a moment later, with a route to itself.
+        route = f"{octets.hex()} 80 "
         deadline = time.monotonic() + 2
-        while _tentative(octets) and time.monotonic() < deadline:
+        while not _has_route(route) and time.monotonic() < deadline:
             time.sleep(0.001)
 
 
-def _tentative(octets: bytes) -> bool:
-    with open("/proc/thread-self/net/if_inet6") as addresses:
-        rows = [line.split() for line in addresses]
-    return not any(row[0] == octets.hex() and not int(row[4], 16) & 0x40 for row in rows)
+def _has_route(start: str) -> bool:
+    with open("/proc/thread-self/net/ipv6_route") as routes:
+        return any(route.startswith(start) for route in routes)
 
 
 def default_route(name: str, family: int) -> None:

@@ -29,20 +29,21 @@ from timewait.events import Event, Row
 from timewait.kernel.sock_diag import sockets
 from timewait.kernel.wire import Wire
 from timewait.scenario import Scenario, ScenarioError
-from timewait.sim.host import Host
+from timewait.sim.host import HERE, Host
 from timewait.sim.loop import SimSelector
 from timewait.sim.network import Key, Link, Network
-from timewait.sim.socket import _HERE, SimSocket
+from timewait.sim.socket import SimSocket
+from timewait.stacks import aim
 from timewait.tcp.packet import NotTCP, Packet, decode, encode
 from timewait.tcp.segment import Segment
 
-__all__ = ["Lab", "WireStack", "wire"]
+__all__ = ["WireLab", "WireStack", "wire"]
 
 KERNEL: Final = ("192.168.0.1", "fd3d:fa7b:d17d::1")
 FAR: Final = ("192.0.2.1", "2001:db8::1")
 
 
-class Lab:
+class WireLab:
     """A kernel in a namespace of its own, and what is at the other end of its wire.
 
     `peer` is a modelled host with the far addresses, or None where the test
@@ -82,11 +83,11 @@ class Lab:
         """
         if self.peer is None:
             raise RuntimeError("this lab has no modelled peer: wire(profile=...) makes one")
-        token = _HERE.set(self.peer)
+        token = HERE.set(self.peer)
         try:
             made = SimSocket(family)
         finally:
-            _HERE.reset(token)
+            HERE.reset(token)
         made.setblocking(False)
         return made
 
@@ -159,14 +160,16 @@ class Lab:
 
 
 @asynccontextmanager
-async def wire(profile: str | None = "linux", *, device: str | None = None) -> AsyncIterator[Lab]:
+async def wire(
+    profile: str | None = "linux", *, device: str | None = None
+) -> AsyncIterator[WireLab]:
     """A wire lab for async code, under asyncio or trio.
 
     `profile` is the modelled peer's TCP ("linux", "freebsd", ...); None for no
     peer: then every segment is the test's own. `device` is "tun", "veth" or
     None for what is permitted. Raises `WireError` where neither is.
     """
-    lab = Lab(profile, device=device)
+    lab = WireLab(profile, device=device)
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_pump, lab)
@@ -178,7 +181,7 @@ async def wire(profile: str | None = "linux", *, device: str | None = None) -> A
         lab.close()
 
 
-async def _pump(lab: Lab) -> None:
+async def _pump(lab: WireLab) -> None:
     while True:
         lab.pump()
         wait = lab.due - lab.now()
@@ -189,7 +192,7 @@ async def _pump(lab: Lab) -> None:
 class _WireSelector(selectors.BaseSelector):
     """Readiness of real files and of modelled sockets, in real time."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: WireLab) -> None:
         self._lab = lab
         self._real = selectors.DefaultSelector()
         self._sim = SimSelector(lab.network)
@@ -237,8 +240,7 @@ class WireStack:
     """A stack for scenarios with the kernel at one end and the model at the other.
 
     `kernel` says which side is the kernel's; `profiles` names the other's TCP.
-    `faults` is given the network, to aim at segments (`network.drop("FIN",
-    source="kernel")`). Raises `ScenarioError` where there can be no wire.
+    Raises `ScenarioError` where there can be no wire.
     """
 
     name = "wire"
@@ -252,17 +254,14 @@ class WireStack:
         profiles: dict[str, str] | None = None,
         *,
         kernel: Literal["client", "server"] = "client",
-        faults: Callable[[Network], object] | None = None,
     ) -> None:
         self.kernel = kernel
         other = "server" if kernel == "client" else "client"
         self.profiles = {kernel: "linux", other: (profiles or {}).get(other, "linux")}
         try:
-            self._lab = Lab(self.profiles[other])
+            self._lab = WireLab(self.profiles[other])
         except OSError as trouble:
             raise ScenarioError(str(trouble.strerror or trouble)) from None
-        if faults is not None:
-            faults(self._lab.network)
         self._seen = self._lab.network.observe()
 
     def close(self) -> None:
@@ -293,7 +292,13 @@ class WireStack:
         """Put the server where it is: every port is free there."""
         addresses = KERNEL if self.kernel == "server" else FAR
         host = addresses[ip_address(scenario.host).version == 6]
-        return evolve(scenario, host=host, port=scenario.port or 9090)
+        chosen = evolve(scenario, host=host, port=scenario.port or 9090)
+        aim(self._lab.network, chosen)
+        return chosen
+
+    def why_taken(self, scenario: Scenario) -> str:
+        """Nobody else has a port in a namespace of its own."""
+        return ""
 
     def run(self, main: Callable[[], Coroutine[Any, Any, None]], backend: str = "asyncio") -> None:
         """Run it on an asyncio loop that waits for both ends."""

@@ -1,0 +1,92 @@
+"""The differential machine: a kernel and a model that differ are told apart, and how."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from random import Random
+
+import pytest
+
+from timewait.kernel.wire import WireError
+from timewait.lab.segments import Case, Fuzzer, Step, _Kernel, _opening, _random_step, _View
+from timewait.packetdrill import play
+from timewait.tcp.segment import ACK, RST, SYN
+
+HANDSHAKE = (
+    Step("", 0, SYN),
+    Step("", 0, ACK, 1, 0, 1),
+    Step("accept"),
+)
+# RFC 5961: in the window but not at RCV.NXT, and so challenged.
+CHALLENGED = Case(False, False, (*HANDSHAKE, Step("", 0, RST, 101)))
+
+
+@pytest.fixture
+def kernel() -> _Kernel:
+    try:
+        return _Kernel()
+    except WireError as why:
+        pytest.skip(str(why))
+
+
+def test_kernel_and_model_agree_on_a_challenge(kernel: _Kernel) -> None:
+    fuzzer = Fuzzer(1)
+    try:
+        ((case, trace),) = kernel.run([(CHALLENGED, None)], 0, 0.03)
+        assert [str(sent) for sent in trace.sent] == ["S. 0:0(0) ack 1", ". 1:1(0) ack 1"]
+        assert trace.states == ["SYN_RECEIVED", "ESTABLISHED", "ESTABLISHED", "ESTABLISHED"]
+        assert fuzzer._judge(case, trace) is None
+    finally:
+        kernel.close()
+
+
+def test_another_profile_is_found_out_and_its_script_passes_on_the_kernel(
+    kernel: _Kernel, tmp_path: object
+) -> None:
+    """An ACK far beyond what was sent: another stack answers it at once, every time."""
+    flood = tuple(Step("", 0, RST, 101) for _ in range(4))
+    noise = (Step("recv", 10), Step("send", 10), Step("", 0, ACK, 1, 0, 11))
+    fuzzer = Fuzzer(1, "rfc9293")
+    try:
+        case = Case(False, False, (*HANDSHAKE, *noise, *flood))
+        ((played, trace),) = kernel.run([(case, None)], 0, 0.03)
+        assert fuzzer._judge(played, trace) is not None
+        assert fuzzer._confirmed(kernel, [played]) == [played]
+        found = fuzzer._shrunk(kernel, played)
+    finally:
+        kernel.close()
+    assert found is not None
+    assert (found.about, found.kernel) == ("segment", "nothing")  # Linux limits the rate
+    assert len(found.case.steps) < len(case.steps)
+    path = f"{tmp_path}/found.pkt"
+    with open(path, "w") as script:
+        script.write(found.script())
+    outcome = play(path, on="kernel")
+    assert outcome.outcome == "passed", outcome.why
+
+
+def test_a_seed_decides_what_is_tried() -> None:
+    def steps(seed: str) -> list[str]:
+        dice, view, case = Random(seed), _View(), Case(False, True)
+        beginning = [_opening(dice, case, view, n) for n in range(3)]
+        return [str(s) for s in beginning] + [
+            str(_random_step(dice, view, case, True)) for _ in range(20)
+        ]
+
+    assert steps("a") == steps("a") != steps("b")
+
+
+def test_the_command_counts_its_steps() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "timewait", "fuzz", "segments", "--count", "64", "--seed", "5",
+         "--json"],
+        capture_output=True, text=True, timeout=55, check=False,
+    )  # fmt: skip
+    if ran.returncode == 2:
+        pytest.skip(ran.stderr)
+    told = json.loads(ran.stdout)
+    assert told["steps"] >= 64
+    assert told["seed"] == "5"
+    assert ran.returncode == bool(told["differences"])
