@@ -1,5 +1,6 @@
 """Transitions as the kernel reports them, held against the counters it keeps itself."""
 
+import errno
 import os
 import random
 import select
@@ -116,6 +117,7 @@ def test_an_orphan_is_followed_through_its_second_life(port: int) -> None:
         while not any(isinstance(e, Transition) and e.new is S.FIN_WAIT_2 for e in early):
             early += seen.read()  # the client's ACK may be delayed
         assert course(early, local)[-1] is S.FIN_WAIT_2
+        assert all(e.old is not e.new for e in early if isinstance(e, Transition))
         client.close()
         late = seen.read()
         (end,) = [e for e in late if isinstance(e, Transition) and e.local == local]
@@ -288,6 +290,15 @@ def test_nothing_is_left_and_the_leavings_of_the_killed_are_removed(port: int) -
             assert {first.home.name, second.home.name} <= instances(first)
         name = second.home.name
         assert name not in instances(first)
+
+
+def test_a_kernel_without_tracefs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mount() -> int:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(tracepoint, "_mount", mount)
+    with pytest.raises(OSError, match="this kernel has no tracefs"):
+        Tracepoint([1])
 
 
 def test_without_root_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
