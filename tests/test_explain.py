@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -470,6 +471,31 @@ def test_what_nobody_can_see_is_said(server: Server, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("timewait.explain._sockets", lambda port: [])
     found = explain_bind(PORT, "127.0.0.1")
     assert (found.situation, found.holders) == ("not-visible", ())
+
+
+def test_without_sock_diag_psutil_shows_the_holders(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "sock_diag is Linux only")
+
+    monkeypatch.setattr("timewait.explain.details", missing)
+    listener = server()
+    monkeypatch.setattr(
+        "psutil.net_connections",
+        lambda kind: [
+            SimpleNamespace(
+                laddr=("127.0.0.1", PORT),
+                raddr=(),
+                status="LISTEN",
+                pid=1,
+                fd=3,
+            )
+        ],
+    )
+    found = explain_bind(PORT, "127.0.0.1")
+    assert (found.situation, kinds(found)) == ("live-listener", ["listener"])
+    listener.close()
 
 
 def test_many_holders_are_counted(server: Server, connect: Connect) -> None:

@@ -26,8 +26,9 @@ from attrs import define, frozen
 
 from timewait.events import Address, Row
 from timewait.kernel.namespace import sysctl
+from timewait.kernel.observers import observe
 from timewait.kernel.processes import owners, reuse_options, user_name
-from timewait.kernel.sock_diag import Details, details, sockets
+from timewait.kernel.sock_diag import Details, details
 from timewait.report import address as address_text
 from timewait.tcp.states import State
 
@@ -201,8 +202,10 @@ def explain_bind(port: int, host: str = "0.0.0.0") -> Explanation:
     binds, so that no connection goes astray. `host` is a numeric address or a
     name that has one. Needs no privilege; root is told more about processes.
 
+    Where there is no sock_diag, psutil shows the holders, without timers.
+
     Raises `OSError` (`socket.gaierror`) for a name that has no address, and
-    where the system has no sock_diag; `ValueError` for no port number.
+    where there is nothing to look with; `ValueError` for no port number.
     """
     if not 0 <= port <= 65535:
         raise ValueError(f"not a port: {port}")
@@ -272,7 +275,16 @@ def _sockets(port: int) -> list[Details]:
     """All sockets whose own end is on the port, bound ones included."""
     if port == 0:
         return []
-    return [one for one in details(port, states=State) if one.row.local[1] == port]
+    try:
+        found = details(port, states=State)
+    except OSError:  # not Linux, or a kernel without sock_diag
+        observer, _ = observe([port], "psutil")
+        with observer:
+            found = [
+                Details(row, socket.AF_INET6 if ":" in row.local[0] else socket.AF_INET, 0)
+                for row in observer.rows(port)
+            ]
+    return [one for one in found if one.row.local[1] == port]
 
 
 def _try(
@@ -336,7 +348,10 @@ def _holders(found: list[Details]) -> Iterator[Holder]:
 
 
 def _dealt_out() -> tuple[int, int]:
-    low, high = sysctl("net.ipv4.ip_local_port_range").split()
+    try:
+        low, high = sysctl("net.ipv4.ip_local_port_range").split()
+    except OSError:
+        return 49152, 65535  # RFC 6335 §6, as most systems but Linux have it
     return int(low), int(high)
 
 
@@ -365,8 +380,8 @@ def _kind(row: Row, served: bool, dealt_out: bool, low: int, high: int) -> str:
 
 def _listens(remote: Address) -> bool:
     return any(
-        row.local[1] == remote[1] and row.local[0] in (remote[0], "0.0.0.0", "::")
-        for row in sockets(remote[1], states=[_S.LISTEN])
+        one.row.state is _S.LISTEN and one.row.local[0] in (remote[0], "0.0.0.0", "::")
+        for one in _sockets(remote[1])
     )
 
 
@@ -547,7 +562,10 @@ class _Case:
         return "it is free", "Nothing that overlaps this address has the port.", []
 
     def privileged_port(self) -> _Said:
-        start = sysctl("net.ipv4.ip_unprivileged_port_start")
+        try:
+            start = sysctl("net.ipv4.ip_unprivileged_port_start")
+        except OSError:
+            start = "1024"
         return (
             "it is a privileged port",
             f"Ports below {start} (net.ipv4.ip_unprivileged_port_start) may be bound only with "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pwd
 import re
 import socket
 from collections.abc import Iterable
@@ -42,7 +41,7 @@ def owners(inodes: Iterable[int]) -> dict[int, list[Process]]:
     """The processes that hold each of these sockets, by inode; those that may be seen."""
     wanted = frozenset(inodes) - {0}
     found: dict[int, list[Process]] = {}
-    if not wanted:
+    if not wanted or not os.path.isdir("/proc/self/fd"):
         return found
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -70,6 +69,10 @@ def _process(pid: int, fd: int) -> Process:
 
 def user_name(uid: int) -> str:
     """The user's name, or the number where it has none."""
+    try:
+        import pwd
+    except ImportError:  # not a Unix
+        return str(uid)
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
