@@ -21,7 +21,6 @@ from collections import Counter, deque
 from collections.abc import Coroutine, Iterable
 from contextvars import ContextVar, copy_context
 from ipaddress import ip_address
-from random import Random
 from selectors import SelectorKey
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
@@ -908,12 +907,13 @@ class Host:
     def _boot(self) -> None:
         self.boots += 1
         seed = f"{self.network.seed}/{self.name}/{self.boots}"
+        self._seed = seed
         self.ports = PortTable(seed, ephemeral=self.ephemeral, reserved=self.reserved_ports)
         self.tcp: dict[Key, Sock | Remnant] = {}
         self.out: list[Segment] = []  # every connection's, emptied after each thing it is told
         self.listeners: dict[tuple[str, int], list[Sock]] = {}
         self.time_waits = 0
-        self._random = Random(f"{seed}/iss")
+        self._drawn = 0
         self.next_iss: int | None = None  # above everything an ended TIME_WAIT had sent
 
     # Programs.
@@ -975,13 +975,18 @@ class Host:
         """socket(2), TCP."""
         return Sock(self, family)
 
+    def _draw_iss(self) -> int:
+        """An initial sequence number that the seed decides."""
+        self._drawn += 1
+        return crc32(f"{self._seed}/iss/{self._drawn}".encode())
+
     def connection(self, sock: Sock) -> Connection:
         """The protocol's part of a new connection."""
         iss, self.next_iss = self.next_iss, None
         headers = 40 if is_v4(sock.remote) else 60
         conn = Connection(
             self.profile,
-            iss=self._random.getrandbits(32) if iss is None else iss,
+            iss=self._draw_iss() if iss is None else iss,
             mss=_LOOPBACK_MSS if self.is_local(sock.remote) else self.mtu - headers,
             timestamps=self.timestamps,
             outbox=self.out,

@@ -24,6 +24,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from random import Random
 from typing import Final, Protocol
 from zlib import crc32
@@ -109,8 +110,11 @@ class PortTable:
         self.reserved = frozenset(reserved)
         self.buckets: dict[int, Bucket] = {}
         self._seed = seed
-        self._random = Random(f"{seed}/ports")
         self._perturb: dict[int, int] = {}
+
+    @cached_property
+    def _dice(self) -> Random:
+        return Random(f"{self._seed}/ports")
 
     # Binding.
 
@@ -193,7 +197,7 @@ class PortTable:
                 self.buckets[port] = bucket  # gone if the TIME_WAIT reused was its last owner
                 new.port = port
                 new.connect_bound = True
-                moved = max(i, self._random.randrange(8) * step) + step
+                moved = max(i, self._dice.randrange(8) * step) + step
                 self._perturb[index] = self._perturb.get(index, 0) + moved
                 return port
         raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
@@ -276,7 +280,7 @@ class PortTable:
             count = end - first
             if count > 1:
                 count &= ~1
-            offset = self._random.randrange(count) | 1
+            offset = self._dice.randrange(count) | 1
             for start in (offset, offset - 1):
                 for i in range(0, count, 2):
                     port = first + start + i
