@@ -34,7 +34,7 @@ def test_kernel_and_model_agree_on_who_may_take_a_held_port():
 @needs_namespace
 def test_a_model_that_forgets_the_holders_option_is_found_out(monkeypatch):
     def only_the_newcomer_counts(self, bucket, new, relax, reuse_port_ok):
-        return bool(bucket.owners.keys() - {new}) and not new.reuse_address
+        return bool(set(bucket.owners) - {new}) and not new.reuse_address
 
     monkeypatch.setattr(ports.PortTable, "_conflict", only_the_newcomer_counts)
     cases = some_cases(300)

@@ -212,7 +212,7 @@ class Sock:
         self.bound_address = address not in (ANY4, ANY6)
         if port or not self.bind_address_no_port:
             try:
-                host.ports.bind(self, port, self._span())
+                self.port = host.ports.bind(self, port, self._span())
             except OSError:
                 self.address = ANY4 if self.family == AF_INET else ANY6
                 self.v6only = v6only
@@ -231,8 +231,8 @@ class Sock:
             return
         self.listening = True
         try:
-            self.host.ports.bind(self, self.port, self._span())
-        except OSError:
+            self.port = self.host.ports.bind(self, self.port, self._span())
+        except BaseException:
             self.listening = False
             raise
         self.sport = self.port
@@ -289,12 +289,13 @@ class Sock:
                 if host.taken((source, self.port, address, port), False):
                     fail(errno.EADDRNOTAVAIL)
             else:
-                host.ports.connect(
+                self.port = host.ports.connect(
                     self,
                     (address, port),
                     lambda chosen: host.taken((source, chosen, address, port), True),
                     self._span(),
                 )
+                self.connect_bound = True
         except OSError:
             self.address = before
             raise
@@ -781,45 +782,77 @@ class Remnant:
     protocol needs, `since` when TIME_WAIT (or FIN_WAIT_2) began.
     """
 
-    __slots__ = (
-        "address",
-        "connect_bound",
-        "family",
-        "host",
-        "key",
-        "port",
-        "record",
-        "reuse_address",
-        "reuse_port",
-        "since",
-        "uid",
-        "v6only",
-    )
+    __slots__ = ("_terms", "host", "key", "record", "since")
 
     # Both are TCP_TIME_WAIT to the port table, and neither ever listened.
     state = State.TIME_WAIT
     in_reuse_port_group = False
 
-    def __init__(self, sock: Sock, record: TimeWait, since: float) -> None:
+    def __init__(self, sock: Sock, record: bytes, since: float) -> None:
         assert sock.key is not None
         self.host = sock.host
         self.key = sock.key
         self.record = record
         self.since = since
-        self.family = sock.family
-        self.address = sock.address
-        self.port = sock.port
-        self.v6only = sock.v6only
-        self.reuse_address = sock.reuse_address
-        self.reuse_port = sock.reuse_port
-        self.uid = sock.uid
-        self.connect_bound = sock.connect_bound
+        self._terms = (
+            (sock.family == AF_INET6)
+            | sock.v6only << 1
+            | sock.reuse_address << 2
+            | sock.reuse_port << 3
+            | sock.connect_bound << 4
+            | sock.uid << 5
+        )
+
+    @property
+    def family(self) -> int:
+        """AF_INET or AF_INET6."""
+        return AF_INET6 if self._terms & 1 else AF_INET
+
+    @property
+    def address(self) -> str:
+        """The local address."""
+        return self.key[0]
+
+    @property
+    def port(self) -> int:
+        """The local port."""
+        return self.key[1]
+
+    @property
+    def v6only(self) -> bool:
+        """IPV6_V6ONLY of the socket that was."""
+        return bool(self._terms & 2)
+
+    @property
+    def reuse_address(self) -> bool:
+        """SO_REUSEADDR of the socket that was."""
+        return bool(self._terms & 4)
+
+    @property
+    def reuse_port(self) -> bool:
+        """SO_REUSEPORT of the socket that was."""
+        return bool(self._terms & 8)
+
+    @property
+    def connect_bound(self) -> bool:
+        """Whether connect() had chosen the port."""
+        return bool(self._terms & 16)
+
+    @property
+    def uid(self) -> int:
+        """Whose the socket was."""
+        return self._terms >> 5
+
+    @property
+    def left(self) -> TimeWait:
+        """What is left, to be asked."""
+        return TimeWait(self.record)
 
     def arrive(self, segment: Segment) -> None:
         """A segment for the old connection, or a SYN for a new one."""
         host = self.host
         now = host.network.clock.now
-        conn = self.record.thaw(host.profile, now, host.out)
+        conn = self.left.thaw(host.profile, now, host.out)
         old = conn.state
         # Whether a SYN may end it depends on whether anybody listens now.
         conn.passive = host.listener(self.key) is not None
@@ -840,7 +873,7 @@ class Remnant:
             return
         if conn.state is not old:
             self.since = now
-        self.record = TimeWait.freeze(conn)
+        self.record = bytes(TimeWait.freeze(conn))
         if conn.state is not old:
             host.await_end(self)
 
@@ -850,10 +883,11 @@ class Remnant:
         if host.tcp.get(self.key) is not self:
             return
         clock = host.network.clock
-        if self.record.deadline > clock.now:
-            clock.at(self.record.deadline, Remnant.over, self)
+        left = self.left
+        if left.deadline > clock.now:
+            clock.at(left.deadline, Remnant.over, self)
             return
-        shown = self.record.state
+        shown = left.state
         cause = "TIME_WAIT_OVER" if shown is State.TIME_WAIT else "FIN_WAIT_2_OVER"
         host.moved(self.key, shown, State.CLOSED, cause)
         host.end(self)
@@ -913,6 +947,7 @@ class Host:
         self.out: list[Segment] = []  # every connection's, emptied after each thing it is told
         self.listeners: dict[tuple[str, int], list[Sock]] = {}
         self.time_waits = 0
+        self.waiting: deque[Remnant] = deque()
         self._drawn = 0
         self.next_iss: int | None = None  # above everything an ended TIME_WAIT had sent
 
@@ -975,24 +1010,29 @@ class Host:
         """socket(2), TCP."""
         return Sock(self, family)
 
-    def _draw_iss(self) -> int:
-        """An initial sequence number that the seed decides."""
+    def _draw_iss(self, key: Key) -> int:
+        """An initial sequence number above earlier connections' (RFC 6528, RFC 9293 §3.4.1).
+
+        It grows with time, every 64 ns as on Linux, and with each connection
+        made, since in a simulation many are made at one instant.
+        """
         self._drawn += 1
-        return crc32(f"{self._seed}/iss/{self._drawn}".encode())
+        secret = crc32(f"{self._seed}/{key}".encode())
+        return (secret + int(self.network.clock.now * 15_625_000) + 4096 * self._drawn) & 0xFFFFFFFF
 
     def connection(self, sock: Sock) -> Connection:
         """The protocol's part of a new connection."""
+        assert sock.key is not None
         iss, self.next_iss = self.next_iss, None
         headers = 40 if is_v4(sock.remote) else 60
         conn = Connection(
             self.profile,
-            iss=self._draw_iss() if iss is None else iss,
+            iss=self._draw_iss(sock.key) if iss is None else iss,
             mss=_LOOPBACK_MSS if self.is_local(sock.remote) else self.mtu - headers,
             timestamps=self.timestamps,
             outbox=self.out,
         )
         if self.network.observers:
-            assert sock.key is not None
             conn.on_transition = _reporter(self, sock.key)
         return conn
 
@@ -1041,9 +1081,9 @@ class Host:
         old = self.tcp.get(key)
         if old is None:
             return False
-        if not isinstance(old, Remnant) or not old.record.timestamps or not self.timestamps:
+        if not isinstance(old, Remnant) or not old.left.timestamps or not self.timestamps:
             return True
-        shown = old.record.state
+        shown = old.left.state
         if choosing and (
             shown is not State.TIME_WAIT
             or self.tw_reuse == 0
@@ -1051,7 +1091,7 @@ class Host:
             or self.network.clock.now <= old.since + self.tw_reuse_delay
         ):
             return True
-        self.next_iss = old.record.next_iss
+        self.next_iss = old.left.next_iss
         self.moved(key, shown, State.CLOSED, "REUSED")
         self.end(old)
         return False
@@ -1072,7 +1112,7 @@ class Host:
             self.moved(sock.key, record.state, State.CLOSED, "OVERFLOW")
             self.forget(sock)
             return
-        remnant = Remnant(sock, record, self.network.clock.now)
+        remnant = Remnant(sock, bytes(record), self.network.clock.now)
         self.ports.inherit(sock, remnant)
         self.forget(sock)
         self.tcp[remnant.key] = remnant
@@ -1092,11 +1132,25 @@ class Host:
     def await_end(self, remnant: Remnant) -> None:
         """Have its time be up when it is."""
         clock = self.network.clock
-        span = remnant.record.deadline - clock.now
-        if span == self.profile.parameters.time_wait:
-            clock.after(span, Remnant.over, remnant)
-        elif span < INF:
-            clock.at(remnant.record.deadline, Remnant.over, remnant)
+        deadline = remnant.left.deadline
+        if deadline == clock.now + self.profile.parameters.time_wait:
+            # All wait equally long, so one entry of the clock serves the whole queue.
+            self.waiting.append(remnant)
+            if len(self.waiting) == 1:
+                clock.at(deadline, Host.sweep, self)
+        elif deadline < INF:
+            clock.at(deadline, Remnant.over, remnant)
+
+    def sweep(self) -> None:
+        """End the TIME_WAITs whose time is up."""
+        clock, waiting = self.network.clock, self.waiting
+        span = self.profile.parameters.time_wait
+        while waiting:
+            due = waiting[0].since + span
+            if due > clock.now:
+                clock.at(due, Host.sweep, self)
+                return
+            waiting.popleft().over()
 
     def end(self, remnant: Remnant) -> None:
         """Nothing is left: the 4-tuple is free, and the port."""
@@ -1136,6 +1190,7 @@ class Host:
         """A SYN for a listener: a connection that is nobody's yet."""
         sock = Sock(self, listener.family)
         sock.address, sock.port, sock.remote, sock.remote_port = key
+        sock.sport = sock.port
         sock.key = key
         sock.peer_key = (key[2], key[3], key[0], key[1])
         sock.parent = listener
@@ -1335,7 +1390,7 @@ def _reporter(host: Host, key: Key) -> Hook:
 
 
 def _remnant_row(remnant: Remnant, now: float) -> Row:
-    key, record = remnant.key, remnant.record
+    key, record = remnant.key, remnant.left
     return Row(
         (_shown(remnant, key[0]), key[1]),
         (_shown(remnant, key[2]), key[3]),

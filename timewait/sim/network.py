@@ -14,6 +14,7 @@ the one segment to be lost, delayed or repeated.
 from __future__ import annotations
 
 import ipaddress
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from random import Random
@@ -42,8 +43,8 @@ def canonical(address: str) -> str:
     """
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(parsed)
+        parsed = parsed.ipv4_mapped
+    return sys.intern(str(parsed))
 
 
 @frozen

@@ -42,15 +42,41 @@ _NEVER, _STRICT, _ANY = 0, 2, 1  # a bucket's fast_port; -1: only outgoing conne
 class Holder(Protocol):
     """What owns a port. An IPv4-mapped address is kept as the IPv4 address it maps."""
 
-    family: int
-    address: str
-    port: int
-    v6only: bool
-    reuse_address: bool
-    reuse_port: bool
-    uid: int
-    connect_bound: bool  # the port was chosen by connect(), not by bind()
-    in_reuse_port_group: bool  # it listened while SO_REUSEPORT was set
+    @property
+    def family(self) -> int:
+        """AF_INET or AF_INET6."""
+
+    @property
+    def address(self) -> str:
+        """Its local address; a wildcard overlaps all."""
+
+    @property
+    def port(self) -> int:
+        """Its port, 0 if it has none."""
+
+    @property
+    def v6only(self) -> bool:
+        """IPV6_V6ONLY."""
+
+    @property
+    def reuse_address(self) -> bool:
+        """SO_REUSEADDR."""
+
+    @property
+    def reuse_port(self) -> bool:
+        """SO_REUSEPORT."""
+
+    @property
+    def uid(self) -> int:
+        """Whose it is."""
+
+    @property
+    def connect_bound(self) -> bool:
+        """Whether connect() chose the port, not bind()."""
+
+    @property
+    def in_reuse_port_group(self) -> bool:
+        """Whether it listened while SO_REUSEPORT was set."""
 
     @property
     def state(self) -> State:
@@ -84,11 +110,30 @@ class Bucket:
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self.owners: dict[Holder, None] = {}
+        # A tuple while they are few, as on most ports; a dict where they are many.
+        self.owners: tuple[Holder, ...] | dict[Holder, None] = ()
         self.fast_reuse = 0
         self.fast_port = 0
         # The socket whose SO_REUSEPORT is remembered: family, address, v6only, uid.
         self.fast: tuple[int, str, bool, int] | None = None
+
+    def add(self, owner: Holder) -> None:
+        """Have one more owner; once more changes nothing."""
+        if owner in self.owners:
+            return
+        if isinstance(self.owners, dict):
+            self.owners[owner] = None
+        elif len(self.owners) < 4:
+            self.owners = (*self.owners, owner)
+        else:
+            self.owners = dict.fromkeys((*self.owners, owner))
+
+    def remove(self, owner: Holder) -> None:
+        """Have one less."""
+        if isinstance(self.owners, dict):
+            del self.owners[owner]
+        else:
+            self.owners = tuple(other for other in self.owners if other is not owner)
 
 
 class PortTable:
@@ -133,24 +178,25 @@ class PortTable:
                 self._discard_if_empty(bucket)
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         self._remember(bucket, new)
-        bucket.owners[new] = None
-        new.port = port
+        bucket.add(new)
         return port
 
     def inherit(self, parent: Holder, child: Holder) -> None:
-        """An accepted connection owns its listener's port, and a TIME_WAIT its connection's."""
+        """An accepted connection owns its listener's port, and a TIME_WAIT its connection's.
+
+        `child.port` is `parent.port` already.
+        """
         bucket = self._bucket(parent.port)
         if not bucket.owners:
             self._remember(bucket, child)
-        bucket.owners[child] = None
-        child.port = parent.port
+        bucket.add(child)
 
     def release(self, holder: Holder) -> None:
         """Give the port back; harmless if the holder owns none."""
         bucket = self.buckets.get(holder.port)
         if bucket is None or holder not in bucket.owners:
             return
-        del bucket.owners[holder]
+        bucket.remove(holder)
         if bucket.owners:
             if bucket.fast_reuse >= 0 and all(o.connect_bound for o in bucket.owners):
                 bucket.fast_reuse = bucket.fast_port = -1
@@ -193,10 +239,8 @@ class PortTable:
                     bucket.fast_reuse = bucket.fast_port = -1
                 elif bucket.fast_reuse >= 0 or bucket.fast_port >= 0 or taken(port):
                     continue
-                bucket.owners[new] = None
+                bucket.add(new)
                 self.buckets[port] = bucket  # gone if the TIME_WAIT reused was its last owner
-                new.port = port
-                new.connect_bound = True
                 moved = max(i, self._dice.randrange(8) * step) + step
                 self._perturb[index] = self._perturb.get(index, 0) + moved
                 return port

@@ -360,7 +360,7 @@ class SimSocket:
         sock, self._sock = self._sock, None
         if sock is not None:
             sock.files -= 1
-            if not sock.files:
+            if not sock.files and sock.fd in sock.host.network.files:
                 del sock.host.network.files[sock.fd]
                 sock.close()
 
