@@ -544,9 +544,11 @@ class Checker:
             return
         self._lost += event.count
         self._from_start = False
-        self._problems.append(f"{event.source} lost {event.count} events before {event.t:.6f} s")
+        if event.source != "file":  # whose reader has told of it
+            lost = f"{event.source} lost {event.count} events before {event.t:.6f} s"
+            self._problems.append(lost)
         segments = event.source not in _EXACT or event.source == "model"
-        states = event.source in _EXACT
+        states = event.source in _EXACT or event.source == "file"
         for connection in self.connections():
             self._settle(connection)
             mode = connection.mode

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from timewait import events
-from timewait.events import Event, RunStarted
+from timewait.events import Event, Lost, RunStarted
 
 __all__ = ["is_capture", "read"]
 
+_JITTER: Final = 0.001  # two processors' stamps may be so far out of order
 _MAGIC: Final = frozenset(
     bytes.fromhex(magic) for magic in ("a1b2c3d4", "d4c3b2a1", "a1b23c4d", "4d3cb2a1", "0a0d0d0a")
 )
@@ -43,19 +44,37 @@ def read(path: Path, tell: Callable[[str], object]) -> Iterator[Event]:
             for number, line in enumerate(file, 1):  # noqa: B007
                 yield line
 
+    left_out = ""
+
+    def problem(what: events.Problem) -> None:
+        nonlocal left_out
+        tell(str(what))
+        if "passed over" not in what.why and "newer than" not in what.why:
+            left_out = str(what)
+
     last: dict[tuple[str, str], float] = {}
     heads = 0
-    for event in events.read(lines(), lambda problem: tell(str(problem))):
+    for event in events.read(lines(), problem):
         if isinstance(event, RunStarted):
             heads += 1
             if heads > 1:
                 tell(f"line {number}: another run begins here; it is checked by itself")
                 last.clear()
         source = (event.kind, getattr(event, "source", ""))
-        before = last.get(source)
-        if before is not None and event.t < before:
+        before = last.get(source, event.t)
+        if event.t < before - _JITTER:
             by = source[1] or source[0]
-            tell(f"line {number}: out of order, {before - event.t:.6f} s before the last of {by}")
-        else:
-            last[source] = event.t
-        yield event
+            left_out = (
+                f"line {number}: out of order, {before - event.t:.6f} s before the last of {by}"
+            )
+            tell(left_out + "; left out")
+        # What is left out was seen by somebody: it must not be missed by the check.
+        if left_out:
+            yield Lost(before, "file", 1, left_out)
+            left_out = ""
+        if event.t >= before - _JITTER:
+            last[source] = max(event.t, before)
+            yield event
+        if isinstance(event, RunStarted) and heads > 1:
+            # The two may be mixed: nothing is taken to have been seen from its beginning.
+            yield Lost(event.t, "file", 1, "another run began before")
