@@ -154,6 +154,20 @@ def test_when_the_port_can_be_bound_again() -> None:
             assert bind.ratio == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.wall
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_waited_for_all_side_by_side_the_ports_are_free_when_they_may_be() -> None:
+    found: list[Bind] = []
+    binds(["server-first", "simultaneous", "orphan"], wait=True, record=found.append)
+    refused = [bind for bind in found if not bind.reuse_address]
+    assert [bind.fault for bind in found] == [None] * 6
+    for bind in refused:
+        assert bind.kernel.waited is not None
+        assert 59.9 < bind.kernel.waited < 70
+        assert bind.model.waited == pytest.approx(60, abs=0.01)
+
+
 def test_the_ports_run_out_exactly_when_the_model_says() -> None:
     off, on = churn(50, 0.3)
     assert (off.connections, off.model_connections, off.sustained) == (50, 50, 0)

@@ -69,3 +69,9 @@ def test_the_story_says_why(name: str, words: list[str]) -> None:
     told = report.story(Scenario.built_in(name).run_sync())
     for each in words:
         assert each in told
+
+
+def test_the_story_of_a_port_that_was_waited_for_is_told_from_before_it_was_free() -> None:
+    run = Scenario.built_in("orphan").run_sync(on="model", wait=True)
+    assert run.restart.waited is not None
+    assert "orphans in FIN_WAIT_2" in report.story(run)

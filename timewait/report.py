@@ -159,7 +159,9 @@ def _sockets(count: int) -> str:
 def story(run: Run) -> str:
     """What happened, and why it had to, in a sentence or two."""
     held, again = run.time_wait, run.restart
-    last = {(run.side(row), row.state) for row in run.snapshots[-1].rows} if run.snapshots else ()
+    # A port that was waited for is free in the last table, and the one before it tells why not.
+    table = run.snapshots[-1 if again.waited is None else -2 :][:1]
+    last = {(run.side(row), row.state) for snapshot in table for row in snapshot.rows}
     match held.holder:
         case "both":
             text = "Both ends closed, so each side holds TIME_WAIT."

@@ -493,6 +493,8 @@ class Checker:
                 if connection.timed:
                     number = self._clock(connection, number, event.t)
                 pairs = connection.model.members(number)
+                if pairs:  # the timers that may have fired are not asked a second time
+                    connection.number = number
                 states = {pair[end] & 15 for pair in pairs}
                 if states - {ex.CLOSED}:
                     certain = not states & {ex.CLOSED, ex.SYN_RECEIVED, ex.SYN_SENT}
