@@ -9,6 +9,7 @@ from typing import Any
 import click
 from attrs import fields
 
+from timewait.tcp.diagram import listing, matrix, mermaid
 from timewait.tcp.profiles import PROFILES, Parameters, Profile, profile
 from timewait.tcp.states import Event, State
 from timewait.tcp.transitions import Row
@@ -21,14 +22,21 @@ __all__ = ["command"]
 )
 @click.argument("name", required=False, metavar="[NAME")
 @click.argument("other", required=False, metavar="[OTHER]]")
+@click.option("--diagram", "form", flag_value="diagram", help="Its state diagram, for Mermaid.")
+@click.option("--matrix", "form", flag_value="matrix", help="Its states x events, in Markdown.")
+@click.option("--rows", "form", flag_value="rows", help="Every row with its source, in Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(name: str | None, other: str | None, as_json: bool) -> int:
+def command(name: str | None, other: str | None, form: str | None, as_json: bool) -> int:
     """Print the list, one stack, or the differences of two."""
+    if form and (as_json or other or not name):
+        raise click.UsageError(f"--{form} draws one stack: timewait profiles NAME --{form}")
     try:
         stacks = [profile(given) for given in (name, other) if given]
     except ValueError as wrong:
         raise click.ClickException(str(wrong)) from None
-    if not stacks:
+    if form:
+        click.echo({"diagram": mermaid, "matrix": matrix, "rows": listing}[form](stacks[0]))
+    elif not stacks:
         _list(as_json)
     elif len(stacks) == 1:
         _show(stacks[0], as_json)
@@ -46,13 +54,15 @@ def _list(as_json: bool) -> None:
         click.echo(
             f"{stack.name:<9} TIME_WAIT {wait:g} s, an orphan's FIN_WAIT_2 "
             f"{'without limit' if orphan is None else f'{orphan:g} s'}, "
-            f"{len(stack.differences)} rows that differ from RFC 9293's"
+            f"{len(stack.differences)} rows that differ from RFC 9293's\n"
+            f"{'':<9} ({stack.basis})"
         )
 
 
 def _document(stack: Profile) -> dict[str, Any]:
     return {
         "name": stack.name,
+        "basis": stack.basis,
         "settings": [
             {
                 "name": setting.name,
@@ -90,7 +100,7 @@ def _show(stack: Profile, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_document(stack)))
         return
-    click.echo(f"{stack.name}\n\nSettings")
+    click.echo(f"{stack.name}: {stack.basis}\n\nSettings")
     width = max(len(setting.name) for setting in stack.settings.values())
     for setting in stack.settings.values():
         doubt = "" if setting.verified else " (not verified)"

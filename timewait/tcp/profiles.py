@@ -79,9 +79,11 @@ class Profile:
     """A stack: its name, its settings, and what follows from them.
 
     `differences` are the rows that replace the RFC's; `table` is the whole.
+    `basis` says in a sentence how far the profile may be believed.
     """
 
     name: str
+    basis: str = "made up"
     settings: Mapping[str, Setting] = field(factory=dict, eq=False, repr=False)
     parameters: Parameters = Parameters()
     differences: Rows = field(factory=dict, eq=False, repr=False)
@@ -140,7 +142,12 @@ def _rows_if(wanted: bool, changes: Rows) -> _Effect:
 
 
 def _build(
-    name: str, settings: list[Setting], rows: Rows, fixed: Mapping[str, Any], **own: Any
+    name: str,
+    basis: str,
+    settings: list[Setting],
+    rows: Rows,
+    fixed: Mapping[str, Any],
+    **own: Any,
 ) -> Profile:
     known = {setting.name: setting for setting in settings}
     general = {attribute.name for attribute in fields(Parameters)}
@@ -162,6 +169,7 @@ def _build(
     parameters.update({key: value for key, value in own.items() if key not in known})
     return Profile(
         name,
+        basis,
         MappingProxyType(known),
         Parameters(**parameters),
         MappingProxyType(replaced),
@@ -558,12 +566,32 @@ _WINDOWS_SETTINGS = [
     ),
 ]
 
-_STACKS: dict[str, tuple[list[Setting], Rows, Mapping[str, Any]]] = {
-    "rfc9293": (_RFC_SETTINGS, {}, {}),
-    "linux": (_LINUX_SETTINGS, _LINUX_ROWS, _LINUX_FIXED),
-    "freebsd": (_bsd_settings(30.0, 60.0, 0.04, True), _BSD_ROWS, {}),
-    "macos": (_bsd_settings(15.0, 60.0, 0.1, False), _BSD_ROWS, {}),
-    "windows": (_WINDOWS_SETTINGS, {}, {}),
+_STACKS: dict[str, tuple[str, list[Setting], Rows, Mapping[str, Any]]] = {
+    "rfc9293": ("RFC 9293 and the RFCs it points to", _RFC_SETTINGS, {}, {}),
+    "linux": (
+        "held against a live kernel, 6.18, segment by segment",
+        _LINUX_SETTINGS,
+        _LINUX_ROWS,
+        _LINUX_FIXED,
+    ),
+    "freebsd": (
+        "from its documentation and sources; not measured; rows not listed are the RFC's",
+        _bsd_settings(30.0, 60.0, 0.04, True),
+        _BSD_ROWS,
+        {},
+    ),
+    "macos": (
+        "what is documented of its ancestor, with a shorter MSL; not verified",
+        _bsd_settings(15.0, 60.0, 0.1, False),
+        _BSD_ROWS,
+        {},
+    ),
+    "windows": (
+        "documented and reported times over the RFC's rows; not verified",
+        _WINDOWS_SETTINGS,
+        {},
+        {},
+    ),
 }
 
 PROFILES: Final[Mapping[str, Profile]] = MappingProxyType(
