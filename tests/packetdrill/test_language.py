@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from timewait.kernel.wire import WireError
+from timewait.packetdrill import play
 from timewait.packetdrill.assertions import check, tcp_info
 from timewait.packetdrill.frames import Frame, decode, encode
 from timewait.packetdrill.runner import show
@@ -304,3 +310,81 @@ def test_no_octets_are_a_crash(octets: bytes) -> None:
 def test_a_packet_is_shown_as_it_is_written() -> None:
     text = "P. 1:1001(1000) ack 5 win 257 <nop,nop,TS val 7 ecr 8>"
     assert show(packet("< " + text)) == text
+
+
+HOSTILE = {
+    "a command": ("0 `touch /tmp/owned`", "command"),
+    "a shell in a setting": ("0 `sysctl -q net.ipv4.tcp_sack=0; touch /tmp/owned`", "command"),
+    "code": ("0 socket(..., SOCK_STREAM, 0) = 3\n+0 %{ __import__('os').system('true') }%", "code"),
+    "another family": ("0 socket(AF_UNIX, SOCK_STREAM, 0) = 3", "domain"),
+    "a file": ('0 open("/etc/passwd", O_RDONLY) = 3', "open"),
+    "much memory": (
+        "0 socket(..., SOCK_STREAM, 0) = 3\n+0 write(3, ..., 99999999999) = 1", "octets"),
+    "a long wait": ("0 socket(..., SOCK_STREAM, 0) = 3\n+99999 close(3) = 0", "waiting"),
+    "a module": (
+        "0 socket(..., SOCK_STREAM, 0) = 3\n"
+        '+0 setsockopt(3, SOL_TCP, TCP_ULP, "tls", 4) = 0', "TCP_ULP"),
+    "another module": (
+        "0 socket(..., SOCK_STREAM, 0) = 3\n"
+        '+0 setsockopt(3, SOL_TCP, TCP_CONGESTION, "nosuch", 7) = 0', "congestion control"),
+    "a number too large": (
+        "0 socket(..., SOCK_STREAM, 0) = 3\n+0 listen(3, 99999999999999) = 0", "arguments"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_no_script_reaches_beyond_its_sockets(what: str, tmp_path: Path) -> None:
+    text, why = HOSTILE[what]
+    path = tmp_path / "hostile.pkt"
+    path.write_text(text)
+    try:
+        outcome = play(path, on="kernel")
+    except WireError as missing:
+        pytest.skip(str(missing))
+    assert outcome.outcome == "unsupported"
+    assert why in outcome.why
+    assert not Path("/tmp/owned").exists()
+
+
+FAILING = """\
+0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3
++0 bind(3, ..., ...) = 0
++0 listen(3, 1) = 0
++0 < S 0:0(0) win 1000 <mss 1000>
++0 > S. 0:0(0) ack 2 <...>
+"""
+
+
+@pytest.mark.parametrize("stack", ["model", "kernel"])
+def test_a_failure_names_line_expectation_and_what_came(stack: str, tmp_path: Path) -> None:
+    path = tmp_path / "failing.pkt"
+    path.write_text(FAILING)
+    try:
+        outcome = play(path, on=stack)
+    except WireError as missing:
+        pytest.skip(str(missing))
+    assert (outcome.outcome, outcome.line) == ("failed", 5)
+    assert "expected S. 0:0(0) ack 2 <...>, came S. 0:0(0) ack 1 win 64240" in outcome.why
+    assert "ack is 1, not 2" in outcome.why
+    assert "S 0:0(0) win 1000 <mss 1000>" in outcome.diagram
+    assert stack in outcome.diagram
+
+
+def test_the_commands_json_and_status(tmp_path: Path) -> None:
+    good, bad, odd = (tmp_path / f"{name}.pkt" for name in ("good", "bad", "odd"))
+    good.write_text("0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3\n+0 close(3) = 0")
+    bad.write_text(FAILING)
+    odd.write_text("0 < gre: . 1:1(0)")
+    command = [sys.executable, "-m", "timewait", "packetdrill", "--json"]
+    ran = subprocess.run([*command, good, bad, odd], capture_output=True, text=True, check=False)
+    told = json.loads(ran.stdout)
+    assert (told["passed"], told["failed"], told["unsupported"]) == (1, 1, 1)
+    assert [s["outcome"] for s in told["scripts"]] == ["passed", "failed", "unsupported"]
+    assert [s["line"] for s in told["scripts"]] == [None, 5, 1]
+    assert ran.returncode == 1
+    assert subprocess.run([*command, good], capture_output=True, check=False).returncode == 0
+    missing = subprocess.run(
+        [*command, "/nowhere.pkt"], capture_output=True, text=True, check=False
+    )
+    assert missing.returncode == 2
+    assert missing.stderr.count("\n") == 1

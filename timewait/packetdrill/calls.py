@@ -70,6 +70,18 @@ CONSTANTS: Final[dict[str, int]] = _constants() | {
     "IP_PMTUDISC_DONT": 0, "IP_PMTUDISC_WANT": 1, "IP_PMTUDISC_DO": 2, "IP_PMTUDISC_PROBE": 3,
     "IPV6_V6ONLY": 26, "IPV6_TCLASS": 67, "IPV6_RECVERR": 25, "IPV6_MTU_DISCOVER": 23,
     "IPV6_FLOWINFO_SEND": 33, "IPV6_AUTOFLOWLABEL": 70, "IPV6_MINHOPCOUNT": 73,
+    "SO_EE_ORIGIN_NONE": 0, "SO_EE_ORIGIN_LOCAL": 1, "SO_EE_ORIGIN_ICMP": 2,
+    "SO_EE_ORIGIN_ICMP6": 3, "SO_EE_ORIGIN_TIMESTAMPING": 4, "SO_EE_ORIGIN_ZEROCOPY": 5,
+    "SO_EE_CODE_ZEROCOPY_COPIED": 1, "SCM_TIMESTAMPING": 37, "SCM_TSTAMP_SND": 0,
+    "SCM_TSTAMP_SCHED": 1, "SCM_TSTAMP_ACK": 2, "SCM_TIMESTAMP": 29, "SCM_TIMESTAMPNS": 35,
+    "SOF_TIMESTAMPING_TX_HARDWARE": 1, "SOF_TIMESTAMPING_TX_SOFTWARE": 2,
+    "SOF_TIMESTAMPING_RX_HARDWARE": 4, "SOF_TIMESTAMPING_RX_SOFTWARE": 8,
+    "SOF_TIMESTAMPING_SOFTWARE": 16, "SOF_TIMESTAMPING_SYS_HARDWARE": 32,
+    "SOF_TIMESTAMPING_RAW_HARDWARE": 64, "SOF_TIMESTAMPING_OPT_ID": 128,
+    "SOF_TIMESTAMPING_TX_SCHED": 256, "SOF_TIMESTAMPING_TX_ACK": 512,
+    "SOF_TIMESTAMPING_OPT_CMSG": 1024, "SOF_TIMESTAMPING_OPT_TSONLY": 2048,
+    "SOF_TIMESTAMPING_OPT_STATS": 4096, "SOF_TIMESTAMPING_OPT_ID_TCP": 65536,
+    "IP_RECVERR_RFC4884": 26,
     "MSG_FASTOPEN": 0x20000000, "MSG_ZEROCOPY": 0x4000000, "MSG_ERRQUEUE": 0x2000,
     "MSG_MORE": 0x8000, "MSG_NOSIGNAL": 0x4000, "MSG_WAITFORONE": 0x10000, "MSG_EOR": 0x80,
     "EPOLL_CTL_ADD": 1, "EPOLL_CTL_DEL": 2, "EPOLL_CTL_MOD": 3,
@@ -95,6 +107,7 @@ _REFUSED_OPTIONS: Final = frozenset(
      "SO_ATTACH_REUSEPORT_EBPF", "TCP_MD5SIG", "TCP_MD5SIG_EXT", "TCP_ZEROCOPY_RECEIVE",
      "TCP_REPAIR_OPTIONS", "TCP_AO_ADD_KEY", "SO_PEERCRED", "SO_PEERSEC"}
 )  # fmt: skip
+_MOST_OCTETS: Final = 1 << 26
 _LEVELS: Final = frozenset({0, 1, 6, 17, 41})
 _IOCTLS: Final = frozenset(
     {"SIOCINQ", "FIONREAD", "SIOCOUTQ", "TIOCOUTQ", "SIOCOUTQNSD", "SIOCATMARK", "FIONBIO"}
@@ -148,6 +161,9 @@ class Calls:
     listening: dict[int, int] = field(factory=dict)
     ports: dict[int, int] = field(factory=dict)
     line: int = 0
+    # When the script began on the machine's own clock, and how far off a time may be.
+    began: float = 0.0
+    tolerance: float = 0.004
 
     def prepare(self, call: Call, line: int) -> Callable[[], Result]:
         """Read a call's arguments; what is returned makes the call, perhaps blocking.
@@ -166,6 +182,8 @@ class Calls:
         def guarded() -> Result:
             try:
                 return do()
+            except (OverflowError, ValueError, TypeError) as trouble:
+                raise Unsupported(f"the arguments of {call.name}(): {trouble}", line) from None
             except OSError as failed:
                 return Result(-1, errno.errorcode.get(failed.errno or 0, str(failed.errno)))
 
@@ -213,6 +231,13 @@ class Calls:
         if host is not None and not isinstance(host, str):
             raise Unsupported(f"address {host!r}", self.line)
         return (host or default[0]), port
+
+    def size(self, value: Value) -> int:
+        """A number of octets that this process is willing to hold."""
+        size = self.number(value)
+        if not 0 <= size <= _MOST_OCTETS:
+            raise Unsupported(f"a buffer of {size} octets", self.line)
+        return size
 
     def payload(self, value: Value, size: int) -> bytes:
         """`size` octets to send: a string of the script's, or zeros for `...`."""
@@ -296,8 +321,10 @@ class Calls:
     # -- data
 
     def _send(self, call: Call, flags_at: int | None = 3) -> Callable[[], Result]:
-        size = self.number(call.arguments[2])
+        size = self.size(call.arguments[2])
         flags = 0 if flags_at is None else self.number(call.arguments[flags_at])
+        if call.arguments[1] == Word("NULL"):
+            return lambda: Result(self.without_buffer(self.socket(call), "send", size, flags))
         data = self.payload(call.arguments[1], size)
         return lambda: Result(self.socket(call).send(data, flags | socket.MSG_NOSIGNAL))
 
@@ -307,16 +334,18 @@ class Calls:
     def _sendto(self, call: Call) -> Callable[[], Result]:
         if call.arguments[4] in (0, Word("NULL")):
             return self._send(call)
-        size = self.number(call.arguments[2])
+        size = self.size(call.arguments[2])
         flags = self.number(call.arguments[3]) | socket.MSG_NOSIGNAL
         data = self.payload(call.arguments[1], size)
         where = self.address(call.arguments[4], (self.remote, self.connect_port))
         return lambda: Result(self.socket(call).sendto(data, flags, where))
 
     def _recv(self, call: Call, flags_at: int | None = 3) -> Callable[[], Result]:
-        size = self.number(call.arguments[2])
+        size = self.size(call.arguments[2])
         flags = 0 if flags_at is None else self.number(call.arguments[flags_at])
         wanted = call.arguments[1]
+        if wanted == Word("NULL"):
+            return lambda: Result(self.without_buffer(self.socket(call), "recv", size, flags))
 
         def recv() -> Result:
             data = self.socket(call).recv(size, flags)
@@ -341,7 +370,7 @@ class Calls:
         for item in value:
             if not isinstance(item, Struct) or len(item.fields) != 2:
                 raise Unsupported(f"buffer {item!r}", self.line)
-            sizes.append(self.number(item.fields[1][1]))
+            sizes.append(self.size(item.fields[1][1]))
         return sizes
 
     def _writev(self, call: Call) -> Callable[[], Result]:
@@ -394,26 +423,45 @@ class Calls:
             if expected is not None:
                 checks.append(("msg_flags", expected, came & ~socket.MSG_CMSG_CLOEXEC))
             if control:
-                got = [(level, kind, self.content(what)) for level, kind, what in ancillary]
                 want = [(level, kind, self.wanted(what)) for level, kind, what in control]
+                got = [
+                    (level, kind, self.content(octets, *(w[2] for w in want[n : n + 1])))
+                    for n, (level, kind, octets) in enumerate(ancillary)
+                ]
                 checks.append(("msg_control", want, got[: len(want)]))
             return Result(len(data), checks=tuple(checks))
 
         return recvmsg
 
-    def wanted(self, value: Value) -> tuple[int, ...]:
-        """A control message's data as numbers."""
+    def wanted(self, value: Value) -> tuple[float, ...]:
+        """A control message's data as numbers; a timestamp in seconds since the script began."""
         if isinstance(value, Struct):
-            if any(name.startswith("scm_") for name, _ in value.fields):
-                raise Unsupported("timestamps of messages", self.line)
+            if value.get("scm_sec") is not None:
+                nanoseconds = self.number(value.get("scm_nsec"), 0)
+                return (self.number(value.get("scm_sec")) + nanoseconds / 1e9,)
             return tuple(self.number(part, 0) for _, part in value.fields)
         return (self.number(value, 0),)
 
-    def content(self, octets: bytes) -> tuple[int, ...]:
-        """What came as a control message: an integer, or a `struct sock_extended_err`."""
+    def content(self, octets: bytes, wanted: tuple[float, ...] = ()) -> tuple[float, ...]:
+        """What came as a control message: an integer, an error or timestamps.
+
+        A `struct sock_extended_err` is its six numbers; a timestamp near enough
+        to the one that is `wanted` is taken for it.
+        """
+        if len(octets) == 48:
+            stamps = struct.unpack("=6q", octets)
+            pairs = zip(stamps[::2], stamps[1::2], strict=True)
+            came = next((s + n / 1e9 for s, n in pairs if s), 0.0)
+            came -= self.began
+            near = wanted and abs(came - wanted[0]) <= self.tolerance
+            return wanted if near else (came,)
         if len(octets) >= 16:
             return struct.unpack_from("=IBBBxII", octets)
         return (int.from_bytes(octets[:4], "little"),)
+
+    def without_buffer(self, live: Anything, name: str, size: int, flags: int) -> int:
+        """send(2) or recv(2) with a NULL pointer for a buffer."""
+        raise Unsupported("a NULL buffer on the model")
 
     # -- options and control
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gc
 import os
@@ -72,6 +73,15 @@ class _KernelCalls(Calls):
     def interests(self) -> Interests:
         return _KernelInterests()
 
+    def without_buffer(self, live: Any, name: str, size: int, flags: int) -> int:
+        libc = ctypes.CDLL(None, use_errno=True)
+        flags |= socket.MSG_NOSIGNAL if name == "send" else 0
+        moved = getattr(libc, name)(live.fileno(), None, ctypes.c_size_t(size), flags)
+        if moved < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return int(moved)
+
     def poll(self, sockets: list[tuple[Any, int]], timeout: int) -> list[int]:
         poller = select.poll()
         for live, events in sockets:
@@ -101,6 +111,7 @@ class KernelStack:
             settings.connect_port,
             socket.AF_INET6 if six or mapped else socket.AF_INET,
         )
+        self.calls.tolerance = settings.tolerance
         self.beyond: set[str] = set()
         self._arrived: deque[Frame] = deque()
         self._started = 0.0
@@ -168,6 +179,7 @@ class KernelStack:
     def start(self) -> None:
         """Set the clock to 0."""
         self._started = time.monotonic()
+        self.calls.began = time.time()
 
     def now(self) -> float:
         """Seconds since `start`."""

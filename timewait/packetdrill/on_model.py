@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from timewait.events import Row
-from timewait.packetdrill.calls import Calls, Result
+from timewait.packetdrill.calls import Calls, Interests, Result
 from timewait.packetdrill.frames import Frame
 from timewait.packetdrill.runner import Pending
 from timewait.packetdrill.script import Option, Unsupported
@@ -179,9 +179,35 @@ class ModelSocket:
         return events
 
 
+class _ModelInterests(Interests):
+    def __init__(self, calls: _ModelCalls) -> None:
+        self._calls = calls
+        self._of: dict[ModelSocket, tuple[int, int]] = {}
+
+    def change(self, operation: int, live: Any, events: int, data: int) -> None:
+        if events & (select.EPOLLET | select.EPOLLONESHOT):
+            raise Unsupported("edge-triggered epoll on the model")
+        if operation == 1 and live in self._of:
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if operation != 1 and live not in self._of:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if operation == 2:
+            del self._of[live]
+        else:
+            self._of[live] = (events, data)
+
+    def wait(self, timeout: int) -> list[tuple[int, int]]:
+        watched = list(self._of.items())
+        came = self._calls.poll([(live, events) for live, (events, _) in watched], timeout)
+        return [(got, data) for got, (_, (_, data)) in zip(came, watched, strict=True) if got]
+
+
 class _ModelCalls(Calls):
     deadline: float | None = None
     now: Callable[[], float]
+
+    def interests(self) -> Interests:
+        return _ModelInterests(self)
 
     def poll(self, sockets: list[tuple[Any, int]], timeout: int) -> list[int]:
         always = select.POLLERR | select.POLLHUP

@@ -157,6 +157,7 @@ _ICMP6: Final = {
 }  # fmt: skip
 
 _WAIT_FOR_STAR: Final = 130.0  # s: longer than any retransmission timer of a stack
+_LONGEST_WAIT: Final = 600.0  # s, on a stack whose time is real
 _CALL_LIMIT: Final = 2.0  # s: what a call that is not said to block may take
 
 
@@ -197,10 +198,12 @@ def run(script: Script, stack: Stack, settings: Settings) -> Outcome:
             # Past a feature that the stack does not claim to have, nothing is expected of it.
             outcome, why = "unsupported", f"{', '.join(sorted(stack.beyond))}: {why}"
         return Outcome(script.path, outcome, failure.line, why, runner.log.diagram(stack.name))
+    except TooLate:
+        raise
     except Exception as broken:
-        if stack.real:
-            raise
-        why = f"the model failed: {type(broken).__name__}: {broken}"
+        # A script must not be able to end the run of all the others.
+        what = "could not be carried out" if stack.real else "the model failed"
+        why = f"{what}: {type(broken).__name__}: {broken}"
         return Outcome(script.path, "failed", runner.line, why, runner.log.diagram(stack.name))
     return Outcome(script.path, "passed")
 
@@ -250,6 +253,8 @@ class _Runner:
         if isinstance(action, Packet) and not inbound:
             start = self.expect(event, action, when, start, end)
         else:
+            if self.stack.real and start - self.stack.now() > _LONGEST_WAIT:
+                raise Unsupported(f"waiting for {start - self.stack.now():.0f} s", event.line)
             self.stack.wait(start)
             late = self.stack.now() - start
             if self.stack.real and late > self.tolerance(start):
