@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timewait import Scenario, ScenarioError
-from timewait.scenario import BUILT_IN, Close, Connect, Listen, Restart
+from timewait.scenario import BUILT_IN, WITH_FAULTS, Close, Connect, Listen, Restart
 
 SERVER_FIRST = Scenario(port=9090).listen().connect(2).close("server").restart()
 
@@ -24,7 +24,7 @@ def test_a_scenario_cannot_be_changed() -> None:
         SERVER_FIRST.port = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", BUILT_IN | WITH_FAULTS)
 def test_built_in_scenarios_survive_pickle_and_toml(name: str) -> None:
     scenario = Scenario.built_in(name, clients=3)
     assert scenario.clients == 3
@@ -43,6 +43,14 @@ def test_the_eight_stories_are_there() -> None:
         "orphan",
         "close-wait-leak",
     } <= set(BUILT_IN)
+
+
+def test_faults_keep_a_scenario_from_the_kernel() -> None:
+    story = SERVER_FIRST.fault("drop", "FIN", "server")
+    assert story.stacks == ("model", "wire")
+    assert Scenario.from_toml('faults = [{act = "drop", segments = "FIN"}]').stacks == story.stacks
+    with pytest.raises(ScenarioError, match="does not run on 'kernel'"):
+        story.run_sync(on="kernel")
 
 
 def test_a_file_is_read_back_and_names_the_scenario(tmp_path: Path) -> None:
@@ -135,6 +143,15 @@ def test_a_step_that_makes_no_sense_is_named_at_once(build, why: str) -> None:  
         ('steps = [{do = "listen", reads = 1}]', "step 1, listen: reads: true or false"),
         ('steps = [{do = "close"}]', "step 1, close: 'who' is missing"),
         ('steps = [{do = "connect"}]', "step 1, connect: nobody listens"),
+        ("faults = 3", "faults: a list of tables is expected"),
+        ('faults = [{act = "drop"}]', "fault 1: 'segments' is missing"),
+        ('faults = [{act = "melt", segments = "FIN"}]', "fault 1: 'act' must be in"),
+        ('faults = [{act = "drop", segments = "FUN"}]', "fault 1: 'segments' must be in"),
+        ('faults = [{act = "drop", segments = "FIN", n = 1}]', "fault 1: unknown key 'n'"),
+        (
+            'stacks = ["kernel"]\nfaults = [{act = "drop", segments = "FIN"}]',
+            "faults take a link of one's own",
+        ),
         (
             'steps = [{do = "listen"}, {do = "connect", clients = -2}]',
             "step 2, connect: 'clients' must be >= 1: -2",

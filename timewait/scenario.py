@@ -196,6 +196,9 @@ class Restart:
 Step: TypeAlias = Listen | Connect | Send | Shutdown | Close | Abort | Eof | Pause | Restart
 
 
+_SEGMENTS: Final = ("any", "SYN", "SYN,ACK", "FIN", "RST", "ACK", "data", "last-ack")
+
+
 @frozen
 class Fault:
     """What the link does to chosen segments; only where the link is ours: "model" and "wire".
@@ -207,7 +210,7 @@ class Fault:
     """
 
     act: str = field(validator=validators.in_(("drop", "delay", "duplicate")))
-    segments: str
+    segments: str = field(validator=validators.in_(_SEGMENTS))
     source: str = field(default="", validator=validators.in_(("", "server", "client")))
     nth: int = field(default=1, validator=validators.ge(1))
     times: int = field(default=1, validator=validators.ge(0))
@@ -246,6 +249,8 @@ class Scenario:
             raise ScenarioError(f"host {self.host!r} is not an IPv4 or IPv6 address") from None
         if not 0 <= self.port <= 65535:
             raise ScenarioError(f"port {self.port} is not between 0 and 65535")
+        if self.faults and "kernel" in self.stacks:
+            raise ScenarioError("faults take a link of one's own: stacks are model and wire")
         listening, clients = False, 0
         for number, step in enumerate(self.steps, 1):
             wrong = _misplaced(step, listening, clients)
@@ -397,8 +402,14 @@ class Scenario:
         if not isinstance(steps, list):
             raise ScenarioError("steps: a list of tables is expected ([[steps]])")
         taken = tuple(_step_from_dict(number, step) for number, step in enumerate(steps, 1))
+        faults = rest.pop("faults", [])
+        if not isinstance(faults, list) or not all(isinstance(each, dict) for each in faults):
+            raise ScenarioError("faults: a list of tables is expected ([[faults]])")
+        struck = tuple(_structure(each, Fault, f"fault {n}: ") for n, each in enumerate(faults, 1))
+        if struck and "stacks" not in rest:
+            rest["stacks"] = ["model", "wire"]
         whole: Scenario = _structure(rest, cls, "")
-        return evolve(whole, steps=taken)
+        return evolve(whole, steps=taken, faults=struck)
 
     def to_toml(self) -> str:
         """As TOML, which `from_toml` reads back to an equal scenario."""
@@ -489,7 +500,7 @@ def _step_from_dict(number: int, plain: object) -> Step:
 
 
 def _structure(plain: dict[str, Any], kind: Any, where: str) -> Any:
-    known = {each.name: each for each in fields(kind) if each.name != "steps"}
+    known = {each.name: each for each in fields(kind) if each.name not in ("steps", "faults")}
     for key in plain:
         if key not in known:
             raise ScenarioError(f"{where}unknown key {key!r}; known are {', '.join(known)}")
