@@ -27,7 +27,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ _HOSTS: Final = "saddr_v6 daddr_v6"
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
+_LOOKS_FOR_NAMES: Final = 5
 _LOOKS: Final = 64  # at most so many orphans are looked at in one read
 
 _PAGE: Final = struct.Struct("=QQ")
@@ -109,6 +110,7 @@ class Tracepoint:
         self._overruns: dict[int, int] = {}
         self._small: dict[tuple[Address, Address], State] = {}
         self._due: list[tuple[float, tuple[Address, Address]]] = []
+        self._connecting: set[tuple[Address, Address]] = set()
         self._causes: dict[int, str] = {}
         self._reasons: dict[int, str] = {}
         self._handlers: dict[int, Callable[[float, bytes, int, list[Event]], None]] = {}
@@ -228,6 +230,8 @@ class Tracepoint:
             condition = " || ".join(f"sport == {p} || dport == {p}" for p in sorted(self._ports))
             (event / "filter").write_text(condition or "sport == 0 && dport == 0")
         self._handlers[number] = partial(handler, layout.unpack_from)
+        if not self._enable:
+            self._state_kind, self._unpack_state = number, layout.unpack_from
         self._enable.append(event / "enable")
 
     def _open_buffers(self, home: Path) -> None:
@@ -248,6 +252,7 @@ class Tracepoint:
             if count > 0:
                 self._overruns[cpu] = total
                 self.lost += count
+                self._connecting.clear()
                 at = time.monotonic() - self.start
                 events.append(Lost(at, self.name, count, f"processor {cpu}'s buffer overran"))
 
@@ -272,6 +277,8 @@ class Tracepoint:
                 )
             )
         was, became = _STATES[old], _STATES[new]
+        if self._connecting:
+            self._connecting.discard((local, remote))
         if was is not became:
             cause = self._causes.pop(sock, None) if self._causes else None
             events.append(Transition(at, local, remote, was, became, self.name, cause=cause))
@@ -303,20 +310,41 @@ class Tracepoint:
             )
 
     def _name_the_unnamed(self, events: list[Event]) -> None:
-        """Give connect()s whose next event is yet to come the port that sock_diag shows."""
-        if not self._unnamed:
-            return
-        taken = {(e.local, e.remote) for e in events if isinstance(e, Transition)}
-        connecting: dict[Address, list[Address]] = {}
-        for row in self._diag.sockets(states=[State.SYN_SENT, State.ESTABLISHED]):
-            if (row.local, row.remote) not in taken:
-                connecting.setdefault(row.remote, []).append(row.local)
-        for index in self._unnamed.values():
-            event = events[index]
-            assert isinstance(event, Transition)
-            if names := connecting.get(event.remote):
-                events[index] = _with_local(event, names.pop())
+        """Give connect()s the port they were dealt after their first event was recorded.
+
+        A socket that still has no second event after a look at the table was
+        in SYN_SENT during the look, or had no port yet: then look again.
+        """
+        for _ in range(_LOOKS_FOR_NAMES):
+            if not self._unnamed:
+                return
+            waiting = self._diag.sockets(states=[State.SYN_SENT])
+            self.drain()
+            for sock, local in self._names_to_come():
+                if (index := self._unnamed.pop(sock, None)) is not None:
+                    events[index] = _with_local(events[index], local)
+            for sock, index in list(self._unnamed.items()):
+                event = events[index]
+                assert isinstance(event, Transition)
+                for row in waiting:
+                    ends = row.local, row.remote
+                    if row.remote == event.remote and ends not in self._connecting:
+                        self._connecting.add(ends)
+                        events[index] = _with_local(event, row.local)
+                        del self._unnamed[sock]
+                        break
         self._unnamed.clear()
+
+    def _names_to_come(self) -> Iterator[tuple[int, Address]]:
+        """The sockets of the events that are recorded and not read yet, with their own ends."""
+        pages, self._pages = self._pages, []
+        for page in pages:
+            _parse(page, self._handlers, self._held)
+        for _, kind, page, at in sorted(self._held, key=_when):
+            if kind == self._state_kind:
+                sock, _, _, sport, _, _, source, _ = self._unpack_state(page, at)
+                if sport:
+                    yield sock, (host_text(source), sport)
 
     def _resolve_ends(self, events: list[Event]) -> list[Event]:
         """Say TIME_WAIT where a full socket ended in one, and not CLOSED."""
