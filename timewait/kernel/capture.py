@@ -556,7 +556,8 @@ def _program(ports: frozenset[int] | None) -> bytes:
     """A filter over IP packets: TCP of these ports, the first 160 bytes of each.
 
     On the loopback interface each packet passes twice, going out and coming
-    in; it is taken when it comes in.
+    in; it is taken when it goes out. Coming in it may have been overtaken:
+    it waits in the queue of the processor that sent it.
     """
     if ports is not None and len(ports) > _MOST_PORTS:
         raise ValueError(f"too many ports for one capture: {len(ports)} (at most {_MOST_PORTS})")
@@ -566,7 +567,7 @@ def _program(ports: frozenset[int] | None) -> bytes:
         (bpf.LOAD_WORD, _INTERFACE_INDEX),
         (bpf.JUMP_EQUAL, _LOOPBACK, "", "family"),
         (bpf.LOAD_WORD, _PACKET_TYPE),
-        (bpf.JUMP_EQUAL, _OUTGOING, "drop", "family"),
+        (bpf.JUMP_EQUAL, _OUTGOING, "family", "drop"),
         "family",
         (bpf.LOAD_BYTE, 0),
         (bpf.AND, 0xF0),
