@@ -37,6 +37,7 @@ from timewait.witness import descendants
 __all__ = ["command"]
 
 _PERIOD: Final = 0.005  # seconds between looks at the socket table
+_QUIET: Final = 0.05  # seconds without a segment before a look at the table is of one instant
 _PATIENCE: Final = 1.0  # seconds for a close that is under way when the program ends
 _SUBREAPER: Final = 36  # prctl(2): PR_SET_CHILD_SUBREAPER
 _STILL: Final = {State.LISTEN, State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT_2}
@@ -104,10 +105,10 @@ class _Watch:
         self._resources = ExitStack()
 
     def __enter__(self) -> _Watch:
-        self._start = time.monotonic()
+        self._start = self._moved = time.monotonic()
         self._capture = self._resources.enter_context(Capture(start=self._start))
         self._diag = self._resources.enter_context(SockDiag())
-        blind = ("sockets that came and went between two looks at the table",)
+        blind = ("states while segments pass (they follow from the segments)",)
         self._tell(RunStarted(0.0, "kernel", "capture and sock_diag", blind=blind))
         return self
 
@@ -119,21 +120,26 @@ class _Watch:
         return self._capture.fileno()
 
     def look(self) -> None:
-        """Take in the segments and the table as they are now."""
-        before = time.monotonic()
-        rows = self._diag.sockets()
-        # What the table shows has been on the wire: the segments come first.
+        """Take in the segments, and the table if nothing moved while it was read."""
+        self._drain()
+        self.rows = self._diag.sockets()
+        now = time.monotonic()
+        self._drain()
+        if now - self._moved < _QUIET:
+            return  # read in pieces while sockets change, it shows no one instant
+        table = {(row.local, row.remote, row.state) for row in self.rows}
+        if table != self._table:
+            self._table = table
+            self._tell(Snapshot(now - self._start, "", tuple(self.rows), "sock_diag"))
+
+    def _drain(self) -> None:
         for event in self._capture.read():
+            self._moved = self._start + event.t
             if isinstance(event, SegmentSeen):
                 self.segments += 1
                 if event.flags & (FIN | RST):
                     self._first_end.setdefault(frozenset((event.src, event.dst)), event)
             self._tell(event)
-        table = {(row.local, row.remote, row.state) for row in rows}
-        self.rows = rows
-        if table != self._table:
-            self._table = table
-            self._tell(Snapshot(before - self._start, "", tuple(rows), "sock_diag"))
 
     def tell(self, connection: Connection) -> Answers:
         """The check's answers; where a close may have crossed its answer, whose came first here."""
@@ -149,7 +155,10 @@ class _Watch:
         """Let a close that is under way come to its end."""
         deadline = time.monotonic() + _PATIENCE
         self.look()
-        while any(row.state not in _STILL for row in self.rows) and time.monotonic() < deadline:
+        while time.monotonic() < deadline and (
+            time.monotonic() - self._moved < 2 * _QUIET
+            or any(row.state not in _STILL for row in self.rows)
+        ):
             time.sleep(_PERIOD)
             self.look()
 
