@@ -170,6 +170,26 @@ def test_a_connect_without_an_answer_has_its_port(port: int) -> None:
         assert sorted(syn_sent) == sorted([first.getsockname(), waiting.getsockname()])
 
 
+def test_a_connect_that_is_read_before_its_next_event_has_its_port(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Tracepoint([port]) as told, Tracepoint([port]) as seen:
+        server, client = pair(port)
+        local = client.getsockname()
+        server.close()
+        client.close()
+        (sent,) = (e for e in told.read() if isinstance(e, Transition) and e.new is S.SYN_SENT)
+        moment = int((told.start + sent.t) * 1e9) + 5_000
+        with monkeypatch.context() as then:
+            then.setattr(tracepoint.time, "monotonic_ns", lambda: moment)
+            early = seen.read()
+        assert course(early, local) == [S.CLOSED, S.SYN_SENT]
+        late = seen.read()
+        assert course(early + late, local)[2:] == [
+            *(S.ESTABLISHED, S.CLOSE_WAIT, S.LAST_ACK, S.CLOSED)
+        ]
+
+
 def test_other_ports_are_not_seen(port: int) -> None:
     with Tracepoint([port]) as seen:
         for end in pair(port + 1):
