@@ -327,12 +327,13 @@ def _holders(found: list[Details]) -> Iterator[Holder]:
     processes = owners(one.row.inode or 0 for one in found)
     served = any(one.row.state is _S.LISTEN for one in found)
     low, high = _dealt_out()
+    dealt_out = range(low, high + 1)
     for one in found:
         row = one.row
         who = processes.get(row.inode or 0, [])
         options = reuse_options(who[0]) if who else None
         yield Holder(
-            kind=_kind(row, served, low <= row.local[1] <= high, low, high),
+            kind=_kind(row, served, dealt_out),
             state=row.state,
             local=row.local,
             remote=row.remote,
@@ -355,7 +356,7 @@ def _dealt_out() -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _kind(row: Row, served: bool, dealt_out: bool, low: int, high: int) -> str:
+def _kind(row: Row, served: bool, dealt_out: range) -> str:
     if row.state is _S.LISTEN:
         return "listener"
     if row.state is _S.CLOSED:
@@ -365,7 +366,9 @@ def _kind(row: Row, served: bool, dealt_out: bool, low: int, high: int) -> str:
     # The kernel does not tell who connected. A client's port is one that the kernel deals
     # out, and its peer's is mostly not, or somebody here listens on that one.
     outbound = row.state is _S.SYN_SENT or (
-        not served and dealt_out and (not low <= row.remote[1] <= high or _listens(row.remote))
+        not served
+        and row.local[1] in dealt_out
+        and (row.remote[1] not in dealt_out or _listens(row.remote))
     )
     if row.state is _S.TIME_WAIT:
         return "outbound-time-wait" if outbound else "time-wait"
@@ -525,24 +528,22 @@ class _Case:
         count = sum(holder.kind == kind for holder in self.holders)
         return "one connection" if count == 1 else f"{count} connections"
 
-    def _reuse_rule(self, holder: str) -> str:
+    def _reuse_rule(self, holder: str, owner: str = "the holder") -> str:
         """SO_REUSEADDR's rule for anything but a listener, and what it means here."""
+        rule = f"A port is shared with {holder} only if both sides set SO_REUSEADDR"
         if self.bindable.reuse_address:
             return (
-                f"A port is shared with {holder} only if both sides set SO_REUSEADDR (or both "
-                "SO_REUSEPORT). The holder has it, so a server that sets it binds now; one that "
-                "does not must wait."
+                f"{rule} (or both SO_REUSEPORT). Here {owner} has it, so a server that sets it "
+                "binds now; one that does not must wait."
             )
         if self.bindable.reuse_port:
             return (
-                f"A port is shared with {holder} only if both sides set SO_REUSEADDR, or both "
-                "SO_REUSEPORT. The holder has set SO_REUSEPORT alone, so only a server that "
-                "sets that may bind now."
+                f"{rule}, or both SO_REUSEPORT. Here {owner} has set SO_REUSEPORT alone, so only "
+                "a server that sets that may bind now."
             )
         return (
-            f"A port is shared with {holder} only if both sides set SO_REUSEADDR (or both "
-            "SO_REUSEPORT), the holder when it was made. It did not set SO_REUSEADDR, so "
-            "setting it now does not help."
+            f"{rule} (or both SO_REUSEPORT), the holder when it was made. Here {owner} did not "
+            "set SO_REUSEADDR, so setting it now does not help."
         )
 
     def _reuse_now(self, otherwise: str) -> str:
@@ -785,16 +786,14 @@ class _Case:
     def time_wait_with_reuse(self) -> _Said:
         return (
             f"{self._count('time-wait')} of a former server in TIME_WAIT",
-            self._reuse_rule("a connection in TIME_WAIT"),
+            self._reuse_rule("a connection in TIME_WAIT", "the former server"),
             [self._reuse_now(""), _REUSE],
         )
 
     def time_wait_without_reuse(self) -> _Said:
         return (
             f"{self._count('time-wait')} of a former server in TIME_WAIT",
-            self._reuse_rule("a connection in TIME_WAIT")
-            .replace("The holder", "The former server")
-            .replace("It did not", "The former server did not"),
+            self._reuse_rule("a connection in TIME_WAIT", "the former server"),
             [
                 self._reuse_now(f"Now: wait; it is free{self._until()}. Or choose another port."),
                 _REUSE,
