@@ -16,7 +16,7 @@ actions = st.lists(
         st.tuples(st.just("wait"), st.just(0), st.integers(1, 90)),
         st.tuples(st.just("shut"), st.integers(0, 1), st.just(0)),
     ),
-    max_size=25,
+    max_size=40,
 )
 
 
@@ -42,32 +42,37 @@ def variables(connection: Connection) -> dict[str, object]:
     return dict(zip(_STATEFUL, connection.snapshot(), strict=True))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(actions, st.booleans(), st.sampled_from(["linux", "rfc9293", "freebsd"]))
 def test_the_short_way_is_the_long_way(script, timestamps, name):
     pair = connected(name, timestamps)
     now = 0.5
+    clean = False
     for what, who, number in script:
         here = pair[who]
         if what == "wait":
             now += number / 1000
+            clean = clean and all(end.deadline is None or end.deadline > now for end in pair)
             for end in pair:
                 end.expire(now)
         elif what == "shut" and not here.write_shut:
             here.shutdown(now)
+            clean = False
         elif what == "read" and here.readable_bytes:
             twin = Connection.restore(here.profile, here.snapshot())
             text = read_all(twin)
             assert here.receive(1 << 20, now) == (text if text is not None else twin._rx)
             if text is None:
                 assert twin.snapshot() != here.snapshot()
+                clean = False
             else:
                 assert not here.out
                 assert variables(twin) == variables(here)
         elif what == "send" and not here.write_shut:
             twins = [Connection.restore(end.profile, end.snapshot()) for end in pair]
             text = bytes(number)
-            short = pass_text(twins[who], twins[1 - who], text, now)
+            short = pass_text(twins[who], twins[1 - who], text, now, clean)
+            clean = short
             assert not twins[0].out
             assert not twins[1].out
             if not short:

@@ -23,45 +23,53 @@ HALF: Final = 0x80000000
 INF: Final = float("inf")
 
 
-def pass_text(a: Connection, b: Connection, data: bytes, now: float) -> bool:
-    """Have `a` send `data` and `b` receive it; False, and nothing done, if that is not simple."""
+def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool = False) -> bool:
+    """Have `a` send `data` and `b` receive it; False, and nothing done, if that is not simple.
+
+    `clean` says that nothing but this function, in either direction, and
+    `read_all` have touched the two since it last returned true: then what
+    only others change need not be looked at.
+    """
     n = len(data)
+    if a._tx or not n:
+        return False
     seq = a.snd_nxt
     ack = a.rcv_nxt
     flight = (ack - b.snd_una) & MASK
-    if (
+    mss = a.mss - 12 if a.timestamps else a.mss
+    # With nothing in flight, no timer of a's runs but that of a delayed ACK or a probe.
+    if not clean and (
         a.state is not ESTABLISHED
         or b.state is not ESTABLISHED
         or a is b
-        or a._tx
         or a.snd_una != seq
         or b.rcv_nxt != seq
         or b.snd_nxt != ack
         or len(b._tx) != flight
-        or not n
-    ):
-        return False
-    # With nothing in flight, no timer of a's runs but that of a delayed ACK or a probe.
-    scale = a.rcv_scale
-    mss = a.mss - 12 if a.timestamps else a.mss
-    if (
-        n > mss
-        or n > a.snd_wnd
-        or n > a.snd_buf
         or (a.max_wnd >> 1 if a.max_wnd > 536 else a.max_wnd) < mss
-        or not scale
+        or not a.rcv_scale
         or a.error is not None
         or a.t_probe != INF
         or a.t_keepalive != INF
         or a.options.user_timeout is not None
+        or b.options.user_timeout is not None
         or b.read_shut
         or b._out_of_order
         or b.t_probe != INF
         or b.t_keepalive != INF
-        or n > (b.rcv_adv - seq) & MASK
         or b.snd_una == b.iss
+        # The same of the other direction, for the next time.
+        or (b.max_wnd >> 1 if b.max_wnd > 536 else b.max_wnd) < b.mss
+        or not b.rcv_scale
+        or b.error is not None
+        or a.read_shut
+        or a._out_of_order
+        or a.snd_una == a.iss
     ):
         return False
+    if n > mss or n > a.snd_wnd or n > a.snd_buf or n > (b.rcv_adv - seq) & MASK:
+        return False
+    scale = a.rcv_scale
     # Whether the receiver would answer at once.
     unacknowledged = (seq + n - b.rcv_wup) & MASK
     largest = b._rcv_mss if n <= b._rcv_mss else n if n < b.mss else b.mss
@@ -113,7 +121,14 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float) -> bool:
 
     # And to b.
     if flight:
-        b._acknowledged(ack, flight, flight, now)
+        if clean and b.srtt == 0.0 and b.rttvar == 0.0 and b._rtt_at == now and b._rtt_seq:
+            # A round trip of no time, again: the estimate stays what it is.
+            b._tx = b""
+            b.snd_una = ack
+            b._rtt_seq = b.first_sent = None
+            b.t_retransmit = INF
+        else:
+            b._acknowledged(ack, flight, flight, now)
     b.snd_wl1 = seq
     b.snd_wl2 = ack
     b.snd_wnd = window = window << b.snd_scale

@@ -95,6 +95,7 @@ class Sock:
         "bind_address_no_port",
         "bound_address",
         "bound_port",
+        "clean",
         "clock",
         "conn",
         "connect_bound",
@@ -140,6 +141,7 @@ class Sock:
         self.host = host
         self.network = host.network
         self.clock = host.network.clock
+        self.clean = False  # nothing but `pass_text` has touched the connection since it last did
         self.dead = False  # its host went down
         self.family = family
         self.address = ANY4 if family == AF_INET else ANY6
@@ -349,19 +351,18 @@ class Sock:
         peer = self.peer
         if peer is None:
             return False
-        conn, other = self.conn, peer.conn
         network = self.network
-        if (
-            conn is None
-            or other is None
-            or network.observers
-            or network.faults
-            or self.error
-            or self.shut
-            or self.dead
-            or not pass_text(conn, other, data, self.clock.now)
-        ):
+        if network.observers or network.faults:
             return False
+        conn, other = self.conn, peer.conn
+        clean = self.clean and peer.clean
+        if conn is None or other is None:
+            return False
+        if not clean and (self.error or self.shut or self.dead):
+            return False
+        if not pass_text(conn, other, data, self.clock.now, clean):
+            return False
+        self.clean = peer.clean = True
         if self.waker is None or conn.t_retransmit < self.waker:
             self._set_waker(conn.t_retransmit)
         if peer.waker is None or other.t_ack < peer.waker:
@@ -462,6 +463,7 @@ class Sock:
     def disconnect(self) -> None:
         """`tcp_disconnect`: back to a socket that was never connected, its bind(2) kept."""
         conn = self.conn
+        self.clean = False
         if conn is not None:
             old = conn.state
             conn.on_transition = None
@@ -687,6 +689,7 @@ class Sock:
         """Send what the connection wants sent, set its timers, follow its state."""
         conn = self.conn
         assert conn is not None
+        self.clean = False
         if conn.out:
             assert self.peer_key is not None
             self.host.flush(self.peer_key)
@@ -1353,6 +1356,7 @@ class Host:
         self.up = False
         for sock in self.sockets():
             sock.dead = True
+            sock.clean = False
             sock.notify()
         self.tcp.clear()
         self.listeners.clear()
