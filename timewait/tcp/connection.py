@@ -33,7 +33,7 @@ from typing import Any, Final, TypeAlias
 from attrs import frozen
 
 from timewait.tcp.profiles import Profile
-from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, Options, Segment
+from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, URG, Options, Segment
 from timewait.tcp.states import Event, State, Timer
 from timewait.tcp.transitions import Row
 
@@ -212,6 +212,7 @@ class Connection:
         "_last_text",
         "_out_of_order",
         "_pingpong",
+        "_probed",
         "_quick",
         "_rcv_mss",
         "_recover",
@@ -314,6 +315,7 @@ class Connection:
         self._fin = 0  # 1: queued behind the text, 2: sent
         self._out_of_order: tuple[tuple[int, bytes, bool], ...] = ()
         self._recover: int | None = None
+        self._probed = not parameters.tail_loss_probe
         self._rtt_seq: int | None = None
         self._rtt_at = 0.0
         self.srtt: float | None = None
@@ -703,7 +705,11 @@ class Connection:
                 # Nobody can have held back an ACK of what was never acknowledged.
                 most = min(most, (self.snd_una - self.iss - self.passive) & MASK)
             if MASK + 1 - acked > most or self.state is SYN_RECEIVED:
-                return _ACK_TOO_OLD
+                if not self._predicted(seg, flags):
+                    return _ACK_TOO_OLD
+                self._take(seg, now)
+                self._challenge_ack(seg, now)
+                return _SEGMENT
         elif acked:
             of_syn = self.snd_una == self.iss and (
                 self.state is SYN_RECEIVED or self.state is FIN_WAIT_1
@@ -853,6 +859,22 @@ class Connection:
             return False
         return 0 < (self.ts_recent - tolerance - options.ts_val) & MASK < HALF
 
+    def _predicted(self, seg: Segment, flags: int) -> bool:
+        """Whether Linux's short way (tcp_rcv_established) takes the text before the ACK is read.
+
+        It does once the socket has memory at hand, that is after any text either way.
+        """
+        return (
+            self.profile.parameters.linux_checks
+            and self.state is ESTABLISHED
+            and flags & (ACK | FIN | URG) == ACK
+            and bool(seg.data)
+            and seg.seq == self.rcv_nxt
+            and not self._out_of_order
+            and seg.window << self.snd_scale == self.snd_wnd
+            and ((self.snd_nxt - self.iss) & MASK > 1 or (self.rcv_nxt - self.irs) & MASK > 1)
+        )
+
     def _repeats_an_ack(self, seg: Segment, flags: int) -> bool:
         """Whether an old timestamp is only a duplicate ACK overtaken (tcp_disordered_ack)."""
         options = seg.options
@@ -911,6 +933,8 @@ class Connection:
         elif self.retransmits and self.srtt is not None:
             self._set_rto()  # new data acknowledged ends the backoff
         self.retransmits = 0
+        if self._probed:
+            self._probed = not self.profile.parameters.tail_loss_probe
         if acked == flight:
             self.first_sent = None
             self._recover = None
@@ -1225,6 +1249,8 @@ class Connection:
                 return
             sent += n
             left -= n
+        if sent > mss and self.srtt is not None and not self._probed and self.sack:
+            self.t_retransmit = min(self.t_retransmit, now + 2 * self.srtt + 0.008)
         if (left or self._fin == 1) and self.snd_una == self.snd_nxt and self.t_probe == INF:
             self.t_probe = now + self.rto
 
@@ -1385,6 +1411,9 @@ class Connection:
 
     def _retransmit(self, _seg: None, now: float) -> None:
         """The retransmission timer fired: the oldest again, twice the timeout (RFC 6298 §5)."""
+        if not self._probed and self.sack and self._recover is None and self.snd_una != self.iss:
+            self._probe_tail(now)
+            return
         parameters = self.profile.parameters
         self.retransmits += 1
         self._rtt_seq = None
@@ -1399,6 +1428,28 @@ class Connection:
             self._recover = self.snd_nxt
             self._send_oldest(now)
         self.rto = min(2 * self.rto, parameters.rto_max)
+        self.t_retransmit = now + self.rto
+
+    def _probe_tail(self, now: float) -> None:
+        """Something new, else the last segment again; the timeout proper follows (RFC 8985 §7)."""
+        self._probed = True
+        self._rtt_seq = None
+        mss = self._effective_mss()
+        text = (self.snd_nxt - self.snd_una - (self._fin == 2)) & MASK
+        left = len(self._tx) - text
+        if left > 0 and min(left, mss) <= self.snd_wnd - text:
+            seq, n = self.snd_nxt, min(left, mss)
+            self.snd_nxt = (seq + n) & MASK
+            self._emit(ACK | PSH, now, seq, self._tx[text : text + n])
+        else:
+            start = max(0, text - 1) // mss * mss
+            fin = FIN if self._fin == 2 else 0
+            self._emit(
+                ACK | fin | (PSH if text else 0),
+                now,
+                (self.snd_una + start) & MASK,
+                self._tx[start:text],
+            )
         self.t_retransmit = now + self.rto
 
     def _send_oldest(self, now: float) -> None:

@@ -166,6 +166,7 @@ class _Endpoints:
             rto_floor_on_variance=False,
             challenge_interval=0.0,
             quick_acks=0,
+            tail_loss_probe=False,
             timestamps=False,
         )
         self.profile = evolve(profile, parameters=steady)

@@ -47,6 +47,7 @@ class Parameters:
     timestamps: bool = True
     sack: bool = True
     window_scale: int = 7
+    tail_loss_probe: bool = False  # the first timeout repeats the last segment, undoubled
     drop_synfin: bool = False  # a SYN with a FIN opens nothing
     linux_checks: bool = False  # tcp_sequence, tcp_check_req, ... instead of §3.10.7.4's order
     small_sockets: bool = False  # an orphan's FIN_WAIT_2 knows only sequence numbers
@@ -231,6 +232,12 @@ def _orphan_retries(
     parameters["orphan_give_up_after"] = _linux_time_of(value or 8)
 
 
+def _early_retrans(
+    value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+) -> None:
+    parameters["tail_loss_probe"] = value >= 3
+
+
 def _rmem_max(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]) -> None:
     parameters["window_scale"] = min(max(int(value).bit_length() - 1 - 15, 0), 14)
 
@@ -316,6 +323,13 @@ _LINUX_SETTINGS = [
         "tcp_oow_rate_limited",
         "milliseconds between answers to segments that are out of place",
         effect=_times(0.001, "challenge_interval"),
+    ),
+    Setting(
+        "tcp_early_retrans",
+        3,
+        "tcp_schedule_loss_probe; measured",
+        "3: the first retransmission is a tail loss probe, and does not double the timeout",
+        effect=_early_retrans,
     ),
     Setting("tcp_timestamps", 1, "ip-sysctl.rst", "RFC 7323", effect=_to("timestamps")),
     Setting("tcp_sack", 1, "ip-sysctl.rst", "RFC 2018", effect=_to("sack")),
