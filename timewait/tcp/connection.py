@@ -725,7 +725,10 @@ class Connection:
                 return _ACK_TOO_OLD
             of_syn = True  # tcp_ack finds nothing wrong with an ACK of nothing
         # SND.WND, unless the segment is older than the last that told it.
-        if not ((seg.seq - self.snd_wl1) & MASK or (seg.ack - self.snd_wl2) & MASK) & HALF:
+        if (
+            acked <= flight
+            and not ((seg.seq - self.snd_wl1) & MASK or (seg.ack - self.snd_wl2) & MASK) & HALF
+        ):
             self.snd_wl1 = seg.seq
             self.snd_wl2 = seg.ack
             self.snd_wnd = window = seg.window << self.snd_scale
@@ -733,7 +736,7 @@ class Connection:
                 self.max_wnd = window
             if self.t_probe != INF:
                 self._probe_answered(window)
-        if self.timestamps:
+        if self.timestamps and acked <= flight:
             self._note_timestamp(seg)
 
         data = seg.data
