@@ -132,6 +132,8 @@ class Checker:
 
     `profiles` names the profile of each role ("server", "client"), or is
     those profiles; a `RunStarted` in the stream sets those not given.
+    `window` is by how many seconds an observer may report late; without
+    `explain` a divergence is found and not explained, which is quicker.
     `on_end` is called with each `Connection` that is finished with.
     """
 
@@ -140,9 +142,11 @@ class Checker:
         profiles: Profiles | None = None,
         *,
         window: float = 1.0,
+        explain: bool = True,
         on_end: Callable[[Connection], object] | None = None,
     ) -> None:
         self._window = window
+        self._explains = explain
         self._waiting: deque[tuple[float, Event | _Begun]] = deque()
         self._done = float("-inf")
         self._ending: deque[tuple[float, Connection]] = deque()
@@ -185,6 +189,9 @@ class Checker:
         self._count += 1
         t = event.t
         waiting = self._waiting
+        if type(event) is RunStarted:
+            self._drain()  # another run has a clock of its own
+            self._done = float("-inf")
         if type(event) is Called and event.began is not None and event.remote is not None:
             self._insert(event.began, _Begun(event.began, event))
         if not waiting or t >= waiting[-1][0]:
@@ -230,10 +237,13 @@ class Checker:
         if take is not None:
             take(event)
 
-    def verdict(self, problems: Iterable[str] = ()) -> Verdict:
-        """What the events so far amount to; `problems` are faults of the evidence to tell of."""
+    def _drain(self) -> None:
         while self._waiting:
             self._dispatch(*self._waiting.popleft())
+
+    def verdict(self, problems: Iterable[str] = ()) -> Verdict:
+        """What the events so far amount to; `problems` are faults of the evidence to tell of."""
+        self._drain()
         self._problems[:0] = problems
         for connection in self.connections():
             self._settle(connection)
@@ -854,6 +864,9 @@ class Checker:
         """Nothing explains the observation: say why not, and what would."""
         event = event.call if isinstance(event, _Begun) else event
         model, mode = connection.model, connection.mode
+        if not self._explains:
+            self._diverge(connection, event, "not allowed", "")
+            return
         why, rule = reasons.reason(
             model, number, symbol, (self._profiles[0].name, self._profiles[1].name)
         )

@@ -119,9 +119,9 @@ def _by_the_wire(
         return None
     end = sequence.reset_by
     if end is not None:
-        causes = {_HOW.get(pair[end] >> 28 & 15, ("RST", None)) for pair in pairs}
-        why = _one({cause[1] for cause in causes if cause[0] == "RST"})
-        return (_SIDES[end], "RST", why)
+        causes = [_HOW.get(cause) for cause in sorted({pair[end] >> 28 & 15 for pair in pairs})]
+        reasons = [cause[1] for cause in causes if cause and cause[0] == "RST"]
+        return (_SIDES[end], "RST", ", or ".join(reasons) or None)
     first = [flow.fin is not None and not flow.fin_after for flow in (sequence.a, sequence.b)]
     who = {(True, False): "server", (False, True): "client", (True, True): "both"}.get(
         (first[0], first[1])

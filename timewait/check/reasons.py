@@ -5,7 +5,7 @@ nearest course of events that would have led where the observer looked.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from timewait.check import explanations as ex
 from timewait.check.explanations import Explanations, Pair, Step
@@ -215,24 +215,32 @@ _KINDS = (
 def story(model: Explanations, mode: int, number: int, symbol: int) -> tuple[str, ...]:
     """The fewest steps, seen or not, after which the observation would have been allowed."""
     unseen = mode & ~(ex.SEES_A | ex.SEES_B | ex.SEGMENTS | ex.CALLS_A | ex.CALLS_B)
-    queue: deque[tuple[Pair, tuple[str, ...]]] = deque(
-        ((ex.send(a), ex.send(b)), ()) for a, b in sorted(model.members(number))
-    )
-    reached = {pair for pair, _ in queue}
-    while queue:
-        pair, steps = queue.popleft()
-        if len(steps) > 8:
-            break
-        if model.agrees(unseen, pair, symbol):
-            return (*steps, "and then what was seen") if steps else ()
-        for after, text in _next(model, unseen, pair):
-            if after not in reached:
-                reached.add(after)
-                queue.append((after, (*steps, text)))
+    begin = {(ex.send(a), ex.send(b)) for a, b in model.members(number)}
+    came: dict[Pair, tuple[Pair, Step] | None] = dict.fromkeys(sorted(begin))
+    queue: deque[tuple[Pair, int]] = deque((pair, 0) for pair in came)
+    while queue and len(came) < _STORIES:
+        pair, length = queue.popleft()
+        if length and model.agrees(unseen, pair, symbol):
+            return (*_told(came, pair), "and then what was seen")
+        if length == _LONGEST:
+            continue
+        for end in (0, 1):
+            for step in model.steps(unseen, pair, end):
+                following = ex.after(pair, step)
+                if following not in came:
+                    came[following] = (pair, step)
+                    queue.append((following, length + 1))
     return ()
 
 
-def _next(model: Explanations, mode: int, pair: Pair) -> Iterator[tuple[Pair, str]]:
-    for end in (0, 1):
-        for step in model.steps(mode, pair, end):
-            yield ex.after(pair, step), _step_text(pair, step)
+_STORIES = 20_000
+_LONGEST = 5
+
+
+def _told(came: dict[Pair, tuple[Pair, Step] | None], pair: Pair) -> list[str]:
+    steps: list[str] = []
+    before = came[pair]
+    while before is not None:
+        steps.insert(0, _step_text(*before))
+        before = came[before[0]]
+    return steps

@@ -1,0 +1,117 @@
+"""Files good and bad: each fault is named with its line, what can be checked still is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from timewait.check import check
+from timewait.check.evidence import read
+from timewait.commands.check import command as check_command
+from timewait.commands.mutate import command as mutate_command
+
+TRACES = Path(__file__).parent / "traces"
+GOOD = TRACES / "server-first.jsonl"
+
+
+def timewait_check(*args: object) -> Result:
+    return CliRunner().invoke(check_command, [str(arg) for arg in args], standalone_mode=False)
+
+
+def problems(lines: list[str], where: Path) -> tuple[list[str], bool]:
+    """What is said of a file of these lines, and whether what is left of it conforms."""
+    where.write_text("\n".join(lines) + "\n")
+    told: list[str] = []
+    verdict = check(read(where, told.append))
+    return told, bool(verdict)
+
+
+def test_a_line_per_connection_and_then_the_verdict() -> None:
+    done = timewait_check(GOOD)
+    assert done.return_value == 0
+    first, second, _, verdict, *_ = done.output.splitlines()
+    assert "the server closed first" in first
+    assert "the server closed first" in second
+    assert verdict == "conforms, on strong evidence"
+
+
+def test_a_capture_is_read_like_events() -> None:
+    done = timewait_check(TRACES / "loopback.pcap")
+    assert done.return_value == 0
+    assert done.output.count("closed first") == 9
+
+
+def test_json_is_one_document() -> None:
+    done = timewait_check(GOOD, "--json")
+    document = json.loads(done.output)
+    assert document["conforms"] is True
+    assert document["divergence"] is None
+    assert document["evidence"]["strength"] == "strong"
+    assert [c["closed_first"] for c in document["connections"]] == ["server", "server"]
+
+
+def test_another_profile_diverges_and_says_where() -> None:
+    done = timewait_check(GOOD, "--profile", "server=windows", "--json")
+    assert done.return_value == 1
+    divergence = json.loads(done.output)["divergence"]
+    assert divergence["rule"].startswith("windows profile, TIME_WAIT lasts 120 s")
+    assert "snapshot" in divergence["event"]
+
+
+def test_half_a_line_at_the_end(tmp_path: Path) -> None:
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(GOOD.read_bytes()[:-100])
+    told: list[str] = []
+    assert check(read(cut, told.append))
+    (only,) = told
+    assert only.startswith(f"line {len(GOOD.read_text().splitlines())}: cut off")
+
+
+def test_unknown_fields_states_and_schemas_are_named_by_line(tmp_path: Path) -> None:
+    lines = GOOD.read_text().splitlines()
+    lines[0] = lines[0].replace('"schema":1', '"schema":2')
+    lines[5] = lines[5].replace("{", '{"colour":"blue",', 1)
+    at = next(i for i, line in enumerate(lines) if '"new":"CLOSE_WAIT"' in line)
+    lines[at] = lines[at].replace("CLOSE_WAIT", "HALF_OPEN")
+    told, conforms = problems(lines, tmp_path / "odd.jsonl")
+    assert [text.split(":")[0] for text in told] == ["line 1", "line 6", f"line {at + 1}"]
+    assert "HALF_OPEN" in told[2]
+    assert conforms  # what was left out was not missed
+
+
+def test_events_out_of_order_are_named_and_left_out(tmp_path: Path) -> None:
+    lines = GOOD.read_text().splitlines()
+    moves = [i for i, line in enumerate(lines) if '"transition"' in line]
+    lines.append(lines.pop(moves[3]))
+    told, conforms = problems(lines, tmp_path / "disorder.jsonl")
+    (only,) = told
+    assert only.startswith(f"line {len(lines)}: out of order")
+    assert conforms
+
+
+def test_two_runs_in_one_file(tmp_path: Path) -> None:
+    lines = GOOD.read_text().splitlines() + (TRACES / "abort.jsonl").read_text().splitlines()
+    told, conforms = problems(lines, tmp_path / "two.jsonl")
+    (only,) = told
+    assert only.startswith(f"line {len(GOOD.read_text().splitlines()) + 1}: another run begins")
+    assert conforms
+
+
+def test_what_is_no_such_file_is_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("")
+    for wrong, why in ((empty, "no event could be read"), (tmp_path / "none", "does not exist")):
+        done = timewait_check(wrong)
+        assert done.exception is not None
+        assert why in str(done.exception)
+
+
+def test_mutate_as_a_command() -> None:
+    done = CliRunner().invoke(mutate_command, [str(GOOD), "--json"], standalone_mode=False)
+    assert done.return_value == 0
+    document = json.loads(done.output)
+    assert document["unexplained"] == 0
+    assert document["mutants"] == document["rejected"] + document["allowed"]
+    assert set(document["operators"]["rst-invented"]) == {"mutants", "rejected", "allowed"}

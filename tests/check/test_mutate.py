@@ -1,0 +1,79 @@
+"""No false pass: mutants of real traces are rejected, or TCP allows them for a named reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from timewait.check import check
+from timewait.check.evidence import read
+from timewait.events import Event
+from timewait.lab.mutate import OPERATORS, Result, mutants, run
+from timewait.tcp.profiles import profile
+
+TRACES = sorted((Path(__file__).parent / "traces").glob("*.jsonl"))
+
+
+def trace(path: Path) -> list[Event]:
+    return list(read(path, lambda problem: None))
+
+
+def held_to(paths: list[Path]) -> Result:
+    result = Result()
+    for path in paths:
+        run(trace(path), result=result)
+    kinds = {name: outcome.examples for name, outcome in result.outcomes.items()}
+    assert result.unexplained == 0, kinds
+    return result
+
+
+def test_one_run_of_the_kernel() -> None:
+    result = held_to([path for path in TRACES if path.stem == "server-first"])
+    assert len(result.outcomes) >= 20
+    assert result.rejected > 0.95 * result.made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_all_of_them_two_thousand_mutants_by_more_than_twenty_operators() -> None:
+    result = held_to(TRACES)
+    assert result.made >= 2000
+    assert len(result.outcomes) >= 20
+    assert result.rejected > 0.95 * result.made
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "time-wait-on-the-wrong-side",
+        "time-wait-two-seconds-short",
+        "time-wait-missing",
+        "rst-invented",
+        "sequence-off-by-one",
+        "ack-of-unsent",
+        "bind-should-fail",
+        "ack-of-fin-dropped",
+    ],
+)
+def test_none_of_these_passes(operator: str) -> None:
+    made = 0
+    for path in TRACES:
+        if path.stem in ("server-first", "unread-data"):
+            for mutant in mutants(trace(path), operators=[operator]):
+                made += 1
+                assert not check(mutant.events), f"{path.stem} event {mutant.at} {mutant.what}"
+    assert made > 0
+
+
+def test_every_operator_changes_something_somewhere() -> None:
+    used = {m.operator for path in TRACES for m in mutants(trace(path))}
+    assert used == set(OPERATORS)
+
+
+def test_a_trace_that_does_not_conform_teaches_nothing() -> None:
+    events = trace(TRACES[0])
+    slow = {"server": profile("rfc9293"), "client": profile("rfc9293")}
+    wrong = next(m for m in mutants(events) if m.operator == "transition-dropped")
+    with pytest.raises(ValueError, match="does not conform"):
+        run(wrong.events, profiles=slow)

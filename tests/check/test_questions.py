@@ -1,0 +1,129 @@
+"""Who closed first and why, who holds TIME_WAIT: told from what each real observer saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from timewait.check import Answers, Checker, Connection, answers, check
+from timewait.check.evidence import read
+from timewait.events import Called, Event, RunStarted, SegmentSeen, Snapshot, Transition
+
+TRACES = Path(__file__).parent / "traces"
+
+
+def trace(name: str) -> list[Event]:
+    """What Linux 6.18's observers saw of a built-in scenario on loopback."""
+    problems: list[str] = []
+    events = list(read(TRACES / name, problems.append))
+    assert not problems
+    return events
+
+
+def told(events: list[Event]) -> list[Answers]:
+    found: list[Answers] = []
+
+    def ended(connection: Connection) -> None:
+        found.append(answers(connection))
+
+    checker = Checker(on_end=ended)
+    for event in events:
+        checker.feed(event)
+    assert checker.verdict()
+    return found
+
+
+def without(events: list[Event], *kinds: type) -> list[Event]:
+    """The events as they would be if some observers had not been there, and not been named."""
+    head, *rest = events
+    assert isinstance(head, RunStarted)
+    names = {Transition: "tracepoint", SegmentSeen: "capture"}
+    blind = {names[kind] for kind in kinds if kind in names}
+    observers = [name for name in head.observer.split("+") if name not in blind]
+    kept: list[Event] = [evolve(head, observer="+".join(observers))]
+    return kept + [event for event in rest if not isinstance(event, kinds)]
+
+
+@pytest.mark.parametrize(
+    ("name", "who", "how", "why", "holder"),
+    [
+        ("server-first", "server", "FIN", "its application closed", "server"),
+        ("clients-first", "client", "FIN", "its application closed", "client"),
+        ("half-close", "client", "FIN", "its application closed", "client"),
+        ("abort", "server", "RST", "its application aborted (SO_LINGER 0)", "nobody"),
+        ("unread-data", "server", "RST", "its application closed with data unread", "nobody"),
+        ("orphan", "server", "FIN", "its application closed", "nobody"),
+        ("close-wait-leak", "client", "FIN", "its application closed", "nobody"),
+    ],
+)
+@pytest.mark.parametrize(
+    "blind", [(), (SegmentSeen,), (Transition,), (Transition, SegmentSeen)], ids=str
+)
+def test_who_closed_first_is_told_from_any_mixture_that_has_the_calls(
+    name: str, who: str, how: str, why: str, holder: str, blind: tuple[type, ...]
+) -> None:
+    for answer in told(without(trace(f"{name}.jsonl"), *blind)):
+        assert (answer.closed_first, answer.how, answer.why) == (who, how, why)
+        assert answer.time_wait == holder
+
+
+def test_segments_alone_tell_who_closed_first_and_not_always_why() -> None:
+    seen = told(trace("loopback.pcap"))
+    assert [(a.closed_first, a.how) for a in seen] == [
+        ("server", "FIN"),
+        ("client", "FIN"),
+        ("server", "RST"),  # data was left unread; it could have been an abort
+        ("server", "RST"),  # nothing was ever sent: it can only have been an abort
+        ("client", "FIN"),
+        ("client", "FIN"),
+        ("server", "FIN"),
+        ("client", "FIN"),
+        ("server", "RST"),  # nobody listened
+    ]
+    assert seen[2].why is not None
+    assert "unread" in seen[2].why
+    assert "SO_LINGER 0" in seen[2].why
+    assert seen[3].why == "its application aborted (SO_LINGER 0)"
+
+
+def test_looks_without_calls_leave_the_closer_open() -> None:
+    events = without(trace("abort.jsonl"), Called, Transition, SegmentSeen)
+    assert all(answer.closed_first is None for answer in told(events))
+
+
+def test_a_forgotten_close_wait_is_named() -> None:
+    (first, _) = told(trace("close-wait-leak.jsonl"))
+    assert first.owes is not None
+    assert first.owes.startswith("the server's application has not closed (CLOSE_WAIT)")
+
+
+def test_time_wait_lasts_from_60_seconds_to_a_step_of_the_timer_wheel_longer() -> None:
+    for answer in told(trace("server-first.jsonl")):
+        assert answer.until is not None
+        earliest, latest = answer.until
+        assert latest is not None
+        assert 0 < latest - earliest < 2.3
+
+
+def test_what_was_delivered_is_counted_from_the_segments() -> None:
+    for answer in told(trace("half-close.jsonl")):
+        assert answer.delivered == (1000, 0)
+
+
+def test_every_part_of_the_evidence_conforms_by_itself() -> None:
+    for path in sorted(TRACES.glob("*.jsonl")):
+        events = trace(path.name)
+        for blind in ((Called,), (Snapshot,), (Transition,), (SegmentSeen,), (Called, Snapshot)):
+            verdict = check(without(events, *blind))
+            assert verdict, f"{path.name} without {blind}: {verdict.explain()}"
+
+
+def test_the_stronger_the_evidence_the_stronger_the_verdict() -> None:
+    events = trace("server-first.jsonl")
+    assert check(events).evidence.strength == "strong"
+    weak = check(without(events, Transition, SegmentSeen)).evidence
+    assert weak.strength == "weak"
+    assert "segments" in weak.unseen
+    assert "states between two looks" in "; ".join(weak.inferred)
