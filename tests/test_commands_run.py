@@ -110,6 +110,17 @@ def test_a_run_is_kept_as_json_lines(tmp_path: Path) -> None:
     assert run.check()
 
 
+def test_both_runs_are_kept_in_one_file_and_checked_again(tmp_path: Path) -> None:
+    path = tmp_path / "both.jsonl"
+    assert timewait("run", "clients-first", "--events", str(path)).returncode == 0
+    with path.open("rb") as lines:
+        runs = list(Run.each_from_events(events.read(lines)))
+    assert [run.stack for run in runs] == ["kernel", "model"]
+    assert [run.time_wait.holder for run in runs] == ["client", "client"]
+    assert all(run.check() for run in runs)
+    assert timewait("check", str(path)).returncode == 0
+
+
 def test_servers_that_set_the_option_start_again() -> None:
     for option in ("--reuse-address", "--reuse-port"):
         told = document("server-first", option)

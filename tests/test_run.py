@@ -145,8 +145,9 @@ def test_json_has_the_documented_keys() -> None:
 
 
 def test_events_without_a_head_are_no_run() -> None:
-    with pytest.raises(ValueError, match="run's head"):
-        Run.from_events([])
+    for events in ([], [Restart(1, True)]):
+        with pytest.raises(ValueError, match="run's head"):
+            Run.from_events(events)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -8,10 +8,11 @@ JSON Lines (`Run.from_events`) answers the same.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import cached_property
 from ipaddress import ip_address
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import anyio
@@ -85,16 +86,36 @@ class Run:
 
     @classmethod
     def from_events(cls, events: Iterable[Event]) -> Run:
-        """The run that these events, from `timewait.events.read`, tell of.
+        """The run that these events, from `timewait.events.read`, tell of; of several the first.
 
         Raises `ValueError` where they do not begin with a run's head.
         """
-        stream = tuple(events)
-        head = stream[0] if stream else None
-        if not isinstance(head, RunStarted):
+        found = next(cls.each_from_events(events), None)
+        if found is None:
             raise ValueError("these events do not begin with a run's head")
-        scenario = Scenario.from_dict(head.scenario or {})
-        return cls(scenario, head.stack, head.observer, head.blind, head.profiles, stream)
+        return found
+
+    @classmethod
+    def each_from_events(cls, events: Iterable[Event]) -> Iterator[Run]:
+        """The runs of one stream, one after the other (`timewait run --on both` writes two).
+
+        Raises `ValueError` where they do not begin with a run's head.
+        """
+        stream = list(events)
+        heads = [n for n, event in enumerate(stream) if isinstance(event, RunStarted)]
+        if stream and heads[:1] != [0]:
+            raise ValueError("these events do not begin with a run's head")
+        for head, after in pairwise([*heads, len(stream)]):
+            first, *rest = stream[head:after]
+            assert isinstance(first, RunStarted)
+            yield cls(
+                Scenario.from_dict(first.scenario or {}),
+                first.stack,
+                first.observer,
+                first.blind,
+                first.profiles,
+                (first, *sorted(rest, key=lambda event: event.t)),
+            )
 
     @property
     def port(self) -> int:
@@ -291,10 +312,6 @@ def _orchestrator(
     return Orchestrator(scenario, stack, take, unheard if wait is True else wait or None)
 
 
-def _run(seen: list[Event]) -> Run:
-    return Run.from_events(seen[:1] + sorted(seen[1:], key=lambda event: event.t))
-
-
 async def run(
     scenario: Scenario,
     on: str | Stack = "kernel",
@@ -328,7 +345,7 @@ async def run(
             await anyio.to_thread.run_sync(stack.run, orchestrator.perform)
         else:
             await orchestrator.perform()
-    return _run(seen)
+    return Run.from_events(seen)
 
 
 def run_sync(
@@ -347,4 +364,4 @@ def run_sync(
     with closing(_stack(scenario, on, observer, profiles, allow_network)) as stack:
         orchestrator = _orchestrator(scenario, stack, seen, record, wait)
         stack.run(orchestrator.perform, backend)
-    return _run(seen)
+    return Run.from_events(seen)
