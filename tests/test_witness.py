@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import socket
@@ -404,3 +405,55 @@ def test_refused_by_time_wait_tells_the_rule_and_when(seen: Witness, port: HeldP
     Pair(port).close("server", "client", "listener")
     with pytest.raises(AssertionError, match=r"(?s)why: .*SO_REUSEADDR.*free in \d\d s$"):
         seen.assert_bindable(port)
+
+
+@pytest.fixture
+def without_sock_diag(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("psutil")
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "no sock_diag")
+
+    monkeypatch.setattr("timewait.kernel.sock_diag.sockets", refused)
+    monkeypatch.setattr("timewait.kernel.sock_diag.SockDiag", refused)
+
+
+@pytest.mark.usefixtures("without_sock_diag")
+def test_psutil_serves_where_there_is_no_sock_diag(port: HeldPort) -> None:
+    with Witness() as seen:
+        pair = Pair(port)
+        pair.client.close()
+        (leak,) = seen.leaks
+        assert (leak.side, leak.state, leak.pid) == ("server", State.CLOSE_WAIT, os.getpid())
+        pair.close("server", "listener")
+        seen.assert_closed_by("client", port)
+        seen.assert_no_leak()
+        assert [end.side for end in seen.time_wait] == ["client"]
+        assert seen.time_wait[0].seconds_left is None
+        assert "timers and queues: psutil shows states only" in seen.blind
+
+
+@pytest.mark.usefixtures("without_sock_diag")
+def test_psutil_sees_a_childs_sockets(port: HeldPort) -> None:
+    with (
+        Witness() as seen,
+        subprocess.Popen(
+            [sys.executable, "-c", SERVER, "leak"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as child,
+    ):
+        assert child.stdout is not None
+        number = int(child.stdout.readline())
+        socket.create_connection(("127.0.0.1", number)).close()
+        with pytest.raises(AssertionError, match=rf"CLOSE_WAIT .*\(pid {child.pid}\)"):
+            seen.assert_no_leak()
+        child.communicate("\n")
+
+
+@pytest.mark.usefixtures("without_sock_diag")
+def test_without_any_way_to_list_sockets_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(OSError, match="no way to list TCP sockets here: neither sock_diag nor"):
+        Witness()

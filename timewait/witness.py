@@ -211,6 +211,8 @@ class Witness(Connections):
 
     def _owner(self, inode: int | None) -> int | None:
         """The process of this tree that has the socket open."""
+        if self._diag is None:
+            return inode or None  # psutil has told whose it is
         if not inode or inode in self._not_ours:
             return None
         if self._owned is None:
@@ -233,7 +235,8 @@ class Witness(Connections):
         """What could not be seen, in words."""
         blind = []
         if self._diag is None:
-            blind.append("no timers and no state at the moment of a call: psutil shows states only")
+            blind.append("timers and queues: psutil shows states only")
+            blind.append("states at the moment of a call, but for what the call itself tells")
         if len(self._children) > 1:
             blind.append(
                 f"what child processes did between two looks, {_PERIOD * 1000:.0f} ms apart"
@@ -342,13 +345,13 @@ def table() -> Callable[[int | None], list[Row]]:
         ) from None
 
     def states(port: int | None) -> list[Row]:
-        own = _tree(os.getpid())
+        own = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
         return [
             Row(
                 (conn.laddr[0], conn.laddr[1]),
                 (conn.raddr[0], conn.raddr[1]) if conn.raddr else ("0.0.0.0", 0),
                 State.parse(conn.status),
-                inode=conn.fd if conn.pid in own else 0,
+                inode=conn.pid if conn.pid in own else 0,  # it has no better name there
             )
             for conn in psutil.net_connections(kind="tcp")
             if conn.laddr and port in (None, conn.laddr[1], conn.raddr[1] if conn.raddr else None)
