@@ -185,8 +185,17 @@ def test_limits_are_checked_after_the_tests_own_fixtures_are_gone(suite: Run) ->
         @pytest.mark.tcp(no_leaks=True)
         def test_marked(connection): pass
 
+        @pytest.fixture
+        def closed_later():
+            sockets = []
+            yield sockets
+            for sock in sockets:
+                sock.close()
+
         @pytest.mark.tcp(no_leaks=True)
-        def test_with_the_fixture_asked_for_last(connection, tcp): pass
+        def test_with_the_fixture_asked_for_last(closed_later, tcp_port, tcp):
+            closed_later += pair(tcp_port)
+            assert len(tcp.leaks) == 2
     """)
     result.assert_outcomes(passed=2)
 

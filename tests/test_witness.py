@@ -210,31 +210,44 @@ def test_what_was_there_before_is_not_blamed(port: HeldPort) -> None:
     before.listener.close()
 
 
-def test_another_process_is_not_blamed() -> None:
-    code = (
-        "import socket, os\n"
-        "a = socket.create_server(('127.0.0.1', 0))\n"
-        "b = socket.create_connection(a.getsockname())\n"
-        "print(flush=True); input()"
-    )
-    shell = f'{sys.executable} -c "{code}" & echo started; wait'
-    # Not a child of this process by the time it opens its sockets: its parent has ended.
-    daemon = f"import subprocess; subprocess.Popen(['sh', '-c', {shell!r}], start_new_session=True)"
-    with Witness() as seen:
-        process = subprocess.Popen(
-            [sys.executable, "-c", daemon],
+STRANGER = """
+import os, socket, sys
+if os.fork():
+    os._exit(0)  # the child is nobody's child now
+own = socket.create_server(("127.0.0.1", 0))
+pair = socket.create_connection(own.getsockname()), own.accept()[0]
+print(flush=True)
+guest = socket.create_connection(("127.0.0.1", int(input())))
+print(flush=True)
+input()
+"""
+
+
+def test_another_process_is_not_blamed(port: HeldPort) -> None:
+    with (
+        port.listen() as listener,
+        subprocess.Popen(
+            [sys.executable, "-c", STRANGER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-        )
-        assert process.stdout is not None
-        process.wait()
-        seen._children.clear()
-        assert process.stdout.readline() == "started\n"
-        seen.assert_no_leak()
-        assert process.stdin is not None
-        process.stdin.close()
-        process.stdout.close()
+        ) as stranger,
+    ):
+        assert stranger.stdin is not None
+        assert stranger.stdout is not None
+        stranger.wait()  # what goes on is its orphan
+        with Witness() as seen:
+            stranger.stdout.readline()
+            print(port, file=stranger.stdin, flush=True)
+            stranger.stdout.readline()
+            assert [each.port for each in seen.connections] == [port.number]  # it is our guest
+            server, _ = listener.accept()
+            server.close()
+            (connection,) = seen.connections
+            assert connection.client is not None
+            assert connection.client.state is State.CLOSE_WAIT
+            seen.assert_no_leak()  # that is the guest's, not ours
+        stranger.stdin.close()
 
 
 SERVER = """
