@@ -145,7 +145,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_step_that_hangs_is_one_line_and_status_2(tmp_path: Path) -> None:
     path = tmp_path / "hang.toml"
-    Scenario(time_limit=0.1).listen().connect().eof("server").save(path)
+    Scenario(time_limit=1).listen().connect().eof("server").save(path)
     done = timewait("run", str(path))
     assert (done.returncode, done.stdout) == (2, "")
     assert "step 3 (server sees the end of the stream) hung" in done.stderr
