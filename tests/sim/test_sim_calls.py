@@ -7,7 +7,7 @@ import pytest
 from timewait.cli import main as timewait
 from timewait.kernel.namespace import why_not
 from timewait.lab import calls
-from timewait.sim.host import Sock
+from timewait.sim.sock import Sock
 
 WHY_NOT = why_not()
 needs_namespace = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

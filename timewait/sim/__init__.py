@@ -1,7 +1,8 @@
 """An internet of modelled hosts, under an asyncio loop whose clock is virtual."""
 
 from timewait.sim.host import Host
-from timewait.sim.loop import Deadlock, LeavesSimulation, SimLoop, run
+from timewait.sim.inside import LeavesSimulation
+from timewait.sim.loop import Deadlock, SimLoop, run
 from timewait.sim.network import Fault, Link, Network, Observer
 from timewait.sim.socket import SimSocket, WouldBlockForever, current_host
 

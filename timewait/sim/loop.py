@@ -11,45 +11,34 @@ is refused.
 
 from __future__ import annotations
 
-import _thread
 import asyncio
-import errno
 import os
-import random
 import selectors
 import signal
-import socket
-import sys
 import threading
-import time
 from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping
 from contextvars import copy_context
 from heapq import heapify, heappop
 from typing import Any, Final, NoReturn, TypeVar
 from zlib import crc32
 
 from timewait.sim.express import read_all
-from timewait.sim.host import HERE, Host, Sock
+from timewait.sim.host import HERE, Host
+from timewait.sim.inside import LeavesSimulation, getaddrinfo, inside, leaves
 from timewait.sim.network import Network
-from timewait.sim.socket import SimSocket, current_host
+from timewait.sim.sock import Sock
 
-__all__ = ["Deadlock", "LeavesSimulation", "SimLoop", "SimSelector", "run"]
+__all__ = ["Deadlock", "SimLoop", "SimSelector", "run"]
 
 T = TypeVar("T")
 
 INF: Final = float("inf")
-EPOCH: Final = 1_767_225_600.0  # what time.time() says at the start: 2026-01-01T00:00:00Z
 
 
 class Deadlock(RuntimeError):
     """Nothing is ready, and nothing will ever happen: the message names who waits for what."""
-
-
-class LeavesSimulation(RuntimeError):
-    """The program tried to use a real socket, a thread or a process inside a simulation."""
 
 
 class SimSelector(selectors.BaseSelector):
@@ -419,7 +408,7 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     async def getaddrinfo(self, host: Any, port: Any, **hints: Any) -> Any:
         """Names of the simulated network."""
-        return _getaddrinfo(host, port, **hints)
+        return getaddrinfo(host, port, **hints)
 
     async def _create_server_getaddrinfo(self, *args: Any, **named: Any) -> list[_Info]:
         infos = await super()._create_server_getaddrinfo(*args, **named)  # type: ignore[misc]
@@ -438,31 +427,31 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     async def subprocess_exec(self, *args: Any, **named: Any) -> NoReturn:
         """Refused."""
-        _leaves("a subprocess")
+        leaves("a subprocess")
 
     async def subprocess_shell(self, *args: Any, **named: Any) -> NoReturn:
         """Refused."""
-        _leaves("a subprocess")
+        leaves("a subprocess")
 
     async def create_datagram_endpoint(self, *args: Any, **named: Any) -> NoReturn:
         """Refused: only TCP is simulated."""
-        _leaves("a datagram socket")
+        leaves("a datagram socket")
 
     async def create_unix_connection(self, *args: Any, **named: Any) -> NoReturn:
         """Refused: only TCP is simulated."""
-        _leaves("a Unix socket")
+        leaves("a Unix socket")
 
     async def create_unix_server(self, *args: Any, **named: Any) -> NoReturn:
         """Refused: only TCP is simulated."""
-        _leaves("a Unix socket")
+        leaves("a Unix socket")
 
     async def connect_read_pipe(self, *args: Any, **named: Any) -> NoReturn:
         """Refused."""
-        _leaves("a pipe")
+        leaves("a pipe")
 
     async def connect_write_pipe(self, *args: Any, **named: Any) -> NoReturn:
         """Refused."""
-        _leaves("a pipe")
+        leaves("a pipe")
 
     # Signals come from outside, between two callbacks.
 
@@ -569,7 +558,7 @@ def run(
     first = next(iter(network.hosts.values()))
     context = copy_context()
     context.run(HERE.set, first)
-    with _inside(network, seed):
+    with inside(network, seed):
         loop = SimLoop(network)
         runner = asyncio.Runner(loop_factory=lambda: loop, debug=debug)
         try:
@@ -587,203 +576,6 @@ def _note(error: BaseException, now: float) -> None:
     text = f"{now:.6f} s into the simulation"
     if text not in getattr(error, "__notes__", ()):
         error.add_note(text)
-
-
-# Inside a simulation.
-
-_network: Network | None = None
-_thread_inside = 0
-_hooked = False
-
-
-@contextmanager
-def _inside(network: Network, seed: int | str) -> Iterator[None]:
-    """Put the simulation in the place of the machine, and the machine back afterwards."""
-    global _network, _thread_inside, _hooked
-    if _network is not None:
-        raise RuntimeError("a simulation runs already")
-    if not _hooked:
-        sys.addaudithook(_audit)
-        _hooked = True
-    clock = network.clock
-
-    def sleep(seconds: float) -> None:
-        """Nothing of the program runs meanwhile, but its kernel and the network do."""
-        until = clock.now + seconds
-        while clock.run_until(until):
-            pass
-
-    replaced: list[tuple[Any, str, Any]] = [
-        (socket, "socket", SimSocket),
-        (socket, "create_connection", _create_connection),
-        (socket, "create_server", _create_server),
-        (socket, "getaddrinfo", _getaddrinfo),
-        (socket, "gethostbyname", lambda name: _getaddrinfo(name, 0, socket.AF_INET)[0][4][0]),
-        (socket, "gethostname", lambda: current_host().name),
-        (socket, "getfqdn", lambda name="": name or current_host().name),
-        (socket, "socketpair", lambda *a, **k: _leaves("a socket pair")),
-        (socket, "fromfd", _fromfd),
-        (threading.Thread, "start", _guarded(threading.Thread.start, "a thread")),
-        (_thread, "start_new_thread", _guarded(_thread.start_new_thread, "a thread")),
-        (time, "monotonic", lambda: clock.now),
-        (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
-        (time, "time", lambda: EPOCH + clock.now),
-        (time, "time_ns", lambda: int((EPOCH + clock.now) * 1e9)),
-        (time, "sleep", sleep),
-    ]
-    originals = [(where, name, getattr(where, name)) for where, name, _ in replaced]
-    dice = random.getstate()
-    random.seed(f"{seed}/random")
-    _network, _thread_inside = network, threading.get_ident()
-    for where, name, ours in replaced:
-        setattr(where, name, ours)
-    try:
-        yield
-    finally:
-        for where, name, theirs in originals:
-            setattr(where, name, theirs)
-        _network, _thread_inside = None, 0
-        random.setstate(dice)
-
-
-_REFUSED: Final = {
-    "socket.__new__": "a real socket",
-    "socket.getaddrinfo": "a real name look-up",
-    "socket.gethostbyname": "a real name look-up",
-    "subprocess.Popen": "a subprocess",
-    "os.system": "a subprocess",
-    "os.fork": "a subprocess",
-    "os.posix_spawn": "a subprocess",
-}
-
-
-def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if event in _REFUSED and _network is not None and threading.get_ident() == _thread_inside:
-        _leaves(_REFUSED[event])
-
-
-def _guarded(original: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """Refuse in the simulation's own thread what raises no audit event before Python 3.13."""
-
-    def call(*args: Any, **named: Any) -> Any:
-        if threading.get_ident() == _thread_inside:
-            _leaves(what)
-        return original(*args, **named)
-
-    return call
-
-
-def _leaves(what: str) -> NoReturn:
-    raise LeavesSimulation(
-        f"{what} would leave the simulation: inside, only simulated TCP sockets "
-        "of the event loop's own thread exist"
-    )
-
-
-def _getaddrinfo(
-    host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
-) -> list[tuple[Any, Any, int, str, Any]]:
-    here = current_host()
-    if isinstance(host, bytes):
-        host = host.decode()
-    if isinstance(port, (str, bytes)):
-        try:
-            port = int(port)
-        except ValueError:
-            ports = {"http": 80, "https": 443, "ftp": 21, "ssh": 22, "smtp": 25, "domain": 53}
-            if str(port) not in ports:
-                raise socket.gaierror(
-                    socket.EAI_SERVICE, "Servname not supported for ai_socktype"
-                ) from None
-            port = ports[str(port)]
-    if host in (None, ""):
-        names = ["0.0.0.0", "::"] if flags & socket.AI_PASSIVE else ["::1", "127.0.0.1"]
-        found = [n for n in names if family in (0, socket.AF_INET6 if ":" in n else socket.AF_INET)]
-    else:
-        found = here.resolve(host, family)
-        if not found:
-            if here.resolve(host):
-                raise socket.gaierror(
-                    socket.EAI_ADDRFAMILY, "Address family for hostname not supported"
-                )
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    kinds = [
-        (kind, number)
-        for kind, number in (
-            (socket.SOCK_STREAM, socket.IPPROTO_TCP),
-            (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
-        )
-        if type in (0, kind) and proto in (0, number)
-    ]
-    if not kinds:
-        raise socket.gaierror(socket.EAI_SOCKTYPE, "ai_socktype not supported")
-    mapped = isinstance(host, str) and host.lower().startswith("::ffff:")
-    answers: list[tuple[Any, Any, int, str, Any]] = []
-    for address in found:
-        for kind, number in kinds:
-            if ":" in address:
-                answers.append((socket.AF_INET6, kind, number, "", (address, port or 0, 0, 0)))
-            elif mapped:
-                full = (f"::ffff:{address}", port or 0, 0, 0)
-                answers.append((socket.AF_INET6, kind, number, "", full))
-            else:
-                answers.append((socket.AF_INET, kind, number, "", (address, port or 0)))
-    return answers
-
-
-def _create_connection(
-    address: tuple[str, int], timeout: Any = None, source_address: Any = None, **_: Any
-) -> SimSocket:
-    """socket.create_connection, which must not have to wait here."""
-    failure: OSError | None = None
-    for family, kind, number, _name, target in _getaddrinfo(*address, 0, socket.SOCK_STREAM):
-        sock = SimSocket(family, kind, number)
-        try:
-            if source_address:
-                sock.bind(source_address)
-            sock.connect(target)
-        except OSError as error:
-            failure = error
-            sock.close()
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise failure or OSError("getaddrinfo returns an empty list")
-
-
-def _create_server(
-    address: Any,
-    *,
-    family: int = socket.AF_INET,
-    backlog: int | None = None,
-    reuse_port: bool = False,
-    dualstack_ipv6: bool = False,
-) -> SimSocket:
-    sock = SimSocket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dualstack_ipv6 else 1)
-        sock.bind(address)
-        sock.listen(128 if backlog is None else backlog)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _fromfd(fd: int, family: int, type: int, proto: int = 0) -> SimSocket:
-    sock = current_host().network.files.get(fd)
-    if sock is None:
-        raise OSError(errno.EBADF, "Bad file descriptor")
-    first = SimSocket(fileno=fd)
-    again = first.dup()
-    first.detach()
-    return again
 
 
 # Who waits for what.

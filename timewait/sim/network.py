@@ -28,7 +28,8 @@ from timewait.sim.clock import Clock
 from timewait.tcp.segment import ACK, FIN, RST, SYN, Segment, seq_add, seq_le
 
 if TYPE_CHECKING:
-    from timewait.sim.host import Host, Sock
+    from timewait.sim.host import Host
+    from timewait.sim.sock import Sock
 
 __all__ = ["Fault", "Key", "Link", "Network", "Observer", "canonical"]
 

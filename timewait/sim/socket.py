@@ -2,7 +2,7 @@
 
 It takes `socket.socket`'s place while a simulation runs, with the same
 methods, the same argument checks and the same errors; only what a socket can
-do is here, what it means is in `timewait.sim.host`. Options that are not
+do is here, what it means is in `timewait.sim.sock`. Options that are not
 modelled are refused with ENOPROTOOPT, other kinds of sockets with
 EAFNOSUPPORT or ESOCKTNOSUPPORT, and what would have to wait in blocking mode
 with `WouldBlockForever`: nothing can block in virtual time.
@@ -19,8 +19,9 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
-from timewait.sim.host import AF_INET, AF_INET6, HERE, Host, Sock, fail
+from timewait.sim.host import HERE, Host
 from timewait.sim.ports import is_v4
+from timewait.sim.sock import AF_INET, AF_INET6, CONNECTED, Sock, fail
 
 __all__ = ["SimSocket", "WouldBlockForever", "current_host"]
 
@@ -269,7 +270,7 @@ class SimSocket:
             if number:
                 sock.disconnect()
                 raise OSError(number, os.strerror(number)) from None
-            sock.phase = 2
+            sock.phase = CONNECTED
 
     def connect_ex(self, address: Any) -> int:
         """As `connect`, returning the errno."""
