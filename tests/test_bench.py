@@ -1,6 +1,7 @@
 """The benchmark users run: its statistics, its courses, its document. No figure is asserted."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -278,7 +279,11 @@ def test_bad_input_is_one_line_and_status_2(args: list[str], why: str) -> None:
 def test_interrupted_it_prints_what_it_has() -> None:
     command = [sys.executable, "-m", "timewait.bench", "--json", "--kind", "plain"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(2.5)
+    here = os.readlink("/proc/self/ns/net")
+    while os.readlink(f"/proc/{child.pid}/ns/net") == here:  # until it is on its own
+        assert child.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)
     child.send_signal(signal.SIGINT)
     out, _ = child.communicate(timeout=30)
     assert child.returncode == 130
