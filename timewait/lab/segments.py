@@ -178,7 +178,7 @@ def _random_step(dice: random.Random, view: _View, case: Case, has_fd: bool) -> 
             ["send", "recv", "shutdown_write", "shutdown_read", "close", "linger_close"],
             [30, 30, 14, 4, 14, 4],
         )[0]
-        size = dice.choice([1, 100, 1000, 3000]) if call in ("send", "recv") else 0
+        size = dice.choice([1, 100, 1000]) if call in ("send", "recv") else 0
         return Step(call, size)
     if dice.random() < 0.06:
         return Step("wait", dice.choice([100, 300]))
@@ -253,9 +253,6 @@ class _Kernel:
 
     def __init__(self) -> None:
         self.wire = Wire(((LOCAL, 16),), (REMOTE,), offload=False)
-        # The model has no congestion control: nothing is resent but by the timer.
-        self.wire.sysctl("net.ipv4.tcp_early_retrans", 0)
-        self.wire.sysctl("net.ipv4.tcp_recovery", 0)
         self.wire.sysctl("net.ipv4.tcp_syncookies", 0)
         self.wire.sysctl("net.ipv4.tcp_max_syn_backlog", 65535)
         self.listener = self.wire.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -585,13 +582,16 @@ def _look_at_model(
 
 
 def _comparable(sent: list[_Sent]) -> list[_Sent]:
-    """All but text that is sent again: which, when and in what pieces is congestion control's."""
-    kept, highest = [], 0
+    """All but what is sent again after text: which, when and in what pieces is not compared."""
+    kept, highest, text = [], 0, False
     for segment in sent:
-        again = segment.length and segment.seq < highest < 0x80000000
+        text = text or segment.length > 0
+        again = segment.seq < highest < 0x80000000 and (
+            segment.length or (text and segment.flags & FIN)
+        )
         if not again:
             kept.append(segment)
-            highest = max(highest, segment.seq + segment.length)
+            highest = max(highest, segment.seq + segment.length + (segment.flags & FIN))
     return kept
 
 

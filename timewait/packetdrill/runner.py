@@ -126,6 +126,7 @@ class _Connection:
     live_local: tuple[str, int]
     live_remote: tuple[str, int]
     passive: bool
+    answered: bool = False  # whether an active opener has got its first SYN,ACK
     script_local_isn: int = 0
     script_remote_isn: int = 0
     live_local_isn: int | None = None
@@ -446,7 +447,8 @@ class _Runner:
         if packet.protocol == "icmp":
             return self.icmp(event, packet, connection, tos, ttl)
         syn = bool(packet.flags & SYN)
-        if syn and packet.flags & ACK and not connection.passive:
+        if syn and packet.flags & ACK and not connection.passive and not connection.answered:
+            connection.answered = True
             connection.script_remote_isn = connection.live_remote_isn = packet.seq
         seq = packet.seq + (0 if syn else connection.live_remote_isn)
         offset = self.local_offset(connection, syn)
