@@ -327,7 +327,7 @@ class Connection:
         self._ato = 0.0
         self._quick = 0
         self._pingpong = False
-        self._rcv_mss = min(mss, 536)
+        self._rcv_mss = mss if mss < 536 else 536
         self._last_text = -INF
         self._small = iss  # SND.NXT after the last segment that was not full
         self.last_challenge = -INF
@@ -604,8 +604,7 @@ class Connection:
         """After a passive OPEN nobody has been told of this connection yet."""
         if not self.passive:
             return self._in_window(seg, flags, now)
-        paws = self._paws(seg, now, 0)
-        if flags & (SYN | RST | ACK) == SYN and seg.seq == self.irs and not paws:
+        if flags & _CONTROL == SYN and seg.seq == self.irs and not self._paws(seg, now, 0):
             return _SYN_AGAIN
         if not self.profile.parameters.linux_checks:
             return self._in_window(seg, flags, now)
@@ -613,7 +612,11 @@ class Connection:
         self.rcv_adv = (self.rcv_nxt + min(self.rcv_buf, 0xFFFF)) & MASK
         if flags & (ACK | RST) == ACK and seg.ack != self.snd_nxt:
             return _ACK_OF_UNSENT
-        if paws or not self._fits_request(seg) or self._echoes_another_syn(seg, now):
+        if (
+            self._paws(seg, now, 0)
+            or not self._fits_request(seg)
+            or self._echoes_another_syn(seg, now)
+        ):
             return _RST_OUTSIDE if flags & RST else _UNACCEPTABLE
         if flags & RST:
             return _RST_TO_PASSIVE if seg.seq == self.rcv_nxt else _RST_IN_WINDOW
@@ -711,10 +714,9 @@ class Connection:
                 self._challenge_ack(seg, now)
                 return _SEGMENT
         elif acked:
-            of_syn = self.snd_una == self.iss and (
-                self.state is SYN_RECEIVED or self.state is FIN_WAIT_1
-            )
             of_fin = self._fin == 2 and acked == flight
+            if self.snd_una == self.iss:
+                of_syn = self.state is SYN_RECEIVED or self.state is FIN_WAIT_1
             self._acknowledged(seg.ack, acked, flight, now)
             if of_syn and self.write_shut and self.state is SYN_RECEIVED:
                 # The user has shut down already: go on from FIN_WAIT_1.
@@ -746,11 +748,16 @@ class Connection:
                 if again and not of_fin:
                     return again
             else:
-                if self.orphaned or self.read_shut:
+                if (self.orphaned or self.read_shut) and (data or seg.seq != nxt):
                     end = (seg.seq + len(data) - self.rcv_nxt) & MASK
                     if 0 < end < HALF and self.write_shut and self.state is not SYN_RECEIVED:
                         return _TEXT_AFTER_CLOSE
-                if self._take(seg, now):
+                if not data and seg.seq == nxt and not self._out_of_order:
+                    self.rcv_nxt = (nxt + 1) & MASK
+                    fin = True
+                else:
+                    fin = self._take(seg, now)
+                if fin:
                     if of_fin:
                         return _FIN_AND_ACK_OF_FIN
                     return _FIN_AND_ACK_OF_SYN if of_syn else _FIN
@@ -939,8 +946,7 @@ class Connection:
         if self._probed:
             self._probed = not self.profile.parameters.tail_loss_probe
         if acked == flight:
-            self.first_sent = None
-            self._recover = None
+            self.first_sent = self._recover = None
             self.t_retransmit = self.t_user = INF
         else:
             self.first_sent = now
@@ -1112,7 +1118,7 @@ class Connection:
             self.rcv_wup = self.rcv_nxt
             if not self.rcv_scale:
                 scale = None
-        sack = bool(parameters.sack and (not answer or self.sack))
+        sack = self.sack if answer else parameters.sack
         if self.timestamps:
             options = Options(self.adv_mss, scale, sack, self._tsval(now), self.ts_recent)
         else:
@@ -1140,7 +1146,7 @@ class Connection:
         if options.window_scale is None:
             self.snd_scale = self.rcv_scale = 0
         else:
-            self.snd_scale = min(options.window_scale, 14)
+            self.snd_scale = options.window_scale if options.window_scale < 14 else 14
             self.rcv_scale = self.profile.parameters.window_scale
         if options.ts_val is None:
             self.timestamps = False
@@ -1163,7 +1169,8 @@ class Connection:
 
     def _synchronize(self, seg: Segment, now: float) -> None:
         self._note_syn(seg)
-        self.rcv_adv = (self.rcv_nxt + (self.rcv_buf if self.rcv_buf < 0xFFFF else 0xFFFF)) & MASK
+        window = self.rcv_buf if self.rcv_buf < 0xFFFF else 0xFFFF
+        self.rcv_adv = (self.rcv_nxt + window) & MASK
         self._acknowledged(seg.ack, 1, 1, now)
         self._establish(seg, now)
 
@@ -1178,7 +1185,7 @@ class Connection:
             self.t_keepalive = now + self.options.keepalive[0]
 
     def _return_to_listen(self, _seg: Segment, now: float) -> None:
-        self._stop()
+        self.t_retransmit = self.t_user = INF
         self.snd_una = self.snd_nxt = self.iss
         self.rcv_nxt = self.irs = 0
         self.retransmits = 0
@@ -1282,7 +1289,10 @@ class Connection:
         seq = self.snd_nxt
         self.snd_nxt = (seq + 1) & MASK
         if self.t_retransmit == INF:
-            self._start_retransmitting(now)
+            self.first_sent = now
+            self.t_retransmit = now + self.rto
+            if self.options.user_timeout is not None:
+                self.t_user = now + self.options.user_timeout
         self._emit(ACK | FIN, now, seq)
 
     def _give_text(self, _data: bytes, now: float) -> None:
@@ -1371,15 +1381,12 @@ class Connection:
         self.fin_received = True
 
     def _forget(self, _seg: Any, now: float) -> None:
-        self._stop()
+        self.t_retransmit = self.t_ack = self.t_probe = INF
+        self.t_keepalive = self.t_wait = self.t_user = INF
         self._tx = b""
         self._fin = 0
         self._out_of_order = ()
         self.write_shut = True
-
-    def _stop(self) -> None:
-        self.t_retransmit = self.t_ack = self.t_probe = INF
-        self.t_keepalive = self.t_wait = self.t_user = INF
 
     def _report_refused(self, _seg: Segment, now: float) -> None:
         self.error = errnos.ECONNREFUSED
@@ -1394,7 +1401,7 @@ class Connection:
         self.error = errnos.ETIMEDOUT
 
     def _start_time_wait(self, _seg: Any, now: float) -> None:
-        self._stop()
+        self.t_retransmit = self.t_ack = self.t_probe = self.t_keepalive = self.t_user = INF
         self.last_challenge = -INF
         self.t_wait = now + self.profile.parameters.time_wait
 
@@ -1503,9 +1510,8 @@ class Connection:
         self.rcv_adv = (nxt + (window << scale)) & MASK
         if seq is None:
             seq = self.snd_nxt
-            beyond = (seq - self.snd_una - self.snd_wnd) & MASK
-            if beyond and not beyond & HALF:
-                seq = self._within_window(beyond)
+            if (self.snd_una + self.snd_wnd - seq) & HALF:
+                seq = self._within_window()
         self.out.append(
             Segment(
                 seq,
@@ -1519,8 +1525,7 @@ class Connection:
             )
         )
         self.rcv_wup = nxt
-        if self.t_ack != INF:
-            self.t_ack = INF
+        self.t_ack = INF
         if self._ack_due:
             self._ack_due = 0
             if self._quick:
@@ -1540,8 +1545,9 @@ class Connection:
                 window = space - space % self._rcv_mss
         return (window + (1 << scale) - 1) >> scale
 
-    def _within_window(self, beyond: int) -> int:
+    def _within_window(self) -> int:
         """Where to send an ACK from when the peer's window has shrunk (tcp_acceptable_seq)."""
+        beyond = (self.snd_nxt - self.snd_una - self.snd_wnd) & MASK
         if not self.profile.parameters.linux_checks or beyond < 1 << self.rcv_scale > 1:
             return self.snd_nxt
         return (self.snd_una + self.snd_wnd) & MASK

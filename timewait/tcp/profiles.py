@@ -121,6 +121,17 @@ def _to(*names: str) -> _Effect:
     return effect
 
 
+def _flag(name: str) -> _Effect:
+    """A setting that switches a parameter on or off."""
+
+    def effect(
+        value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+    ) -> None:
+        parameters[name] = bool(value)
+
+    return effect
+
+
 def _times(factor: float, name: str) -> _Effect:
     def effect(
         value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
@@ -331,8 +342,8 @@ _LINUX_SETTINGS = [
         "3: the first retransmission is a tail loss probe, and does not double the timeout",
         effect=_early_retrans,
     ),
-    Setting("tcp_timestamps", 1, "ip-sysctl.rst", "RFC 7323", effect=_to("timestamps")),
-    Setting("tcp_sack", 1, "ip-sysctl.rst", "RFC 2018", effect=_to("sack")),
+    Setting("tcp_timestamps", 1, "ip-sysctl.rst", "RFC 7323", effect=_flag("timestamps")),
+    Setting("tcp_sack", 1, "ip-sysctl.rst", "RFC 2018", effect=_flag("sack")),
     Setting(
         "tcp_rmem_max",
         33554432,
@@ -497,7 +508,7 @@ def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool
             man,
             "1: a SYN with a FIN is dropped",
             verified,
-            effect=_to("drop_synfin"),
+            effect=_flag("drop_synfin"),
         ),
         Setting(
             "nolocaltimewait",
@@ -576,7 +587,7 @@ _WINDOWS_SETTINGS = [
         "netsh interface tcp show global: disabled unless asked for",
         "RFC 7323",
         False,
-        effect=_to("timestamps"),
+        effect=_flag("timestamps"),
     ),
 ]
 
