@@ -1,6 +1,8 @@
 """What tests share: an ordinary user, and a copy of the package that one can read."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,4 +27,8 @@ def importable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def nobody() -> tuple[str, ...]:
     """The beginning of a command line that runs the rest as an ordinary user."""
-    return ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    become = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    tried = subprocess.run([*become, sys.executable, "-c", ""], capture_output=True, text=True)
+    if tried.returncode:  # (a Python in somebody's home, whose library nobody else can read)
+        pytest.skip(f"an ordinary user cannot run {sys.executable}: {tried.stderr.strip()}")
+    return become
