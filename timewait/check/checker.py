@@ -590,6 +590,8 @@ class Checker:
         ends = (local, remote) if passive else (remote, local)
         mode = 0 if _same_host(*ends) else ex.DOUBLES
         if self._declared and _same_host(*ends):
+            by = "model" if self._declared == ex.EVERY else "tracepoint"
+            self._sources.add(f"every transition ({by})")
             mode = self._declared | self._declared << 2 | self._declared_segments
         # What a run does not make itself may be older than it, or seen in part: a connect() is
         # reported before it has a port.

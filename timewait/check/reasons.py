@@ -46,6 +46,18 @@ def _rule(rows: list[tuple[Event, Row]], old: int) -> str:
     return "; ".join(f"({State(old).name}, {event.name}): {row.source}" for event, row in rows[:4])
 
 
+def _unreported(pairs: Iterable[Pair], looked_at: dict[int, int]) -> str:
+    """Transitions to what was seen, shown by segments and reported by nobody, in words."""
+    found: dict[str, None] = {}
+    for pair in pairs:
+        for end in (0, 1):
+            if pair[end] & ex.UNREPORTED:
+                old, new = pair[end] >> 40 & 15, pair[end] >> 36 & 15
+                if looked_at.get(end) == new:
+                    found[f"the {_SIDES[end]}'s {_state(old)} -> {_state(new)}"] = None
+    return f"; nobody reported {' or '.join(found)}" if found else ""
+
+
 def reason(
     model: Explanations, number: int, symbol: int, profiles: tuple[str, str]
 ) -> tuple[str, str]:
@@ -91,7 +103,8 @@ def reason(
             else (f"what leads to {was}")
         )
         return (
-            f"the {_SIDES[end]} can only be in {was}, not in {_state(state)}",
+            f"the {_SIDES[end]} can only be in {was}, not in {_state(state)}"
+            + _unreported(pairs, {end: state}),
             f"{profiles[end]} profile, {rule}",
         )
     if what == 3:
@@ -100,7 +113,7 @@ def reason(
         could = ", ".join(f"{_state(x)} with {_state(y)}" for x, y in together[:6])
         return (
             f"the server in {_state(a)} and the client in {_state(b)} do not go together; "
-            f"possible: {could}{', ...' if len(together) > 6 else ''}",
+            f"possible: {could}{', ...' if len(together) > 6 else ''}{_unreported(pairs, {0: a, 1: b})}",
             "RFC 9293 §3.6, §3.10",
         )
     if symbol == ex.ALL_DELIVERED:

@@ -136,7 +136,7 @@ class Verdict:
             lines.append(str(first))
             more = len(self.divergences) - 1
             if more:
-                lines.append(f"({more} more connection{'s'[: more != 1]} diverge)")
+                lines.append(f"({more} more divergence{'s'[: more != 1]})")
         for head, words in (
             ("seen", seen.seen),
             ("inferred", seen.inferred),
