@@ -113,7 +113,8 @@ def reason(
         could = ", ".join(f"{_state(x)} with {_state(y)}" for x, y in together[:6])
         return (
             f"the server in {_state(a)} and the client in {_state(b)} do not go together; "
-            f"possible: {could}{', ...' if len(together) > 6 else ''}{_unreported(pairs, {0: a, 1: b})}",
+            f"possible: {could}{', ...' if len(together) > 6 else ''}"
+            + _unreported(pairs, {0: a, 1: b}),
             "RFC 9293 §3.6, §3.10",
         )
     if symbol == ex.ALL_DELIVERED:
