@@ -20,6 +20,7 @@ from timewait.sim import run as simulate
 __all__ = ["Bind", "Churn", "Outcome", "binds", "churn", "dealt_out"]
 
 _FIRST: int = 20_000  # the lowest of the ephemeral ports in a churn's own namespace
+_PATIENCE: float = 30.0  # seconds for the ports to run out, well below TIME_WAIT's
 _TIME_WAIT: float = 60.0  # TCP_TIMEWAIT_LEN, include/net/tcp.h
 
 
@@ -150,6 +151,10 @@ class _Tally:
     since: float | None = None
     busy: float = 0.0
 
+    def goes_on(self, now: float) -> bool:
+        """Whether there is time left, or the ports have not run out as they soon must."""
+        return now < self.ends or (self.ran_out is None and now < self.began + _PATIENCE)
+
     def refused(self, now: float) -> None:
         """No port is left."""
         if self.ran_out is None:
@@ -199,7 +204,7 @@ def _churn(seconds: float) -> tuple[int | None, float, float]:
         address = listener.getsockname()
         now = time.monotonic()
         tally = _Tally(now, now + seconds)
-        while (now := time.monotonic()) < tally.ends:
+        while tally.goes_on(now := time.monotonic()):
             with socket.socket() as client:
                 try:
                     client.connect(address)
@@ -225,7 +230,7 @@ def _churn_on_the_model(ports: int, reuse: int, seconds: float) -> tuple[int | N
         with socket.create_server(("127.0.0.1", 9090), backlog=1024) as listener:
             listener.setblocking(False)
             tally = _Tally(loop.time(), loop.time() + seconds)
-            while loop.time() < tally.ends:
+            while tally.goes_on(loop.time()):
                 with socket.socket() as client:
                     client.setblocking(False)
                     try:
