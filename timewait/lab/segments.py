@@ -38,7 +38,6 @@ from timewait.packetdrill.on_model import ModelSocket, ModelStack
 from timewait.packetdrill.script import Option
 from timewait.packetdrill.settings import Settings
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
-from timewait.tcp.states import State
 
 __all__ = ["Case", "Difference", "Fuzzer", "Step"]
 
@@ -562,7 +561,7 @@ def _on_model(case: Case, times: list[float], looks: float, profile: str) -> _Tr
     drain()
     _look_at_model(stack, live, sock, remote)
     for row in stack.rows():
-        if row.remote == remote and row.state is State.TIME_WAIT and row.seconds_left is not None:
+        if row.remote == remote and row.timer == "time_wait" and row.seconds_left is not None:
             live.trace.time_wait_ends = looks + row.seconds_left
     for open_socket in (sock, listener):
         if open_socket is not None:
