@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -35,9 +36,22 @@ __all__ = ["command"]
     metavar="NAME[=VALUE]",
     help="A name for #ifdef, or a word the script uses.",
 )
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Scripts on the kernel at a time, each in a namespace of its own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
-    files: tuple[Path, ...], on: str, profile: str, defines: tuple[str, ...], as_json: bool
+    files: tuple[Path, ...],
+    on: str,
+    profile: str,
+    defines: tuple[str, ...],
+    jobs: int,
+    as_json: bool,
 ) -> int:
     """Run packetdrill scripts (a directory stands for the .pkt files in it).
 
@@ -45,8 +59,11 @@ def command(
     nothing leaves the namespace. What a script asks beyond the known language
     makes it "unsupported". Exit status: 0 if all passed, 1 if not.
     """
-    from timewait.packetdrill import play
+    from timewait.packetdrill import Outcome, play
+    from timewait.tcp.profiles import PROFILES
 
+    if profile not in PROFILES:
+        raise click.UsageError(f"no such profile: {profile!r} (there are {', '.join(PROFILES)})")
     scripts = [
         path
         for given in files
@@ -56,17 +73,27 @@ def command(
         raise click.UsageError("no .pkt files there")
     names = dict(item.partition("=")[::2] for item in defines)
     stacks = ("model", "kernel") if on == "both" else (on,)
-    rows = []
-    for path in scripts:
-        for stack in stacks:
-            outcome = play(path, on=stack, profile=profile, defines=names)
-            rows.append((stack, outcome))
-            if not as_json:
-                where = f":{outcome.line}" if outcome.line else ""
-                head = f"{outcome.outcome:<12}" + (f"{stack:<8}" if on == "both" else "")
-                click.echo(f"{head}{path}{where}" + (f": {outcome.why}" if outcome.why else ""))
-                if outcome.diagram:
-                    click.echo("\n".join("    " + row for row in outcome.diagram.splitlines()))
+    rows: list[tuple[str, Outcome]] = []
+
+    def outcome_of(job: tuple[Path, str]) -> Outcome:
+        path, stack = job
+        return play(path, on=stack, profile=profile, defines=names)
+
+    todo = [(path, stack) for path in scripts for stack in stacks]
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            for (path, stack), outcome in zip(todo, pool.map(outcome_of, todo), strict=True):
+                rows.append((stack, outcome))
+                if not as_json:
+                    where = f":{outcome.line}" if outcome.line else ""
+                    head = f"{outcome.outcome:<12}" + (f"{stack:<8}" if on == "both" else "")
+                    tail = f": {outcome.why}" if outcome.why else ""
+                    click.echo(f"{head}{path}{where}{tail}")
+                    if outcome.diagram:
+                        click.echo("\n".join("    " + r for r in outcome.diagram.splitlines()))
+    except OSError as trouble:
+        where = f"{trouble.filename}: " if trouble.filename else ""
+        raise click.ClickException(f"{where}{trouble.strerror or trouble}") from None
     counts = {
         name: sum(outcome.outcome == name for _, outcome in rows)
         for name in ("passed", "failed", "unsupported")

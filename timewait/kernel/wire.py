@@ -51,7 +51,7 @@ class Wire:
         device: str | None = None,
         offload: bool = True,
     ) -> None:
-        self.name = "wire0"
+        self.name = "tun0"  # whatever it is: that is what public scripts call it
         self._file: io.FileIO | socket.socket | None = None
         try:
             self.namespace = Namespace()
