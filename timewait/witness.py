@@ -187,8 +187,8 @@ class Witness(Connections):
             seen.entry, seen.pid = entry, os.getpid()
             if entry.ends and entry.ends[-1].state not in (State.CLOSED, None):
                 seen.move(entry.ends[-1].state, entry.ends[-1].t)
-            if self._diag is None:
-                return
+            if self._diag is None or (entry.side == "server" and not entry.ends and seen.state):
+                return  # (an accepted connection was looked at when its client connected)
             for way in (key, key[::-1]):
                 try:
                     row = self._diag.lookup(*way)
