@@ -470,3 +470,26 @@ def test_without_any_way_to_list_sockets_it_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "psutil", None)
     with pytest.raises(OSError, match="no way to list TCP sockets here: neither sock_diag nor"):
         Witness()
+
+
+def test_uvloops_sockets_are_known_by_the_listener_and_what_they_leave(port: HeldPort) -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        async with Witness() as seen:
+            server = await asyncio.start_server(serve, sock=port.listen())
+            _, writer = await asyncio.open_connection("127.0.0.1", port.number)
+            writer.close()
+            await writer.wait_closed()
+            assert await seen.settled()
+            seen.assert_closed_by("client", port)
+            seen.assert_no_leak()
+            assert [end.side for end in seen.time_wait] == ["client"]
+            server.close()
+            await server.wait_closed()
+
+    uvloop.run(main())

@@ -201,9 +201,9 @@ class Witness(Connections):
                     self._seen[way].move(None, now)
 
     def _poll(self) -> None:
-        """Look now and then while there are children: their calls are not in the ledger."""
+        """Look now and then while calls are made that no ledger notes: children's, uvloop's."""
         while not self._stop.wait(_PERIOD):
-            if _children(os.getpid()):
+            if "uvloop" in sys.modules or _children(os.getpid()):
                 began = time.monotonic()
                 self._look()
                 if self._stop.wait((time.monotonic() - began) * 10):  # at most a tenth of a core
@@ -281,6 +281,8 @@ class Witness(Connections):
         """Whether this code had a part in the connection."""
         if seen.pid is not None or self._listening.get(seen.local[1]):
             return True
+        if self._listening.get(seen.remote[1]) and seen.local[0] == seen.remote[0]:
+            return True  # its other end, at a port listened on here, was never seen
         mirror = self._seen.get((seen.remote, seen.local))
         return mirror is not None and (
             mirror.pid is not None or self._listening.get(mirror.local[1], False)
