@@ -136,8 +136,8 @@ class Churn:
 
     @property
     def inside(self) -> bool:
-        """Whether as many connections were made as the model makes before the ports run out."""
-        return self.connections == self.model_connections
+        """Whether the ports, if they ran out, did so at the very connection of the model."""
+        return self.connections in (None, self.model_connections)
 
 
 @define

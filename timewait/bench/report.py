@@ -274,8 +274,7 @@ def _churns(churns: list[Churn]) -> list[RenderableType]:
         )
     ports, machine = churns[0].ports, churns[0].machine_ports
     return _titled(
-        f"Connections to one place, {ports} ephemeral ports (for ever: with this machine's "
-        f"{machine})",
+        f"Connections to one place, {ports} ports (for ever: this machine's {machine})",
         table,
     )
 
