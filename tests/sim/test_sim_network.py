@@ -147,7 +147,12 @@ def test_a_partition_is_waited_out_and_healed():
         reader, writer = await asyncio.open_connection("web", 80)
         await reader.readline()
         network.partition(web)
+        writer.write(b"lost")
         writer.write_eof()
+        await asyncio.sleep(1)
+        (row,) = client.rows(80)
+        assert (str(row.state), row.send_q, row.timer) == ("FIN_WAIT_1", 5, "retransmit")
+        assert row.retransmits > 0
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(reader.read(), 5)
         network.heal()

@@ -687,6 +687,9 @@ def _row(sock: Sock, key: Key, now: float) -> Row:
         (_shown(sock, key[2]), key[3]),
         conn.state,
         recv_q=conn.readable_bytes,
+        # Not acknowledged yet, our SYN and FIN counted (write_seq - snd_una).
+        send_q=len(conn._tx) + bool(conn._fin) + (conn.state is State.SYN_SENT),
+        retransmits=conn.retransmits,
         timer=timer,
         seconds_left=left,
         inode=sock.fd if sock.fd >= 0 else 0,
