@@ -727,13 +727,22 @@ class Connection:
                 return _ACK_TOO_OLD
             of_syn = True  # tcp_ack finds nothing wrong with an ACK of nothing
         # SND.WND, unless the segment is older than the last that told it.
+        window = seg.window << self.snd_scale
+        wl1 = (seg.seq - self.snd_wl1) & MASK
         if (
             acked <= flight
-            and not ((seg.seq - self.snd_wl1) & MASK or (seg.ack - self.snd_wl2) & MASK) & HALF
+            and not (wl1 or (seg.ack - self.snd_wl2) & MASK) & HALF
+            # tcp_may_update_window: what is only smaller is no news.
+            and (
+                wl1
+                or acked
+                or window >= self.snd_wnd
+                or not (window and self.profile.parameters.linux_checks)
+            )
         ):
             self.snd_wl1 = seg.seq
             self.snd_wl2 = seg.ack
-            self.snd_wnd = window = seg.window << self.snd_scale
+            self.snd_wnd = window
             if window > self.max_wnd:
                 self.max_wnd = window
             if self.t_probe != INF:
