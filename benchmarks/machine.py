@@ -223,6 +223,7 @@ def measure(quick: bool) -> Iterator[Figure]:
         1.5,
         lower_is_better=True,
     )
+    del small, large
     worlds = WORLDS[:2] if quick else WORLDS
     found = [explore(LINUX, world) for world in worlds]
     yield Figure(
