@@ -19,6 +19,7 @@ from timewait.check import explanations as ex
 from timewait.check import reasons
 from timewait.check.binds import RULE, Binds, Holder, Options
 from timewait.check.explanations import Explanations
+from timewait.check.order import Entry, in_any_order, lane
 from timewait.check.sequence import DROPPED, Contradiction, Sequence
 from timewait.check.verdict import (
     Divergence,
@@ -67,10 +68,6 @@ class _Begun(NamedTuple):
     call: Called
 
 
-# An observation: its time, the mode, the symbol, the event, and the set that it was made of.
-_Entry = tuple[float, int, int, "Event | _Begun", int]
-
-
 @define(eq=False)
 class Connection:
     """What is known of one connection; `ends[0]` is the server's address."""
@@ -98,8 +95,9 @@ class Connection:
     # What was seen since a quiet moment, after which set; and what is not explained yet.
     base: int = 0
     untangled: bool = False  # the last observation was put into another order
-    history: list[_Entry] = field(factory=list)
-    held: list[_Entry] = field(factory=list)
+    history: list[Entry] = field(factory=list)
+    held: list[Entry] = field(factory=list)
+    lossy: bool = False  # some of its segments were missed
     suspect: SegmentSeen | None = None  # a gap before it, and no sign that segments get lost
     stuck: bool = False  # something is held, or it has diverged
     expires: list[float] = field(factory=lambda: [0.0, 0.0])  # by its timer, when last looked at
@@ -330,7 +328,8 @@ class Checker:
         """A socket without a peer: it listens, or it does not."""
         if event.local[1] == 0:
             return
-        known = self._listeners.get(event.local, State.CLOSED if self._declared else event.old)
+        all_seen = self._declared and not self._lost
+        known = self._listeners.get(event.local, State.CLOSED if all_seen else event.old)
         self._listeners[event.local] = event.new
         if event.new is State.LISTEN:
             self._listening.add(event.local)
@@ -375,7 +374,8 @@ class Checker:
         if connection.divergence is not None:
             return
         seen = connection.mode & ex.SEGMENTS
-        connection.mode |= ex.SEGMENTS
+        if not connection.lossy:
+            connection.mode |= ex.SEGMENTS
         try:
             kind = sequence.take(end == 1, event.flags, event.seq, event.ack, event.length, event.t)
         except Contradiction as wrong:
@@ -385,8 +385,8 @@ class Checker:
             connection.suspect = event
         if event.lost:
             kind |= DROPPED
-        if event.flags & RST and not seen and not self._from_start:
-            return  # What it answers went before.
+        if connection.lossy or (event.flags & RST and not seen and not self._from_start):
+            return  # What it is about, or answers, may have been missed.
         self._advance(connection, kind, event)
 
     def _snapshot(self, event: Snapshot) -> None:
@@ -559,18 +559,21 @@ class Checker:
         if event.source != "file":  # whose reader has told of it
             lost = f"{event.source} lost {event.count} events before {event.t:.6f} s"
             self._problems.append(lost)
+        self._listeners.clear()
         segments = event.source not in _EXACT or event.source == "model"
         states = event.source in _EXACT or event.source == "file"
         for connection in self.connections():
             self._settle(connection)
             mode = connection.mode
-            if segments and connection.sequence is not None:
+            if segments:
                 mode &= ~ex.SEGMENTS
-                connection.sequence.forget()
+                connection.lossy = True
+                if connection.sequence is not None:
+                    connection.sequence.forget()
             if states:
                 mode &= ~(ex.SEES_A | ex.SEES_B)
             connection.mode = mode
-            connection.number = connection.model.close(mode, connection.number)
+            connection.number = connection.model.unwatched(mode, connection.number)
             connection.base = connection.number
             connection.history.clear()
 
@@ -691,16 +694,16 @@ class Checker:
         """Two observers' clocks differ a little: try what they saw in other orders.
 
         Each observer's own order stands, and nothing is moved by more than
-        `_EARLIER` has it. What is not explained so far may be by what is still to come.
+        `timewait.check.order` has it. What is not explained so far may be by what is still to come.
         """
         t, _, symbol, event, _ = connection.held[0]
         entries = [*connection.history, *connection.held]
         # The model's own clock is nobody else's: what it reports is in order.
-        if connection.mode & _IN_ORDER or len({_lane(e[2]) for e in entries}) == 1:
+        if connection.mode & _IN_ORDER or len({lane(e[2]) for e in entries}) == 1:
             connection.held.clear()
             self._explain(connection, connection.number, symbol, event)
             return
-        number = _in_any_order(connection.model, connection.base, entries)
+        number = in_any_order(connection.model, connection.base, entries)
         if number:
             connection.history.extend(connection.held)
             connection.held.clear()
@@ -851,7 +854,8 @@ class Checker:
         seen = connection.mode
         both = ex.SEES_A & seen and ex.SEES_B & seen
         sequence = connection.sequence
-        if both or (sequence is not None and (sequence.exact or sequence.presumed)):
+        whole = sequence is not None and not connection.lossy
+        if both or (sequence and whole and (sequence.exact or sequence.presumed)):
             self._strong += 1
         elif seen & (ex.SEES_A | ex.SEES_B | ex.SEGMENTS):
             self._partial += 1
@@ -976,57 +980,6 @@ _PEERLESS: Final = [0 if state is State.LISTEN else int(state) for state in Stat
 
 def _is_call(event: Event | _Begun) -> bool:
     return isinstance(event, Called | _Begun)
-
-
-def _lane(symbol: int) -> int:
-    """Whose observation this is: the segments', the transitions', the looks', the calls'."""
-    return (0, 1, 2, 2, 3)[symbol >> 9]
-
-
-# By how much an observation may have been made before one of another lane that has an earlier
-# time. A look at a table is given its time when the table has been read; a capture has a clock
-# of its own; calls and transitions are timed by one clock.
-_EARLIER: Final = (
-    # segments, transitions, looks, calls
-    (0.0, 0.0002, 0.0002, 0.0002),  # segments
-    (0.0002, 0.0, 0.0, 0.0),  # transitions
-    (0.05, 0.05, 0.0, 0.0),  # looks
-    (0.0002, 0.0, 0.0, 0.0),  # calls
-)
-
-
-def _in_any_order(model: Explanations, base: int, entries: list[_Entry]) -> int:
-    """The set after these observations, each observer's in its own order; 0 if none explains."""
-    lanes: dict[int, list[_Entry]] = {}
-    for entry in entries:
-        lanes.setdefault(_lane(entry[2]), []).append(entry)
-    kinds, queues = list(lanes), list(lanes.values())
-    reached: dict[tuple[int, ...], set[int]] = {tuple(0 for _ in queues): {base}}
-    for _ in entries:
-        following: dict[tuple[int, ...], set[int]] = {}
-        for places, numbers in reached.items():
-            waiting = [q[i][0] for q, i in zip(queues, places, strict=True) if i < len(q)]
-            first = min(waiting)
-            for lane, queue in enumerate(queues):
-                at = places[lane]
-                if at == len(queue):
-                    continue
-                t, mode, symbol, _, _ = queue[at]
-                if t > first and any(
-                    t - other[places[i]][0] > _EARLIER[kinds[lane]][kinds[i]]
-                    for i, other in enumerate(queues)
-                    if i != lane and places[i] < len(other)
-                ):
-                    continue
-                found = {model.follow(mode, model.close(mode, n), symbol) for n in numbers} - {0}
-                if found:
-                    then = (*places[:lane], at + 1, *places[lane + 1 :])
-                    following.setdefault(then, set()).update(found)
-        reached = following
-    ends = {n for numbers in reached.values() for n in numbers}
-    if len(ends) <= 1:
-        return ends.pop() if ends else 0
-    return model.number(pair for n in ends for pair in model.members(n))
 
 
 def _passive(old: State, new: State, source: str) -> bool | None:

@@ -173,6 +173,7 @@ class Step(NamedTuple):
     after: int  # the end's configuration afterwards
 
 
+_WORKED_OUT: Final = 300_000
 _CALLS: Final = (Event.SHUTDOWN, Event.CLOSE, Event.CLOSE_UNREAD, Event.ABORT)
 _AT_ONCE: Final = frozenset({*_CALLS, Event.OPEN_ACTIVE})  # reported before anything is sent
 _REPLY: Final = frozenset({"reset_reply", "send_rst"})
@@ -240,11 +241,21 @@ class Explanations:
             self._closed[mode, closed] = closed
         return closed
 
+    def unwatched(self, mode: int, number: int) -> int:
+        """The set where segments may have passed, or transitions happened, that nobody saw."""
+        pairs = self._sets[number]
+        sent = {(send(a & ~UNREPORTED), send(b & ~UNREPORTED)) for a, b in pairs}
+        return self.close(mode, self.number(pairs | sent))
+
     def follow(self, mode: int, number: int, symbol: int) -> int:
         """The set after one observation; 0 if nothing explains it."""
         key = (mode, number, symbol)
         number_after = self.next.get(key)
         if number_after is None:
+            if len(self.next) > _WORKED_OUT:  # Evidence of every kind, for days: begin again.
+                self.next.clear()
+                self._steps.clear()
+                self._closed.clear()
             pairs = self._after(mode, self._sets[number], symbol)
             number_after = self.next[key] = self.close(mode, self.number(pairs))
         return number_after
@@ -504,6 +515,8 @@ def send(x: int) -> int:
         x |= W_ACK
     elif state == SYN_RECEIVED:
         x |= W_SYN_ACK
+    elif state == SYN_SENT:
+        x |= W_SYN
     if x & FIN_OUT and not x & FIN_ACKED:
         x |= W_FIN_ACK if x & FIN_IN_ACK else W_FIN
     if x & FIN_IN_ACK:

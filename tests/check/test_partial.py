@@ -1,0 +1,88 @@
+"""However little is seen of what TCP allows, and from wherever, it conforms."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from timewait.check import check
+from timewait.check.evidence import read
+from timewait.events import Event, Lost, SegmentSeen, Transition
+from timewait.lab.campaign import random_scenario
+from timewait.orchestrator import Orchestrator
+from timewait.scenario import ScenarioError
+from timewait.stacks import ModelStack
+
+TRACES = Path(__file__).parent / "traces"
+
+
+def test_a_capture_may_begin_at_any_segment() -> None:
+    connections: dict[frozenset[object], list[SegmentSeen]] = defaultdict(list)
+    for event in read(TRACES / "loopback.pcap", lambda problem: None):
+        assert isinstance(event, SegmentSeen)
+        connections[frozenset((event.src, event.dst))].append(event)
+    for segments in connections.values():
+        for start in range(1, len(segments)):
+            verdict = check(segments[start:])
+            assert verdict, f"from segment {start}: {verdict.explain()}"
+
+
+@pytest.mark.parametrize("kind", [Transition, SegmentSeen])
+def test_what_an_observer_lost_is_not_held_against_anybody(kind: type) -> None:
+    for path in sorted(TRACES.glob("*.jsonl")):
+        events = list(read(path, lambda problem: None))
+        places = [
+            i for i, e in enumerate(events) if isinstance(e, kind) and not getattr(e, "sampled", 0)
+        ]
+        for at in places[:: max(1, len(places) // 6)]:
+            lost = events[at]
+            source = lost.source  # type: ignore[union-attr]
+            left: list[Event] = [*events[:at], Lost(lost.t, source, 1), *events[at + 1 :]]
+            verdict = check(left)
+            assert verdict, f"{path.stem}, event {at}: {verdict.explain()}"
+            assert verdict.evidence.lost == 1
+
+
+def on_a_bad_network(seed: int) -> list[Event]:
+    """A random scenario between two modelled hosts whose link loses, doubles and reorders."""
+    rng = random.Random(seed)
+    scenario = evolve(random_scenario(rng), host="10.0.0.1", time_limit=500.0)
+    stack = ModelStack(scenario, seed=seed, delay=rng.choice([0.001, 0.02]))
+    stack._network.connect(
+        "server",
+        "client",
+        delay=0.0,
+        loss=rng.choice([0.0, 0.02, 0.1, 0.3]),
+        duplicate=rng.choice([0.0, 0.1]),
+        reorder=rng.choice([0.0, 0.1]),
+    )
+    seen: list[Event] = []
+    try:
+        stack.run(Orchestrator(scenario, stack, seen.append, None).perform)
+    except ScenarioError:
+        pass  # a step hung: what was seen until then is as true
+    return seen
+
+
+def captured(events: list[Event], *, at: str) -> Iterator[Event]:
+    """The segments as a capture would show them beside one of the hosts, or between the two."""
+    for event in events:
+        if isinstance(event, SegmentSeen) and (not event.lost or event.src[0] == at):
+            yield evolve(event, source="capture", lost=False)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bad_networks(seed: int) -> None:
+    events = on_a_bad_network(seed)
+    for seen in (
+        events,
+        list(captured(events, at="10.0.0.1")),
+        list(captured(events, at="nowhere")),
+    ):
+        verdict = check(seen)
+        assert verdict, verdict.explain()
