@@ -1417,7 +1417,7 @@ class Connection:
     def _restart_time_wait(self, _seg: Segment, now: float) -> None:
         self.t_wait = now + self.profile.parameters.time_wait
 
-    def _start_fin_wait_2(self, _seg: Any, now: float) -> None:
+    def _start_fin_wait_2(self, seg: Any, now: float) -> None:
         limit = self.profile.parameters.fin_wait_2
         if self.orphaned and limit is not None:
             if self.options.linger2:
@@ -1425,7 +1425,8 @@ class Connection:
             if self.profile.parameters.small_sockets:
                 limit = max(limit, 3.5 * self.rto)  # tcp_fin_time
                 self.last_challenge = -INF
-                self._ack_due = 0  # what came with the ACK is not looked at
+                if seg is None or not seg.flags & FIN:
+                    self._ack_due = 0  # what came with the ACK is not looked at
             self.t_wait = now + limit
 
     def _retransmit(self, _seg: None, now: float) -> None:
