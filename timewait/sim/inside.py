@@ -3,7 +3,10 @@
 `socket.socket`, names and `time` become the simulation's; what would leave it
 (a real socket, a thread, a process) is refused, by audit hooks where Python
 raises an event and by standing in the way where it does not. Only the
-simulation's own thread is concerned, and afterwards everything is as it was.
+simulation's own thread is concerned: every replacement asks who calls, and the
+other threads of the process go on with the machine. Afterwards everything is
+as it was. What is replaced belongs to the whole process, so simulations of
+several threads take turns.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Final, NoReturn
 
 from timewait.sim.network import Network
@@ -31,16 +35,21 @@ class LeavesSimulation(RuntimeError):
     """The program tried to use a real socket, a thread or a process inside a simulation."""
 
 
-_network: Network | None = None
+_turn: Final = threading.Lock()
+_machine_socket: Final = socket.socket
 _thread_inside = 0
 _hooked = False
 
 
 @contextmanager
 def inside(network: Network, seed: int | str) -> Iterator[None]:
-    """Put the simulation in the place of the machine, and the machine back afterwards."""
-    global _network, _thread_inside, _hooked
-    if _network is not None:
+    """Put the simulation in the place of the machine, and the machine back afterwards.
+
+    Waits for a simulation of another thread to end. Raises `RuntimeError`
+    inside a simulation.
+    """
+    global _thread_inside, _hooked
+    if _thread_inside == threading.get_ident():
         raise RuntimeError("a simulation runs already")
     if not _hooked:
         sys.addaudithook(_audit)
@@ -54,7 +63,6 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
             pass
 
     replaced: list[tuple[Any, str, Any]] = [
-        (socket, "socket", SimSocket),
         (socket, "create_connection", _create_connection),
         (socket, "create_server", _create_server),
         (socket, "getaddrinfo", getaddrinfo),
@@ -63,27 +71,63 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         (socket, "getfqdn", lambda name="": name or current_host().name),
         (socket, "socketpair", lambda *a, **k: leaves("a socket pair")),
         (socket, "fromfd", _fromfd),
-        (threading.Thread, "start", _guarded(threading.Thread.start, "a thread")),
-        (_thread, "start_new_thread", _guarded(_thread.start_new_thread, "a thread")),
+        (threading.Thread, "start", lambda *a, **k: leaves("a thread")),
+        (_thread, "start_new_thread", lambda *a, **k: leaves("a thread")),
         (time, "monotonic", lambda: clock.now),
         (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
         (time, "time", lambda: EPOCH + clock.now),
         (time, "time_ns", lambda: int((EPOCH + clock.now) * 1e9)),
         (time, "sleep", sleep),
     ]
-    originals = [(where, name, getattr(where, name)) for where, name, _ in replaced]
-    dice = random.getstate()
-    random.seed(f"{seed}/random")
-    _network, _thread_inside = network, threading.get_ident()
-    for where, name, ours in replaced:
-        setattr(where, name, ours)
-    try:
-        yield
-    finally:
-        for where, name, theirs in originals:
-            setattr(where, name, theirs)
-        _network, _thread_inside = None, 0
-        random.setstate(dice)
+    with _turn:
+        originals = [(where, name, getattr(where, name)) for where, name, _ in replaced]
+        dice = random.getstate()
+        random.seed(f"{seed}/random")
+        _thread_inside = threading.get_ident()
+        for where, name, ours in replaced:
+            setattr(where, name, _for_caller(ours, getattr(where, name)))
+        socket.socket = _Socket  # type: ignore[assignment, misc]
+        try:
+            yield
+        finally:
+            socket.socket = _machine_socket  # type: ignore[misc]
+            for where, name, theirs in originals:
+                setattr(where, name, theirs)
+            _thread_inside = 0
+            random.setstate(dice)
+
+
+def _for_caller(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """The simulation's function for its own thread, the machine's for any other."""
+
+    @wraps(theirs)
+    def call(*args: Any, **named: Any) -> Any:
+        if threading.get_ident() == _thread_inside:
+            return ours(*args, **named)
+        return theirs(*args, **named)
+
+    return call
+
+
+class _ByCaller(type):
+    """Makes the simulation's sockets for its own thread, the machine's for any other."""
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        if cls is not _Socket:
+            return super().__call__(*args, **named)
+        kind = SimSocket if threading.get_ident() == _thread_inside else _machine_socket
+        return kind(*args, **named)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        if cls is not _Socket:
+            return super().__instancecheck__(instance)
+        return isinstance(instance, (SimSocket, _machine_socket))
+
+
+class _Socket(SimSocket, metaclass=_ByCaller):
+    """What `socket.socket` is while a simulation runs."""
+
+    __slots__ = ()
 
 
 _REFUSED: Final = {
@@ -98,19 +142,8 @@ _REFUSED: Final = {
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if event in _REFUSED and _network is not None and threading.get_ident() == _thread_inside:
+    if event in _REFUSED and threading.get_ident() == _thread_inside:
         leaves(_REFUSED[event])
-
-
-def _guarded(original: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """Refuse in the simulation's own thread what raises no audit event before Python 3.13."""
-
-    def call(*args: Any, **named: Any) -> Any:
-        if threading.get_ident() == _thread_inside:
-            leaves(what)
-        return original(*args, **named)
-
-    return call
 
 
 def leaves(what: str) -> NoReturn:
