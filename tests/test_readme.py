@@ -80,7 +80,9 @@ def test_every_dependency_has_its_line() -> None:
 
 
 @from_source
-@pytest.mark.parametrize("page", ["README.md", "docs/bench.md", "docs/scenarios.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+)
 def test_every_link_leads_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):

@@ -39,7 +39,7 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
         "explore": "Walk every state of two endpoints on a bad network, and check what must hold",
         "fuzz": "Play random programs and segments to kernel and model, and compare",
         "matrix": "Ask kernel and model who may take a held port, in every combination",
-        "packetdrill": "run packetdrill scripts on the model or the kernel",
+        "packetdrill": "Run packetdrill scripts on the model or the kernel",
     },
 }
 
