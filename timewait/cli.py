@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import Final, NoReturn
+from io import TextIOWrapper
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -44,8 +45,24 @@ SECTIONS: Final[dict[str, dict[str, str]]] = {
 }
 
 
+class _ReaderGone(Exception):
+    """Whoever read our output (head, less) went away; click would call that status 1, a no."""
+
+
 class _Commands(click.Group):
     """Commands by section, each loaded from its own file when it is called."""
+
+    def make_context(self, *args: Any, **named: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **named)
+        except BrokenPipeError:
+            raise _ReaderGone from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGone from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for section in SECTIONS.values() for name in section]
@@ -81,20 +98,40 @@ def main(args: list[str] | None = None) -> NoReturn:
     A command returns its exit status, raises `SystemExit`, or raises
     `click.ClickException`, whose message becomes the one line of trouble.
     """
+    _settle_streams()
     try:
-        status = _timewait.main(args, prog_name="timewait", standalone_mode=False)
+        try:
+            status = _timewait.main(args, prog_name="timewait", standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as help_page:
+            click.echo(help_page.format_message())
+            status = 0
         sys.stdout.flush()
-    except click.exceptions.NoArgsIsHelpError as help_page:
-        print(help_page.format_message())
-        sys.exit(0)
     except click.ClickException as trouble:
-        print(f"timewait: {' '.join(trouble.format_message().split())}", file=sys.stderr)
-        sys.exit(2)
+        status = _trouble(trouble.format_message())
     except (click.Abort, KeyboardInterrupt):
-        print("timewait: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader (head, less) went away: nothing more to say, and nothing to flush.
+        status = _trouble("interrupted", 130)
+    except (_ReaderGone, BrokenPipeError):
+        status = 141
+    except OSError as trouble:
+        where = f"{trouble.filename}: " if trouble.filename else ""
+        status = _trouble(f"{where}{trouble.strerror or trouble}")
+    try:
+        sys.stdout.flush()
+    except OSError:  # said already; what is left must not be flushed again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _settle_streams() -> None:
+    """Let no closed or narrow-minded stream turn an answer into a traceback."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _trouble(message: str, status: int = 2) -> int:
+    print(f"timewait: {' '.join(message.split())}", file=sys.stderr)
+    return status

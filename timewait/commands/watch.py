@@ -98,11 +98,6 @@ def command(
         if isolated:
             isolate()
         return _watch(port, host, observer, as_json, seconds, program)
-    except OSError as error:
-        text = error.strerror or str(error)
-        raise click.ClickException(
-            f"{error.filename}: {text}" if error.filename else text
-        ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
