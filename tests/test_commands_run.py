@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
-from timewait import Run, Scenario, events
+from timewait import Run, Scenario, State, events
+from timewait.check import check
+from timewait.commands.run import command
 from timewait.scenario import BUILT_IN, WITH_FAULTS
+from timewait.tcp.profiles import profile
+from timewait.tcp.transitions import go
 
 
 def timewait(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -141,6 +146,25 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     told = document(str(path), "--on", "model")
     assert told["scenario"] == "my-abort"
     assert told["runs"][0]["restart"]["ok"] is True
+
+
+def test_a_divergence_is_status_1_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is held against a model whose TIME_WAIT does not exist."""
+    linux = profile("linux")
+    over = go(State.CLOSED, source="nobody")
+    gone = {cell: over for cell, row in linux.table.items() if row.next is State.TIME_WAIT}
+    wrong = evolve(linux, differences={**linux.differences, **gone})
+    monkeypatch.setattr(Run, "check", lambda run: check(run.events, profiles={"server": wrong}))
+    for args in (["--json"], []):
+        arguments = ["server-first", "--on", "kernel", "--observer", "sock_diag", *args]
+        assert command.main(arguments, standalone_mode=False) == 1
+    first, text = capsys.readouterr().out.split("\n", 1)
+    told = json.loads(first)["verdict"]
+    assert told["conforms"] is False
+    assert "TIME_WAIT" in told["divergence"]["why"]
+    assert "diverges at" in text
 
 
 def test_a_step_that_hangs_is_one_line_and_status_2(tmp_path: Path) -> None:
