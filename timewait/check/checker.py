@@ -97,6 +97,7 @@ class Connection:
     untangled: bool = False  # the last observation was put into another order
     history: list[Entry] = field(factory=list)
     held: list[Entry] = field(factory=list)
+    elsewhere: bool = False  # in another network namespace, as far as can be told
     lossy: bool = False  # some of its segments were missed
     suspect: SegmentSeen | None = None  # a gap before it, and no sign that segments get lost
     stuck: bool = False  # something is held, or it has diverged
@@ -410,6 +411,8 @@ class Checker:
 
     def _lists(self, connection: Connection, end: int) -> bool:
         """Whether a table of this machine's sockets would have this end in it."""
+        if connection.elsewhere:
+            return False
         return bool(connection.sees >> end & 1) or _same_host(*connection.ends)
 
     def _begun(self, begun: _Begun) -> None:
@@ -611,7 +614,8 @@ class Checker:
         self, connection: Connection, end: int, state: State, event: Event, row: Row | None = None
     ) -> None:
         """An end was looked at. The other end may have been looked at a moment before or after."""
-        connection.sees |= 1 << end
+        if state is not State.CLOSED:
+            connection.sees |= 1 << end
         if row is not None and state in _READS:
             # A FIN counts as one octet of the receive queue.
             connection.queued[end] = row.recv_q - (state is State.CLOSE_WAIT)
@@ -868,6 +872,8 @@ class Checker:
         self, connection: Connection, number: int, symbol: int, event: Event | _Begun
     ) -> None:
         """Nothing explains the observation: say why not, and what would."""
+        if self._is_elsewhere(connection):
+            return
         event = event.call if isinstance(event, _Begun) else event
         model, mode = connection.model, connection.mode
         if not self._explains:
@@ -884,6 +890,31 @@ class Checker:
             reasons.allowed(model, mode, number, symbol),
             reasons.story(model, mode, number, symbol),
         )
+
+    def _is_elsewhere(self, connection: Connection) -> bool:
+        """Whether only the tracepoint has ever seen this connection.
+
+        It sees every network namespace, and what is in another one no capture,
+        table or call of this one's shows: it is followed by its transitions alone.
+        """
+        calls = ex.CALLS_A | ex.CALLS_B
+        if (
+            connection.elsewhere
+            or connection.sequence is not None
+            or connection.sees
+            or connection.mode & calls
+            or not (connection.mode & ex.SEGMENTS or "states at instants" in self._sources)
+        ):
+            return False
+        connection.elsewhere = True
+        connection.mode &= ~ex.SEGMENTS
+        connection.lossy = True
+        connection.stuck = False
+        connection.number = connection.base = connection.model.anywhere(connection.mode)
+        connection.history.clear()
+        connection.held.clear()
+        self._sources.add("transitions in another network namespace (tracepoint)")
+        return True
 
     def _diverge(
         self,
