@@ -8,7 +8,8 @@
     @pytest.mark.tcp_sim(seeds=100)                # the body runs on a simulated network
 
 It is loaded into every pytest run where the package is installed, so it imports
-nothing but pytest, and does nothing before a test asks for it.
+nothing but pytest, and does nothing before a test asks for it. Nor need pytest
+rewrite its assertions, of which it has none: PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
