@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from timewait import State
-from timewait.explain import Explanation, explain_bind, parse_address
+from timewait.explain import Explanation, can_bind, explain_bind, parse_address
 from timewait.kernel.namespace import Namespace, sysctl
 from timewait.kernel.sock_diag import sockets
 
@@ -552,3 +552,11 @@ def test_the_command_answers_by_its_exit_status(server: Server) -> None:
         trouble = command(wrong)
         assert (trouble.returncode, trouble.stdout) == (2, "")
         assert trouble.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["..", "x" * 300, "\udcff"])
+def test_a_host_that_idna_cannot_take_has_no_address(host: str) -> None:
+    with pytest.raises(socket.gaierror, match="not a host name"):
+        explain_bind(PORT, host)
+    with pytest.raises(socket.gaierror, match="not a host name"):
+        can_bind(PORT, host)

@@ -267,8 +267,12 @@ def _numeric(host: str) -> str:
     try:
         return str(ip_address(host))
     except ValueError:
+        pass
+    try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        return str(found[0][4][0])
+    except ValueError:  # what the idna codec cannot take: an empty label, too long a one
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
+    return str(found[0][4][0])
 
 
 def _sockets(port: int) -> list[Details]:
