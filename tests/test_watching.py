@@ -124,6 +124,23 @@ def test_a_free_port_is_not_waited_for() -> None:
     assert wait_until_bindable_sync(PORT, timeout=0) < 1
 
 
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("192.0.2.1", "not an address of this machine"),
+        ("2001:db8::1", "not an address of this machine"),
+        ("fe80::1", "needs its interface"),
+    ],
+)
+def test_what_no_waiting_mends_is_not_waited_for(host: str, why: str) -> None:
+    with pytest.raises(OSError, match=why):
+        wait_until_bindable_sync(PORT, host, timeout=1)
+    trouble = command("wait", f"[{host}]:{PORT}", "--timeout", "9")
+    assert (trouble.returncode, trouble.stdout) == (2, "")
+    assert why in trouble.stderr
+    assert trouble.stderr.count("\n") == 1
+
+
 def test_a_wait_is_for_the_options_that_the_server_sets() -> None:
     converse(reuse=True)
     assert wait_until_bindable_sync(PORT, timeout=0, reuse_address=True) < 1

@@ -226,16 +226,20 @@ def can_bind(
 ) -> bool:
     """Whether a server with these options could bind and listen now, found by trying.
 
-    As `explain_bind`, without a word why not. Raises `PermissionError` for a
-    privileged port, `OSError` for a host that has no address.
+    As `explain_bind`, without a word why not. Raises what no waiting mends:
+    `PermissionError` for a privileged port, `OSError` for a host that has no
+    address or not one of this machine's, `ValueError` for no port number.
     """
     host = _numeric(host)
     failed = _try(host, port, reuse_address, reuse_port, listen=False)
     if failed is None and not any(one.row.state is _S.LISTEN for one in _sockets(port)):
         failed = _try(host, port, reuse_address, reuse_port, listen=True)
-    if failed is not None and failed[1] == errno.EACCES:
-        raise PermissionError(errno.EACCES, f"{address_text((host, port))} is a privileged port")
-    return failed is None
+    if failed is None:
+        return True
+    if failed[1] == errno.EADDRINUSE:
+        return False
+    why = _FOR_GOOD.get(failed[1]) or os.strerror(failed[1])
+    raise OSError(failed[1], f"{address_text((host, port))}: {why}")
 
 
 def parse_address(text: str) -> Address:
@@ -260,6 +264,12 @@ def _wrapped(name: str, text: str) -> list[str]:
 # Looking
 
 _OPTIONS: Final = ((False, False), (True, False), (False, True), (True, True))
+_FOR_GOOD: Final = {
+    errno.EACCES: "a privileged port",
+    errno.EADDRNOTAVAIL: "not an address of this machine",
+    errno.EAFNOSUPPORT: "this machine has no such addresses",
+    errno.EINVAL: "a link-local address needs its interface, as in fe80::1%eth0",
+}
 _Trials: TypeAlias = dict[tuple[bool, bool], tuple[str, int] | None]
 
 

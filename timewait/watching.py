@@ -338,8 +338,9 @@ async def wait_until_bindable(
     called now and then with what is in the way.
 
     Raises `TimeoutError` that says what is still in the way after `timeout`
-    seconds, `PermissionError` for a privileged port, `OSError` for a host
-    that has no address.
+    seconds, and at once what no waiting mends: `PermissionError` for a
+    privileged port, `OSError` for a host that has no address or not one of
+    this machine's.
     """
     waiting = _Waiting((host, port), timeout, (reuse_address, reuse_port), progress)
     while not waiting.over():
