@@ -278,6 +278,19 @@ def test_ipv6_wildcard_against_ipv4(server: Server, host: str) -> None:
     assert "IPV6_V6ONLY" in found.rule
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_ipv4_against_the_ipv6_wildcard(server: Server, opened: ExitStack, host: str) -> None:
+    server(host)
+    found = explained("::")
+    assert found.situation == "ipv4-under-ipv6-wildcard"
+    assert f"listens on {host}:9090, and [::] takes IPv4 too" in found.title
+    assert "set IPV6_V6ONLY" in found.advice[0]
+    six = opened.enter_context(socket.socket(socket.AF_INET6))
+    six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    six.bind(("::", PORT))  # as the advice says
+    six.listen()
+
+
 def test_an_ipv6_only_wildcard_does_not_refuse_ipv4_but_is_treacherous(opened: ExitStack) -> None:
     six = opened.enter_context(socket.socket(socket.AF_INET6))
     six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

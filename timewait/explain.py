@@ -497,6 +497,8 @@ def _listener_situation(address: Address, holders: tuple[Holder, ...]) -> str:
     theirs = first.local[0]
     if theirs == "::" and ":" not in address[0]:
         return "ipv6-wildcard"
+    if address[0] == "::" and ":" not in theirs:
+        return "ipv4-under-ipv6-wildcard"
     if theirs != address[0]:
         return (
             "wildcard-over-specific" if theirs in ("0.0.0.0", "::") else "specific-under-wildcard"
@@ -507,6 +509,7 @@ def _listener_situation(address: Address, holders: tuple[Holder, ...]) -> str:
 _Said: TypeAlias = tuple[str, str, list[str]]
 
 _KILL: Final = "Now: stop that process, or choose another port."
+_STOP: Final = _KILL.replace("Now", "Or")
 _REUSE: Final = (
     "For good: set SO_REUSEADDR before bind() in every run of the server, the first included; "
     "asyncio, trio and most servers do."
@@ -678,6 +681,15 @@ class _Case:
             "A listener on the IPv6 wildcard that did not set IPV6_V6ONLY overlaps every address "
             "of both families.",
             [_KILL, "For good: set IPV6_V6ONLY on it, if it is to serve IPv6 alone."],
+        )
+
+    def ipv4_under_ipv6_wildcard(self) -> _Said:
+        first = self.holders[0]
+        return (
+            f"{self._who(first)} listens on {address_text(first.local)}, and [::] takes IPv4 too",
+            "The IPv6 wildcard overlaps every address of both families, unless the server that "
+            "binds it sets IPV6_V6ONLY.",
+            ["Now: set IPV6_V6ONLY before bind(): then [::] has IPv6 alone.", _STOP],
         )
 
     def wildcard_over_specific(self) -> _Said:
