@@ -291,6 +291,20 @@ def test_ipv4_against_the_ipv6_wildcard(server: Server, opened: ExitStack, host:
     six.listen()
 
 
+@pytest.mark.parametrize(
+    ("theirs", "situation"),
+    [
+        ("127.0.0.1", "live-listener"),
+        ("0.0.0.0", "wildcard-over-specific"),
+        ("::", "ipv6-wildcard"),
+        ("127.0.0.2", "free"),
+    ],
+)
+def test_a_mapped_address_is_its_ipv4_address(server: Server, theirs: str, situation: str) -> None:
+    server(theirs)
+    assert explained("::ffff:127.0.0.1").situation == situation
+
+
 def test_an_ipv6_only_wildcard_does_not_refuse_ipv4_but_is_treacherous(opened: ExitStack) -> None:
     six = opened.enter_context(socket.socket(socket.AF_INET6))
     six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -323,8 +323,15 @@ def _try(
     return None
 
 
+def _shown(host: str) -> str:
+    """An address as the kernel shows it: IPv4's as such where mapped, without its interface."""
+    address = ip_address(host.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
 def _overlap(host: str, one: Details) -> bool:
     """Whether a socket's own address and `host` are or contain each other."""
+    host = _shown(host)
     theirs = one.row.local[0]
     if theirs == host:
         return True
@@ -466,7 +473,7 @@ def _situation(
         return "listen-refused" if call == "listen" else "not-visible"
     first = holders[0]
     if first.kind == "listener":
-        return _listener_situation(address, holders)
+        return _listener_situation(_shown(address[0]), holders)
     if call == "listen":
         return "listen-refused"
     if first.kind in ("time-wait", "fin-wait-2", "bound", "close-wait", "connection"):
@@ -480,7 +487,7 @@ def _situation(
     return first.kind
 
 
-def _listener_situation(address: Address, holders: tuple[Holder, ...]) -> str:
+def _listener_situation(host: str, holders: tuple[Holder, ...]) -> str:
     listeners = [holder for holder in holders if holder.kind == "listener"]
     first = listeners[0]
     me = user_name(os.geteuid())
@@ -495,11 +502,11 @@ def _listener_situation(address: Address, holders: tuple[Holder, ...]) -> str:
     ):
         return "shared-listener"
     theirs = first.local[0]
-    if theirs == "::" and ":" not in address[0]:
+    if theirs == "::" and ":" not in host:
         return "ipv6-wildcard"
-    if address[0] == "::" and ":" not in theirs:
+    if host == "::" and ":" not in theirs:
         return "ipv4-under-ipv6-wildcard"
-    if theirs != address[0]:
+    if theirs != host:
         return (
             "wildcard-over-specific" if theirs in ("0.0.0.0", "::") else "specific-under-wildcard"
         )
