@@ -437,6 +437,21 @@ def test_address_not_local() -> None:
     assert "192.0.2.1 is none" in found.rule
 
 
+def test_a_link_local_address_goes_with_an_interface(opened: ExitStack) -> None:
+    subprocess.run("ip address add fe80::1/64 dev lo nodad", shell=True, check=True)
+    found = explain_bind(PORT, "fe80::1")
+    assert (found.situation, found.errno) == ("link-local-without-interface", "EINVAL")
+    assert f"[fe80::1%eth0]:{PORT}" in found.advice[0]
+    assert explain_bind(PORT, "fe80::1%lo").situation == "free"
+    listener = opened.enter_context(socket.socket(socket.AF_INET6))
+    listener.bind(("fe80::1", PORT, 0, socket.if_nametoindex("lo")))
+    listener.listen()
+    assert explain_bind(PORT, "fe80::1%lo").situation == "live-listener"
+    assert explain_bind(PORT, "fe80::2%lo").situation == "address-not-local"
+    with pytest.raises(socket.gaierror):
+        explain_bind(PORT, "fe80::1%none")
+
+
 def test_exhausted_ephemeral_range(bound: Server) -> None:
     sysctl("net.ipv4.ip_local_port_range", "50000 50009")
     for _ in range(10):

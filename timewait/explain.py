@@ -305,7 +305,10 @@ def _try(
     host: str, port: int, reuse_address: bool, reuse_port: bool, *, listen: bool
 ) -> tuple[str, int] | None:
     """The call that failed, and its errno; None where a server could have the port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # By getaddrinfo, since bind() of a tuple of two forgets an address's interface.
+    family, _, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )[0]
     call = "socket"
     try:
         with socket.socket(family, socket.SOCK_STREAM) as sock:
@@ -314,7 +317,7 @@ def _try(
             if reuse_port:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             call = "bind"
-            sock.bind((host, port))
+            sock.bind(address)
             if listen:
                 call = "listen"
                 sock.listen(0)
@@ -467,6 +470,8 @@ def _situation(
         return "privileged-port"
     if code in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
         return "address-not-local"
+    if code == errno.EINVAL:
+        return "link-local-without-interface"
     if address[1] == 0:
         return "ephemeral-range-exhausted"
     if not holders:
@@ -613,6 +618,15 @@ class _Case:
                 "For good: a server that must start before its address is there sets IP_FREEBIND "
                 "(or net.ipv4.ip_nonlocal_bind=1).",
             ],
+        )
+
+    def link_local_without_interface(self) -> _Said:
+        host = self.address[0]
+        return (
+            "a link-local address goes with an interface",
+            f"Every interface has its own {host.partition('%')[0]}: bind() must be told which "
+            "(sin6_scope_id), and refuses with EINVAL otherwise.",
+            [f"Now: name it, as in [{host}%eth0]:{self.address[1]}, or bind ::."],
         )
 
     def ephemeral_range_exhausted(self) -> _Said:
