@@ -580,40 +580,59 @@ def _look_at_model(
 # ------------------------------------------------------------------ comparing
 
 
-def _comparable(sent: list[_Sent]) -> list[_Sent]:
-    """All but what is sent again after text: which, when and in what pieces is not compared."""
-    kept, highest, text = [], 0, False
+def _split(sent: list[_Sent]) -> tuple[list[_Sent], list[_Sent]]:
+    """What is sent for the first time, in order, and FINs and SYNs that a timer sends again.
+
+    Whatever is sent again after text is left out: which, when and in what
+    pieces is loss recovery's.
+    """
+    first, again = [], []
+    highest, text = 0, False
     for segment in sent:
         text = text or segment.length > 0
-        again = segment.seq < highest < 0x80000000 and (
-            segment.length or (text and segment.flags & FIN)
-        )
-        if not again:
-            kept.append(segment)
-            highest = max(highest, segment.seq + segment.length + (segment.flags & FIN))
-    return kept
+        end = segment.seq + segment.length + bool(segment.flags & (SYN | FIN))
+        if end > segment.seq and segment.seq < highest < 0x80000000:
+            if not text:
+                again.append(segment)
+        else:
+            first.append(segment)
+            highest = max(highest, end)
+    return first, again
+
+
+def _extra(
+    kernel: list[_Sent], model: list[_Sent], before: float
+) -> Iterator[tuple[float, str, str, str]]:
+    """The first segment that only one of them sent, and that in time for the other to send it."""
+    both = min(len(kernel), len(model))
+    for extra in (kernel[both:] + model[both:])[:1]:
+        if extra.t < before:
+            said = (str(extra), "nothing") if len(kernel) > both else ("nothing", str(extra))
+            yield (extra.t, "segment", *said)
 
 
 def _compare(case: Case, kernel: _Trace, model: _Trace) -> Difference | None:
     """The first thing on which the two records differ."""
     found: list[tuple[float, str, str, str]] = []
-    kernel_sent, model_sent = _comparable(kernel.sent), _comparable(model.sent)
+    kernel_sent, kernel_again = _split(kernel.sent)
+    model_sent, model_again = _split(model.sent)
     for a, b in zip(kernel_sent, model_sent, strict=False):
         if a.what != b.what:
             found.append((min(a.t, b.t), "segment", str(a), str(b)))
             break
-        before = max((sent.t for sent in kernel.sent if sent.t < a.t), default=0.0)
-        if abs(a.t - b.t) > max(_GRAIN, 0.3 * (a.t - before)):
+        if abs(a.t - b.t) > _GRAIN:
             found.append((min(a.t, b.t), "time", f"{a} at {a.t:.3f} s", f"{b} at {b.t:.3f} s"))
             break
     else:
-        both = min(len(kernel_sent), len(model_sent))
-        extra = next(iter(kernel_sent[both:] + model_sent[both:]), None)
-        if extra is not None and extra.t < kernel.ended - _GRAIN:
-            ours, theirs = str(extra), "nothing"
-            if len(model_sent) > both:
-                ours, theirs = theirs, ours
-            found.append((extra.t, "segment", ours, theirs))
+        found.extend(_extra(kernel_sent, model_sent, kernel.ended - _GRAIN))
+    started = kernel.times[0]
+    for a, b in zip(kernel_again, model_again, strict=False):
+        if a.flags != b.flags or abs(a.t - b.t) > max(_GRAIN, 0.3 * (a.t - started)):
+            found.append((min(a.t, b.t), "time", f"{a} at {a.t:.3f} s", f"{b} at {b.t:.3f} s"))
+            break
+    else:
+        late = 0.7 * kernel.ended
+        found.extend(_extra(kernel_again, model_again, late))
     for n, (a_result, b_result) in enumerate(zip(kernel.results, model.results, strict=True)):
         if a_result != b_result:
             found.append((kernel.times[n], f"result of {case.steps[n]}", a_result, b_result))
