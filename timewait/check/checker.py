@@ -84,7 +84,7 @@ class Connection:
     # must have at the latest.
     since: list[float] = field(factory=lambda: [0.0] * 6)
     timed: bool = False
-    segments: deque[SegmentSeen] = field(factory=lambda: deque(maxlen=_KEPT))
+    segments: list[SegmentSeen] = field(factory=list)  # the last few
     waiting: tuple[Event, int, int] | None = None  # a look at one end; the other's may follow
     divergence: Divergence | None = None
     sees: int = 0
@@ -370,6 +370,8 @@ class Checker:
                 connection.presumed = not self._from_start
             self._sources.add("segments")
         connection.segments.append(event)
+        if len(connection.segments) > _KEPT:
+            del connection.segments[: _KEPT // 2]
         if connection.waiting is not None:
             self._settle(connection)
         if connection.divergence is not None:
@@ -926,7 +928,7 @@ class Checker:
         story: tuple[str, ...] = (),
     ) -> None:
         connection.stuck = True
-        segments = list(connection.segments)[-8:]
+        segments = connection.segments[-8:]
         connection.divergence = Divergence(
             event.t,
             connection.name,

@@ -8,7 +8,6 @@ without any sequence number in it, which is all that the states depend on.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 from attrs import define, field
@@ -44,6 +43,7 @@ FROM_B: Final = 0x100
 # been quiet for the shortest retransmission timeout that anybody uses (Linux: TCP_RTO_MIN).
 PROBE_AFTER: Final = 0.18
 
+_REMEMBERED: Final = 64
 _NO_ACK = "RFC 9293 §3.10.7.4: every segment after the SYN carries an acknowledgment"
 _UNSENT = "RFC 9293 §3.4: an acknowledgment is of something sent, SND.UNA < SEG.ACK =< SND.NXT"
 _SEQUENCE = "RFC 9293 §3.4: octets are numbered one after the other from SND.NXT"
@@ -83,11 +83,11 @@ class Flow:
     fin: int | None = None  # the FIN's own number
     fin_after: bool = False  # it acknowledged the peer's FIN
     ack: int | None = None  # the last acknowledgment it sent
-    acks: deque[int] = field(factory=lambda: deque(maxlen=64))  # it and those before
+    acks: list[int] = field(factory=list)  # it and those before
     gaps: list[tuple[int, int]] = field(factory=list)  # octets that have not been seen
     gap_at: float = 0.0  # when the last gap was noticed
     gap_told: bool = False  # the peer has asked for it since, or it was long ago
-    ends: deque[int] = field(factory=lambda: deque(maxlen=16))  # where its last segments ended
+    ends: list[int] = field(factory=list)  # where its last segments ended
     last: float = -1e9  # when it last sent anything
     former: Flow | None = None  # the flow that its newest SYN wants to follow
 
@@ -138,7 +138,7 @@ class Sequence:
                 if seq_diff(end, x.next) > 0:
                     x.next = end
                 if length:
-                    x.ends.append(end)
+                    _remember(x.ends, end)
             elif length or flags & FIN or seq != x.next:
                 kind |= OLD
         if length:
@@ -255,7 +255,7 @@ class Sequence:
                 )
             return
         x.ack = ack
-        x.acks.append(ack)
+        _remember(x.acks, ack)
 
     def _syn(self, x: Flow, y: Flow, flags: int, seq: int, ack: int, from_b: bool) -> int:
         kind = SYN
@@ -278,7 +278,7 @@ class Sequence:
             if y.next is None:
                 y.next = ack
             x.ack = ack
-            x.acks.append(ack)
+            _remember(x.acks, ack)
         return kind
 
     def _reset(self, x: Flow, y: Flow, flags: int, seq: int, ack: int) -> int:
@@ -308,6 +308,13 @@ class Sequence:
             if y.ack == seq_add(seq, 1):
                 kind |= RST_CERTAIN
         return kind
+
+
+def _remember(numbers: list[int], number: int) -> None:
+    """Keep the last few (a list is a tenth of a deque, and there are many)."""
+    numbers.append(number)
+    if len(numbers) > _REMEMBERED:
+        del numbers[: _REMEMBERED // 2]
 
 
 def _or(numbers: list[int]) -> str:
