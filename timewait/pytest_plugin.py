@@ -125,12 +125,12 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: objec
     except KeyError:
         around = collector.stash[_AROUND] = list(collector.iter_markers())[::-1]
     own = vars(obj).get("pytestmark")
-    code = obj.__code__
+    variables = obj.__code__.co_varnames
     if own or around:
         marks = [mark for mark in (*around, *(own or ())) if mark.name in ("tcp", "tcp_sim")]
     else:
         marks = []
-    if marks or "tcp" in code.co_varnames or "tcp_sim" in code.co_varnames:
+    if marks or "tcp" in variables or "tcp_sim" in variables:
         arguments = inspect.signature(obj).parameters
         if collector.istestfunction(obj, name):  # type: ignore[attr-defined]
             try:
@@ -358,7 +358,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         report.nodeid: figures
         for reports in terminalreporter.stats.values()
         for report in reports
-        if getattr(report, "when", None) == "teardown"
+        if getattr(report, "user_properties", None) and report.when == "teardown"
         for name, figures in report.user_properties
         if name == _FOUND
     }
