@@ -253,6 +253,13 @@ def _rmem_max(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Ev
     parameters["window_scale"] = min(max(int(value).bit_length() - 1 - 15, 0), 14)
 
 
+def _fin_timeout(
+    value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+) -> None:
+    # What is above 60 s is waited once by the keepalive timer and once more as a small socket.
+    parameters["fin_wait_2"] = value if value <= 60 else 2 * (value - 60)
+
+
 _LINUX_SETTINGS = [
     Setting(
         "TCP_TIMEWAIT_LEN",
@@ -266,7 +273,7 @@ _LINUX_SETTINGS = [
         60.0,
         "Documentation/networking/ip-sysctl.rst, tcp_fin_time; measured",
         "an orphan's FIN_WAIT_2 (not TIME_WAIT)",
-        effect=_to("fin_wait_2"),
+        effect=_fin_timeout,
     ),
     Setting(
         "tcp_rfc1337",
