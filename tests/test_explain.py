@@ -20,6 +20,7 @@ from timewait import State
 from timewait.explain import Explanation, can_bind, explain_bind, parse_address
 from timewait.kernel.namespace import Namespace, sysctl
 from timewait.kernel.sock_diag import sockets
+from timewait.watching import wait_until_bindable_sync
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="needs root for a namespace"
@@ -196,6 +197,27 @@ def test_orphaned_fin_wait_2(server: Server, connect: Connect) -> None:
     assert holder.seconds_left is not None
     assert 50 < holder.seconds_left < 62.1
     assert "tcp_fin_timeout" in found.rule
+
+
+def test_orphaned_fin_wait_2_that_is_to_last_over_a_minute(
+    server: Server, connect: Connect
+) -> None:
+    sysctl("net.ipv4.tcp_fin_timeout", "61")
+    listener = server()
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.close()
+    wait_for(PORT, State.FIN_WAIT_2)
+    (row,) = (row for row in sockets(PORT) if row.state is State.FIN_WAIT_2)
+    assert row.timer == "keepalive"
+    found = explained()
+    assert found.situation == "fin-wait-2-orphan"
+    assert found.free_after is not None
+    assert 1 < found.free_after <= 2.01
+    assert f"free in {found.free_after:.1f} s" in found.advice[0]
+    began = time.monotonic()
+    wait_until_bindable_sync(PORT, timeout=20)
+    assert time.monotonic() - began >= found.free_after - 0.1
 
 
 def test_owned_fin_wait_2(server: Server, connect: Connect) -> None:

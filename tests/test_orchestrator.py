@@ -15,6 +15,7 @@ from attrs import evolve
 
 from timewait import Scenario, ScenarioError, State, StepHung, events, hold_port
 from timewait.events import Called, Event, Note, Snapshot, Transition
+from timewait.kernel.namespace import Namespace
 from timewait.kernel.sock_diag import sockets
 from timewait.run import run_sync
 from timewait.scenario import BUILT_IN
@@ -63,6 +64,15 @@ def test_the_stories_on_the_kernel(
     assert (run.time_wait.holder, run.time_wait.sockets) == (holder, count)
     assert run.restart.error == error
     assert run.restart.ok is (error is None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a namespace")
+def test_an_orphan_that_waits_twice_is_free_after_both() -> None:
+    with Namespace(sysctls={"net.ipv4.tcp_fin_timeout": 70}) as ns, ns.entered():
+        run = Scenario.built_in("orphan").run_sync(on="kernel")
+    assert run.restart.error == errno.EADDRINUSE
+    assert run.restart.free_after is not None
+    assert 15 < run.restart.free_after <= 20.01  # 10 s by the keepalive timer, and 10 s more
 
 
 @both_backends

@@ -28,7 +28,7 @@ from timewait.events import Address, Row
 from timewait.kernel.namespace import sysctl
 from timewait.kernel.observers import observe
 from timewait.kernel.processes import owners, reuse_options, user_name
-from timewait.kernel.sock_diag import Details, details
+from timewait.kernel.sock_diag import Details, details, ends_in
 from timewait.report import address as address_text
 from timewait.tcp.states import State
 
@@ -55,7 +55,7 @@ class Holder:
     `kind` is one of "listener", "bound", "connection", "outbound-connection",
     "self-connect", "close-wait", "fin-wait-2", "fin-wait-2-orphan",
     "last-ack", "closing", "time-wait", "outbound-time-wait". `seconds_left` is
-    until its timer ends it, None where none does. `pid` and `process` are of
+    until a timer ends it, None where none does. `pid` and `process` are of
     the first process that has it open and may be seen, `pids` of all;
     `reuse_address` and `reuse_port` are its options, None where not known.
     """
@@ -361,7 +361,7 @@ def _holders(found: list[Details]) -> Iterator[Holder]:
             state=row.state,
             local=row.local,
             remote=row.remote,
-            seconds_left=row.seconds_left if row.timer == "time_wait" else None,
+            seconds_left=ends_in(row),
             pid=who[0].pid if who else None,
             process=who[0].name if who else None,
             user=None if row.uid is None or not row.inode else user_name(row.uid),

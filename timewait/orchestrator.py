@@ -27,6 +27,7 @@ from attrs import define, evolve, field
 
 from timewait import events
 from timewait.events import Address, Called, Event, Note, Row, RunStarted, Snapshot
+from timewait.kernel.sock_diag import ends_in
 from timewait.scenario import (
     Abort,
     Close,
@@ -400,9 +401,10 @@ class Orchestrator:
         """Seconds until nothing has the port, 0.0 where nothing does, None where none can tell."""
         longest = 0.0
         for row in self._holders():
-            if row.timer != "time_wait" or row.seconds_left is None:
+            left = ends_in(row)
+            if left is None:
                 return None
-            longest = max(longest, row.seconds_left)
+            longest = max(longest, left)
         return longest
 
     def _holders(self) -> list[Row]:
