@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,7 +214,7 @@ def test_orphaned_fin_wait_2_that_is_to_last_over_a_minute(
     assert found.situation == "fin-wait-2-orphan"
     assert found.free_after is not None
     assert 1 < found.free_after <= 2.01
-    assert f"free in {found.free_after:.1f} s" in found.advice[0]
+    assert f"it is free in {found.free_after:.1f} s" in found.advice[0]
     began = time.monotonic()
     wait_until_bindable_sync(PORT, timeout=20)
     assert time.monotonic() - began >= found.free_after - 0.1
@@ -518,6 +518,22 @@ def test_last_ack_lingering(server: Server, connect: Connect) -> None:
     assert kinds(found)[0] == "last-ack"
     assert found.free_after is None
     assert "tcp_orphan_retries" in found.rule
+    assert "when the peer answers, or the kernel gives up" in str(found)
+
+
+def test_closing_before_a_peer_that_does_not_read(server: Server, connect: Connect) -> None:
+    listener = server()
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            accepted.send(bytes(65536))
+    accepted.close()
+    found = explained()
+    assert (found.situation, found.free_after) == ("closing", None)
+    assert "when the peer answers, or the kernel gives up" in str(found)
+    assert "no timer ends it" not in str(found)
 
 
 def test_live_connection(server: Server, connect: Connect) -> None:
@@ -560,6 +576,21 @@ def test_without_sock_diag_psutil_shows_the_holders(
     found = explain_bind(PORT, "127.0.0.1")
     assert (found.situation, kinds(found)) == ("live-listener", ["listener"])
     listener.close()
+
+
+def test_a_time_wait_without_a_timer_to_be_seen(
+    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = server()
+    accepted, client = connect(listener)
+    listener.close()
+    accepted.close()
+    client.close()
+    monkeypatch.setattr("timewait.explain.ends_in", lambda _: None)
+    found = explain_bind(PORT, "127.0.0.1")
+    assert found.situation == "time-wait-without-reuse"
+    assert "when a timer ends that cannot be seen from here" in str(found)
+    assert found.advice[0] == "Now: wait, or choose another port."
 
 
 def test_many_holders_are_counted(server: Server, connect: Connect) -> None:

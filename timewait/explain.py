@@ -35,6 +35,7 @@ from timewait.tcp.states import State
 __all__ = ["Bindable", "Explanation", "Holder", "can_bind", "explain_bind", "parse_address"]
 
 _S = State
+_UNOWNED: Final = ("last-ack", "closing", "fin-wait-2-orphan", "time-wait", "outbound-time-wait")
 _MANY: Final = 12  # holders that are listed one by one
 
 
@@ -164,6 +165,10 @@ class Explanation:
                 free = f"in {self.free_after:.1f} s, when the last timer ends"
             elif not self.holders:
                 free = "no timer ends it"
+            elif all(holder.kind in _UNOWNED and not holder.user for holder in self.holders):
+                free = "when a timer ends that cannot be seen from here"
+                if self.holders[0].kind in ("last-ack", "closing"):
+                    free = "when the peer answers, or the kernel gives up (tcp_orphan_retries)"
             lines += _wrapped("Free", free)
         for text in self.advice:
             name, _, what = text.partition(": ")
@@ -582,9 +587,14 @@ class _Case:
             return "Now: start the server with SO_REUSEPORT set before bind()."
         return otherwise
 
-    def _until(self) -> str:
+    def _wait(self, condition: str = "") -> str:
         left = _free_after(self.bindable, self.holders)
-        return "" if left is None else f" in {left:.1f} s (up to 2 s more: the kernel's timers)"
+        if left is None:
+            return "Now: wait, or choose another port."
+        return (
+            f"Now: wait; it is free in {left:.1f} s (up to 2 s more: the kernel's timers)"
+            f"{condition}. Or choose another port."
+        )
 
     # The situations
 
@@ -827,7 +837,7 @@ class _Case:
             "The server closed and nobody owns the socket any more; the kernel waits for the "
             "peer's FIN as long as net.ipv4.tcp_fin_timeout says, and if it comes, 60 s of "
             "TIME_WAIT begin. " + self._reuse_rule("an orphan"),
-            [self._reuse_now(f"Now: wait; free{self._until()}, if the peer says nothing."), _REUSE],
+            [self._reuse_now(self._wait(", if the peer says nothing")), _REUSE],
         )
 
     def time_wait_with_reuse(self) -> _Said:
@@ -842,7 +852,7 @@ class _Case:
             f"{self._count('time-wait')} of a former server in TIME_WAIT",
             self._reuse_rule("a connection in TIME_WAIT", "the former server"),
             [
-                self._reuse_now(f"Now: wait; it is free{self._until()}. Or choose another port."),
+                self._reuse_now(self._wait()),
                 _REUSE,
                 _CLIENT_CLOSES,
             ],
@@ -854,7 +864,7 @@ class _Case:
             f"a client's connection to {address_text(first.remote)} that has ended: TIME_WAIT",
             "connect() was dealt this port and closed first; for 60 s it is taken like a "
             "server's. " + self._reuse_rule("it"),
-            [self._reuse_now(f"Now: wait; it is free{self._until()}."), _RESERVE],
+            [self._reuse_now(self._wait()), _RESERVE],
         )
 
     # Binds that would succeed, and should not
