@@ -501,6 +501,52 @@ def test_a_deadlock_names_who_waits_for_what():
     assert "sock_accept()" in text
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_livelock_names_what_goes_round(debug):
+    async def impatient():
+        while asyncio.get_running_loop().time() < 5:
+            await asyncio.sleep(0)
+
+    def again():
+        asyncio.get_running_loop().call_soon(again)
+
+    async def main():
+        await asyncio.sleep(3)
+        loop = asyncio.get_running_loop()
+        again()
+        spinning = asyncio.create_task(impatient(), name="spinning")
+        await asyncio.wait([spinning, loop.create_future()])
+
+    with pytest.raises(sim.Livelock) as stuck:
+        sim.run(main, debug=debug, patience=500)
+    text = str(stuck.value)
+    assert text.startswith("500 iterations, and it is still 3 s into the simulation")
+    assert "spinning on localhost: sleep(), from " in text or "__sleep0(), from " in text
+    assert "impatient() (" in text
+    assert "again() at " in text
+    assert "Task-1" not in text  # it does wait
+
+
+def test_turning_at_one_instant_is_no_livelock_while_sockets_or_time_move():
+    async def echo(reader, writer):
+        with contextlib.closing(writer):
+            while line := await reader.readline():
+                writer.write(line)
+
+    async def main():
+        async with await asyncio.start_server(echo, "localhost", 80):
+            reader, writer = await asyncio.open_connection("localhost", 80)
+            for _ in range(100):  # all without any time, on a loopback
+                writer.write(b"x\n")
+                assert await reader.readline() == b"x\n"
+            writer.close()
+        for _ in range(100):
+            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
+
+    sim.run(main, patience=50)
+
+
 def test_an_exception_surfaces_as_itself_with_the_virtual_time():
     async def main():
         await asyncio.sleep(12.5)

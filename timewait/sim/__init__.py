@@ -2,7 +2,7 @@
 
 from timewait.sim.host import Host
 from timewait.sim.inside import LeavesSimulation
-from timewait.sim.loop import Deadlock, SimLoop, run
+from timewait.sim.loop import Deadlock, Livelock, SimLoop, run
 from timewait.sim.network import Fault, Link, Network, Observer
 from timewait.sim.socket import SimSocket, WouldBlockForever, current_host
 
@@ -12,6 +12,7 @@ __all__ = [
     "Host",
     "LeavesSimulation",
     "Link",
+    "Livelock",
     "Network",
     "Observer",
     "SimLoop",

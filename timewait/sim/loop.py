@@ -30,15 +30,20 @@ from timewait.sim.inside import LeavesSimulation, getaddrinfo, inside, leaves
 from timewait.sim.network import Network
 from timewait.sim.sock import Sock
 
-__all__ = ["Deadlock", "SimLoop", "SimSelector", "run"]
+__all__ = ["Deadlock", "Livelock", "SimLoop", "SimSelector", "run"]
 
 T = TypeVar("T")
 
 INF: Final = float("inf")
+PATIENCE: Final = 1_000_000  # iterations at one instant before it is a livelock
 
 
 class Deadlock(RuntimeError):
     """Nothing is ready, and nothing will ever happen: the message names who waits for what."""
+
+
+class Livelock(RuntimeError):
+    """Something is always ready, so time stands still: the message names what goes round."""
 
 
 class SimSelector(selectors.BaseSelector):
@@ -223,8 +228,11 @@ class SimLoop(asyncio.SelectorEventLoop):
     _remove_reader: Callable[[int], bool]
     _remove_writer: Callable[[int], bool]
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, *, patience: int = PATIENCE) -> None:
         self.network = network
+        self.patience = patience
+        self._turns = 0  # iterations at `_instant` in which no socket had a part
+        self._instant = 0.0
         selector = SimSelector(network)
         selector.stuck = self._stuck
         self._touched = selector.touched
@@ -244,6 +252,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         What asyncio's own iteration does, less what a selector of the kernel's needs.
         """
         if self._debug:
+            self._turn()
             super()._run_once()  # type: ignore[misc]
             return
         scheduled, ready, touched, clock = self._scheduled, self._ready, self._touched, self._clock
@@ -255,7 +264,10 @@ class SimLoop(asyncio.SelectorEventLoop):
             if clock.next <= clock.now:
                 clock.run_until(clock.now)
             if touched:
+                self._turns = 0
                 self._poll(ready)
+            elif ready:
+                self._turn()
             if not (ready or self._stopping):
                 self._wait(scheduled[0]._when if scheduled else INF)
             if scheduled:
@@ -276,6 +288,17 @@ class SimLoop(asyncio.SelectorEventLoop):
             handle = None  # let go of what it refers to
             if self._stopping:
                 return
+
+    def _turn(self) -> None:
+        """Count an iteration; where too many leave time and all sockets alone, tell who turns."""
+        if self._touched or self._clock.now != self._instant:
+            self._turns = 0
+            self._instant = self._clock.now
+            return
+        self._turns += 1
+        if self._turns > self.patience:
+            self._turns = 0
+            self._spinning()
 
     def _wait(self, until: float) -> None:
         """Let time pass until a socket is ready, `until` at the latest."""
@@ -519,6 +542,20 @@ class SimLoop(asyncio.SelectorEventLoop):
             "waiting are:\n" + "\n".join(waiting or ["  no task at all"])
         )
 
+    def _spinning(self) -> NoReturn:
+        turning = []
+        for handle in self._ready:
+            task = getattr(handle._callback, "__self__", None)
+            if isinstance(task, asyncio.Task):
+                turning.append(f"  {task.get_name()}{self._where(task)}: {_awaited(task)}")
+            elif not handle._cancelled:
+                turning.append(f"  {handle!r}")
+        raise Livelock(
+            f"{self.patience:,} iterations, and it is still {self.time():g} s into the simulation: "
+            "time moves only while the program waits, and it never does; ready again are:\n"
+            + "\n".join(turning)
+        )
+
 
 def run(
     main: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
@@ -527,6 +564,7 @@ def run(
     hosts: Mapping[str, str | list[str] | None] | list[str] | Network | None = None,
     profile: Any = "linux",
     debug: bool | None = None,
+    patience: int = PATIENCE,
 ) -> T:
     """Run a coroutine (or an async function) in virtual time and return its result.
 
@@ -536,7 +574,8 @@ def run(
     chance, Python's `random` included. `profile` names the hosts' TCP.
 
     Raises what the program raises, with a note of the virtual time;
-    `Deadlock` if it waits for what cannot happen.
+    `Deadlock` if it waits for what cannot happen; `Livelock` if the loop turns
+    `patience` times at one instant without a socket having a part in it.
     """
     network = hosts if isinstance(hosts, Network) else Network(seed)
     if not isinstance(hosts, Network):
@@ -559,7 +598,7 @@ def run(
     context = copy_context()
     context.run(HERE.set, first)
     with inside(network, seed):
-        loop = SimLoop(network)
+        loop = SimLoop(network, patience=patience)
         runner = asyncio.Runner(loop_factory=lambda: loop, debug=debug)
         try:
             with runner:
