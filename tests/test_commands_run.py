@@ -20,7 +20,7 @@ def timewait(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess
         [sys.executable, "-m", "timewait", *args],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,  # a real wait takes a minute; pytest has its own limit
         cwd=cwd,
     )
 
