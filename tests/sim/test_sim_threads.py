@@ -5,7 +5,11 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
+import anyio
+import anyio.from_thread
+import anyio.to_thread
 import pytest
 
 from timewait import sim
@@ -71,3 +75,68 @@ def test_a_simulation_inside_a_simulation_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="simulation"):
         sim.run(main)
+
+
+async def with_to_thread(work):
+    return await asyncio.to_thread(work)
+
+
+async def with_an_executor(work):
+    with ThreadPoolExecutor(2) as pool:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+async def with_anyio(work):
+    return await anyio.to_thread.run_sync(work)
+
+
+@pytest.mark.parametrize("hand_over", [with_to_thread, with_an_executor, with_anyio])
+def test_work_for_a_thread_is_done_at_once_on_the_same_host(hand_over):
+    name = ContextVar("name", default="the task's")
+
+    def work():
+        name.set("the thread's")
+        time.sleep(5)
+        return threading.get_ident(), sim.current_host().name
+
+    def fail():
+        raise LookupError("mine")
+
+    async def main():
+        answers = [await hand_over(work) for _ in range(3)]
+        assert name.get() == "the task's"
+        assert asyncio.get_running_loop().time() == 15
+        with pytest.raises(LookupError, match="mine"):
+            await hand_over(fail)
+        return answers
+
+    assert sim.run(main, hosts=["web"]) == [(threading.get_ident(), "web")] * 3
+
+
+def test_work_for_anyio_threads_keeps_to_its_limiter_and_cannot_call_back():
+    async def main():
+        limiter = anyio.CapacityLimiter(1)
+        taken = []
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(
+                    lambda: anyio.to_thread.run_sync(
+                        lambda: taken.append(limiter.borrowed_tokens), limiter=limiter
+                    )
+                )
+        assert taken == [1, 1, 1]
+        # Waiting for the loop in the loop's own thread would be for ever.
+        with pytest.raises(RuntimeError, match="worker thread"):
+            await anyio.to_thread.run_sync(anyio.from_thread.run, anyio.sleep, 1)
+
+    sim.run(main)
+
+
+def test_a_thread_of_the_program_itself_is_refused():
+    async def main():
+        with pytest.raises(sim.LeavesSimulation, match="a thread"):
+            threading.Thread(target=print).start()
+        with ThreadPoolExecutor(1) as pool, pytest.raises(sim.LeavesSimulation, match="a thread"):
+            pool.submit(print)
+
+    sim.run(main)

@@ -71,7 +71,7 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         (socket, "getfqdn", lambda name="": name or current_host().name),
         (socket, "socketpair", lambda *a, **k: leaves("a socket pair")),
         (socket, "fromfd", _fromfd),
-        (threading.Thread, "start", lambda *a, **k: leaves("a thread")),
+        (threading.Thread, "start", _start),
         (_thread, "start_new_thread", lambda *a, **k: leaves("a thread")),
         (time, "monotonic", lambda: clock.now),
         (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
@@ -128,6 +128,36 @@ class _Socket(SimSocket, metaclass=_ByCaller):
     """What `socket.socket` is while a simulation runs."""
 
     __slots__ = ()
+
+
+def _start(thread: threading.Thread) -> None:
+    """Refuse a thread, except anyio's workers: they do at once what they are given."""
+    if (type(thread).__module__, type(thread).__name__) != _ANYIO_WORKER:
+        leaves("a thread")
+    thread.queue = _AtOnce(thread)  # type: ignore[attr-defined]
+
+
+_ANYIO_WORKER: Final = ("anyio._backends._asyncio", "WorkerThread")
+
+
+class _AtOnce:
+    """Stands for the queue of such a worker, as an executor of the loop does."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    def put_nowait(self, item: Any) -> None:
+        if item is None:
+            return  # the worker is to end
+        context, function, arguments, future, _scope = item
+        result = failure = None
+        try:
+            result = context.run(function, *arguments)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            failure = error
+        self._worker._report_result(future, result, failure)
 
 
 _REFUSED: Final = {

@@ -415,12 +415,12 @@ class SimLoop(asyncio.SelectorEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> Any:
-        """Call `func` at once: there are no threads."""
+        """Call `func` at once, in a context of its own as in a thread: there are no threads."""
         if self.is_closed():
             raise RuntimeError("Event loop is closed")
         future = self.create_future()
         try:
-            result = func(*args)
+            result = copy_context().run(func, *args)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
