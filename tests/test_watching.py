@@ -181,7 +181,12 @@ def test_wait_answers_by_its_exit_status() -> None:
     late = command("wait", str(PORT), "--timeout", "0", "--json")
     assert (late.returncode, late.stderr) == (1, "")
     assert json.loads(late.stdout)["bindable"] is False
-    for wrong in (["x"], ["80", "--timeout", "-1"], ["no-such-host.invalid:80"]):
+    for wrong in (
+        ["x"],
+        ["80", "--timeout", "-1"],
+        ["80", "--timeout", "nan"],
+        ["no-such-host.invalid:80"],
+    ):
         trouble = command("wait", *wrong)
         assert (trouble.returncode, trouble.stdout) == (2, "")
         assert trouble.stderr.count("\n") == 1
@@ -211,7 +216,14 @@ def test_watch_ends_after_its_time_and_on_bad_input() -> None:
     done = command("watch", str(PORT), "--for", "0.2", "--observer", "sock_diag")
     assert (done.returncode, done.stderr) == (0, "")
     assert "watching with sock_diag" in done.stdout
-    for wrong in ([], ["x"], ["--"], ["80", "--isolated"], ["--", "/no/such/program"]):
+    for wrong in (
+        [],
+        ["x"],
+        ["--"],
+        ["80", "--isolated"],
+        ["80", "--for", "nan"],
+        ["--", "/no/such/program"],
+    ):
         trouble = command("watch", *wrong)
         assert (trouble.returncode, trouble.stdout) == (2, ""), wrong
         assert trouble.stderr.count("\n") == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from math import isnan
+from typing import Any
 
 import click
 from rich.console import Console
@@ -13,7 +15,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from timewait.explain import Explanation, explain_bind, parse_address
 from timewait.watching import wait_until_bindable_sync
 
-__all__ = ["command"]
+__all__ = ["Seconds", "command"]
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds; nan, which no time is past, is none."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number, or one line of trouble."""
+        seconds: float = super().convert(value, param, ctx)
+        if isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 @click.command(
@@ -22,9 +37,7 @@ __all__ = ["command"]
     epilog="Exit status: 0 it can be bound, 1 the time was up, 2 it could not be tried.",
 )
 @click.argument("address", metavar="[HOST:]PORT")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0), metavar="S", help="Give up after S seconds."
-)
+@click.option("--timeout", type=Seconds(min=0), metavar="S", help="Give up after S seconds.")
 @click.option("--reuse-address", is_flag=True, help="For a server that sets SO_REUSEADDR.")
 @click.option("--reuse-port", is_flag=True, help="For a server that sets SO_REUSEPORT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end.")

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from timewait.commands.wait import Seconds
 from timewait.events import Called, Event, Lost, Note, RunStarted, SegmentSeen, Transition, dump
 from timewait.explain import parse_address
 from timewait.kernel.namespace import isolate
@@ -63,9 +64,7 @@ class _WithCommand(click.Command):
     show_default=True,
     help="Who looks; auto takes the strongest that is allowed, and says why not a better one.",
 )
-@click.option(
-    "--for", "seconds", type=click.FloatRange(min=0), metavar="S", help="End after S seconds."
-)
+@click.option("--for", "seconds", type=Seconds(min=0), metavar="S", help="End after S seconds.")
 @click.option(
     "--isolated",
     is_flag=True,
