@@ -141,6 +141,13 @@ def test_what_no_waiting_mends_is_not_waited_for(host: str, why: str) -> None:
     assert trouble.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("port", ["80", 99999, -1, 1.5])
+def test_what_is_no_port_is_refused_by_all_alike(port: int) -> None:
+    for ask in (watch, timewait.explain_bind, wait_until_bindable_sync, timewait.explain.can_bind):
+        with pytest.raises(ValueError, match="not a port: "):
+            ask(port)
+
+
 def test_a_wait_is_for_the_options_that_the_server_sets() -> None:
     converse(reuse=True)
     assert wait_until_bindable_sync(PORT, timeout=0, reuse_address=True) < 1

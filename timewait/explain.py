@@ -20,7 +20,8 @@ import socket
 import textwrap
 from collections.abc import Iterator
 from ipaddress import ip_address
-from typing import Any, Final, TypeAlias
+from operator import index
+from typing import Any, Final, SupportsIndex, TypeAlias
 
 from attrs import define, frozen
 
@@ -32,7 +33,15 @@ from timewait.kernel.sock_diag import Details, details, ends_in
 from timewait.report import address as address_text
 from timewait.tcp.states import State
 
-__all__ = ["Bindable", "Explanation", "Holder", "can_bind", "explain_bind", "parse_address"]
+__all__ = [
+    "Bindable",
+    "Explanation",
+    "Holder",
+    "can_bind",
+    "explain_bind",
+    "parse_address",
+    "port_number",
+]
 
 _S = State
 _UNOWNED: Final = ("last-ack", "closing", "fin-wait-2-orphan", "time-wait", "outbound-time-wait")
@@ -212,9 +221,7 @@ def explain_bind(port: int, host: str = "0.0.0.0") -> Explanation:
     Raises `OSError` (`socket.gaierror`) for a name that has no address, and
     where there is nothing to look with; `ValueError` for no port number.
     """
-    if not 0 <= port <= 65535:
-        raise ValueError(f"not a port: {port}")
-    host = _numeric(host)
+    port, host = port_number(port), _numeric(host)
     for _ in range(3):
         found = _sockets(port)
         listening = any(one.row.state is _S.LISTEN for one in found)
@@ -235,7 +242,7 @@ def can_bind(
     `PermissionError` for a privileged port, `OSError` for a host that has no
     address or not one of this machine's, `ValueError` for no port number.
     """
-    host = _numeric(host)
+    port, host = port_number(port), _numeric(host)
     failed = _try(host, port, reuse_address, reuse_port, listen=False)
     if failed is None and not any(one.row.state is _S.LISTEN for one in _sockets(port)):
         failed = _try(host, port, reuse_address, reuse_port, listen=True)
@@ -245,6 +252,17 @@ def can_bind(
         return False
     why = _FOR_GOOD.get(failed[1]) or os.strerror(failed[1])
     raise OSError(failed[1], f"{address_text((host, port))}: {why}")
+
+
+def port_number(port: SupportsIndex) -> int:
+    """A port as a plain number, from 0 to 65535; raises `ValueError` for anything else."""
+    try:
+        number = index(port)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= 65535:
+        raise ValueError(f"not a port: {port!r}")
+    return number
 
 
 def parse_address(text: str) -> Address:

@@ -20,7 +20,7 @@ import anyio.lowlevel
 
 from timewait.connections import CLOSED_FIRST, LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Address, Event, Row, RunStarted, SegmentSeen, Transition
-from timewait.explain import Explanation, can_bind, explain_bind
+from timewait.explain import Explanation, can_bind, explain_bind, port_number
 from timewait.kernel.observers import Observer, observe
 from timewait.report import address
 from timewait.tcp.segment import ACK, FIN, RST, SYN
@@ -41,7 +41,8 @@ def watch(port: int | None = None, *, observer: str = "auto") -> Watch:
     Use the result with `with` or `async with`. `observer` is "auto" (the
     strongest allowed), "tracepoint", "sock_diag", "psutil" or "capture".
 
-    Raises `OSError` that says why where there is nothing to watch with.
+    Raises `ValueError` for no port number, `OSError` that says why where there
+    is nothing to watch with.
     """
     return Watch(port, observer)
 
@@ -60,7 +61,7 @@ class Watch(Connections):
 
     def __init__(self, port: int | None, observer: str) -> None:
         super().__init__()
-        self.port = port
+        self.port = None if port is None else port_number(port)
         self.events: list[Event] = []
         self._before: set[Key] = set()
         self._last: tuple[list[Row], float] = [], 0.0
