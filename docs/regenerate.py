@@ -11,9 +11,10 @@ A block is an HTML comment with a command, and the fenced block after it:
     <!-- $$ COMMAND -->   a campaign too long to rerun: never touched, dated in the text
 
 `timewait` and `python` in a command mean this interpreter's. A command is run
-by the shell in the repository's root. A fenced block marked `mermaid` or
-`json` keeps its mark; a block marked `markdown` is written without a fence, between the
-comment and a closing `<!-- $ -->`.
+by the shell in the repository's root; no page is written with one that ends
+with exit status 2. A fenced block marked `mermaid` or `json` keeps its mark; a
+block marked `markdown` is written without a fence, between the comment and a
+closing `<!-- $ -->`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def output_of(command: str) -> str:
         text=True,
         timeout=600,
     )
+    if done.returncode == 2:
+        raise SystemExit(f"{command}: exit status 2\n{done.stdout}")
     return "".join(line.rstrip() + "\n" for line in done.stdout.splitlines())
 
 

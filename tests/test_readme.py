@@ -87,3 +87,15 @@ def test_every_link_leads_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+@from_source
+def test_no_page_shows_a_command_that_could_not_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    shown = "<!-- $~ timewait explain nonsense -->\n```text\nas it was\n```\n"
+    page.write_text(shown)
+    regenerate = [sys.executable, ROOT / "docs" / "regenerate.py", page]
+    done = subprocess.run(regenerate, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "timewait explain nonsense: exit status 2" in done.stderr
+    assert page.read_text() == shown
