@@ -309,3 +309,14 @@ def test_interrupted_it_closes_its_sockets_and_leaves_the_file_whole(
         seen = list(events.read(lines))
     assert isinstance(seen[-1], Snapshot)
     assert not [row for row in sockets(seen[-1].rows[0].local[1]) if row.state != State.TIME_WAIT]
+
+
+@pytest.mark.parametrize("stack", ["kernel", "model"])
+def test_more_can_be_sent_than_memory_holds(stack: str) -> None:
+    story = Scenario(time_limit=0.2).listen(reads=False).connect().send("client", 10**14)
+    with pytest.raises(StepHung, match="clients send 100000000000000 bytes"):
+        story.run_sync(on=stack)
+    story = Scenario().listen().connect().send("client", 3_000_000).close("client")
+    run = story.run_sync(on=stack)
+    sent = [e.result for e in run.events if isinstance(e, Called) and e.call == "send"]
+    assert sum(sent) == 3_000_000

@@ -56,6 +56,7 @@ _PASSING: Final = frozenset(
     {State.SYN_SENT, State.SYN_RECEIVED, State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK}
 )
 _LOOK_FIRST, _LOOK_AT_MOST = 0.0002, 0.02  # seconds between two looks at the table
+_BLOCK: Final = 1 << 20  # bytes that are offered to one send()
 _WILDCARDS: Final = frozenset({"0.0.0.0", "::", "*"})
 _RESET: Final = struct.pack("ii", 1, 0)
 
@@ -330,17 +331,17 @@ class Orchestrator:
         self._ended(end, "connect", began)
 
     async def _send(self, end: _End, size: int) -> None:
-        left = memoryview(bytes(size))
-        while left:
+        block = memoryview(bytes(min(size, _BLOCK)))
+        while size:
             try:
-                sent = self._call(end, "send", partial(end.sock.send, left))
+                sent = self._call(end, "send", partial(end.sock.send, block[:size]))
             except BlockingIOError:
                 await anyio.wait_writable(end.sock)
                 continue
             if sent is None:
                 return
             end.sent += sent
-            left = left[sent:]
+            size -= sent
 
     def _close_all(self, who: str, reset: bool = False) -> None:
         if who == "both":
