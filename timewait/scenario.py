@@ -62,6 +62,11 @@ def _finite(_: object, attribute: Any, value: float) -> None:
         raise ValueError(f"{attribute.name!r} must be 0 or more, and finite: {value}")
 
 
+def _whole(_: object, attribute: Any, value: object) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{attribute.name!r} must be a whole number: {value!r}")
+
+
 _at_eof = validators.in_(get_args(AtEof))
 
 
@@ -85,7 +90,7 @@ class Listen:
     do: ClassVar = "listen"
     reuse_address: bool = False
     reuse_port: bool = False
-    backlog: int = field(default=128, validator=validators.ge(0))
+    backlog: int = field(default=128, validator=[_whole, validators.ge(0), validators.lt(1 << 31)])
     reads: bool = True
     at_eof: AtEof = field(default="close", validator=_at_eof)
 
@@ -98,7 +103,7 @@ class Connect:
     """So many further clients connect, one after the other; they are numbered from 1."""
 
     do: ClassVar = "connect"
-    clients: int = field(default=1, validator=validators.ge(1))
+    clients: int = field(default=1, validator=[_whole, validators.ge(1)])
     reuse_address: bool = False
     reuse_port: bool = False
     reads: bool = True
@@ -114,7 +119,7 @@ class Send:
 
     do: ClassVar = "send"
     who: str
-    size: int = field(default=100, validator=validators.ge(1))
+    size: int = field(default=100, validator=[_whole, validators.ge(1)])
 
     def __str__(self) -> str:
         return _does(self.who, "send", _plural(self.size, "byte"))
@@ -212,8 +217,8 @@ class Fault:
     act: str = field(validator=validators.in_(("drop", "delay", "duplicate")))
     segments: str = field(validator=validators.in_(_SEGMENTS))
     source: str = field(default="", validator=validators.in_(("", "server", "client")))
-    nth: int = field(default=1, validator=validators.ge(1))
-    times: int = field(default=1, validator=validators.ge(0))
+    nth: int = field(default=1, validator=[_whole, validators.ge(1)])
+    times: int = field(default=1, validator=[_whole, validators.ge(0)])
     seconds: float = field(default=0.0, validator=[_finite, validators.ge(0)])
 
 
@@ -247,8 +252,8 @@ class Scenario:
             ip_address(self.host)
         except ValueError:
             raise ScenarioError(f"host {self.host!r} is not an IPv4 or IPv6 address") from None
-        if not 0 <= self.port <= 65535:
-            raise ScenarioError(f"port {self.port} is not between 0 and 65535")
+        if not isinstance(self.port, int) or not 0 <= self.port <= 65535:
+            raise ScenarioError(f"port {self.port!r} is not between 0 and 65535")
         if self.faults and "kernel" in self.stacks:
             raise ScenarioError("faults take a link of one's own: stacks are model and wire")
         listening, clients = False, 0
