@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from timewait.tcp.actions import acknowledged
 from timewait.tcp.connection import Connection
 from timewait.tcp.states import State
 
@@ -128,7 +129,7 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool
             b._rtt_seq = b.first_sent = None
             b.t_retransmit = INF
         else:
-            b._acknowledged(ack, flight, flight, now)
+            acknowledged(b, ack, flight, flight, now)
     b.snd_wl1 = seq
     b.snd_wl2 = ack
     b.snd_wnd = window = window << b.snd_scale

@@ -37,18 +37,18 @@ URG: Final = 0x20
 ECE: Final = 0x40
 CWR: Final = 0x80
 
-MOD: Final = 1 << 32
+MASK: Final = (1 << 32) - 1
 HALF: Final = 1 << 31
 
 
 def seq_add(a: int, n: int) -> int:
     """`a + n` in sequence space, modulo 2**32."""
-    return (a + n) & 0xFFFFFFFF
+    return (a + n) & MASK
 
 
 def seq_diff(a: int, b: int) -> int:
     """The signed distance from `b` to `a`, in -2**31 .. 2**31 - 1."""
-    return ((a - b + HALF) & 0xFFFFFFFF) - HALF
+    return ((a - b + HALF) & MASK) - HALF
 
 
 def seq_lt(a: int, b: int) -> bool:

@@ -60,6 +60,13 @@ class State(IntEnum):
             raise ValueError(f"not a Linux TCP state number: {number}") from None
 
 
+# By name alone, for the machine: it compares them for every segment.
+CLOSED, LISTEN, SYN_SENT = State.CLOSED, State.LISTEN, State.SYN_SENT
+SYN_RECEIVED, ESTABLISHED = State.SYN_RECEIVED, State.ESTABLISHED
+FIN_WAIT_1, FIN_WAIT_2 = State.FIN_WAIT_1, State.FIN_WAIT_2
+CLOSE_WAIT, CLOSING = State.CLOSE_WAIT, State.CLOSING
+LAST_ACK, TIME_WAIT = State.LAST_ACK, State.TIME_WAIT
+
 _SPELLINGS: dict[str, State] = {state.name: state for state in State} | {
     "CLOSE": State.CLOSED,
     "UNCONN": State.CLOSED,

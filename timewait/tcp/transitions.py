@@ -21,8 +21,8 @@ A cell of states x events is a `Row`, of one of four kinds:
 Every row names its source. The base table is RFC 9293 with the RFCs it points
 to; what a real stack does otherwise is a difference in `timewait.tcp.profiles`.
 
-Actions are names (`ACTIONS` explains each); a `Connection` has one method for
-each. They are performed in order, after the state has changed.
+Actions are names (`ACTIONS` explains each); `timewait.tcp.actions` has a function
+for each. They are performed in order, after the state has changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,21 @@ from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 
-from timewait.tcp.states import Event, State
+from timewait.tcp.states import (
+    CLOSE_WAIT,
+    CLOSED,
+    CLOSING,
+    ESTABLISHED,
+    FIN_WAIT_1,
+    FIN_WAIT_2,
+    LAST_ACK,
+    LISTEN,
+    SYN_RECEIVED,
+    SYN_SENT,
+    TIME_WAIT,
+    Event,
+    State,
+)
 
 __all__ = [
     "ACTIONS",
@@ -144,20 +158,6 @@ def never(why: str) -> Row:
 
 
 Table: TypeAlias = Mapping[tuple[State, Event], Row]
-
-CLOSED, LISTEN, SYN_SENT, SYN_RECEIVED = (
-    State.CLOSED,
-    State.LISTEN,
-    State.SYN_SENT,
-    State.SYN_RECEIVED,
-)
-ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2 = State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2
-CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT = (
-    State.CLOSE_WAIT,
-    State.CLOSING,
-    State.LAST_ACK,
-    State.TIME_WAIT,
-)
 
 ALL: Final = tuple(State)
 SYNCHRONIZED: Final = (

@@ -1,0 +1,605 @@
+"""What follows from an event: the actions that rows of the table name.
+
+Each is a function of the connection, what came with the event (the segment, or
+the user's text), and now. `timewait.tcp.transitions.ACTIONS` explains them,
+for the docs too; the few others here are what they are made of.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+from functools import cache
+from math import inf
+from typing import TYPE_CHECKING, Any, Final
+
+from timewait.tcp.segment import ACK, FIN, HALF, MASK, PSH, RST, SYN, Options, Segment
+from timewait.tcp.states import FIN_WAIT_2, SYN_RECEIVED, SYN_SENT, TIME_WAIT
+
+if TYPE_CHECKING:
+    from timewait.tcp.connection import Connection
+
+_NO_OPTIONS: Final = Options()
+
+
+@cache
+def _syn_options(mss: int, scale: int | None, sack: bool) -> Options:
+    return Options(mss, scale, sack)
+
+
+# --- Opening ----------------------------------------------------------------------------------
+
+
+def send_syn(c: Connection, _seg: None, now: float) -> None:
+    c.snd_nxt = (c.iss + 1) & MASK
+    c._rtt_seq = c.snd_nxt
+    _start_retransmitting(c, now)
+    _emit_syn(c, SYN, now)
+
+
+def _start_retransmitting(c: Connection, now: float) -> None:
+    c.first_sent = now
+    c.t_retransmit = now + c.rto
+    if c.options.user_timeout is not None:
+        c.t_user = now + c.options.user_timeout
+
+
+def _emit_syn(c: Connection, flags: int, now: float) -> None:
+    """Our SYN, or SYN,ACK: the window unscaled, all options offered or answered."""
+    parameters = c.profile.parameters
+    answer = flags & ACK
+    c._rtt_at = now
+    if parameters.linux_checks:
+        # tcp_select_initial_window: whole segments.
+        whole = c.adv_mss - 12 if answer and c.timestamps else c.adv_mss
+        if c.rcv_buf > whole and (c.passive or not answer):
+            c.rcv_buf -= c.rcv_buf % whole
+    window = c.rcv_buf if c.rcv_buf < 0xFFFF else 0xFFFF
+    c.rcv_adv = (c.rcv_nxt + window) & MASK
+    scale: int | None = parameters.window_scale
+    if answer:
+        c.rcv_wup = c.rcv_nxt
+        if not c.rcv_scale:
+            scale = None
+    sack = c.sack if answer else parameters.sack
+    if c.timestamps:
+        options = Options(c.adv_mss, scale, sack, tsval(c, now), c.ts_recent)
+    else:
+        options = _syn_options(c.adv_mss, scale, sack)
+    c.out.append(Segment(c.iss, c.rcv_nxt if answer else 0, flags, window, b"", options))
+
+
+def tsval(c: Connection, now: float) -> int:
+    return (int(now * 1000) + c.ts_offset) & MASK
+
+
+def _note_syn(c: Connection, seg: Segment) -> None:
+    """Take the peer's SYN: its numbers and options."""
+    c.irs = seg.seq
+    c.rcv_nxt = c.rcv_wup = (seg.seq + 1) & MASK
+    c.snd_wnd = c.max_wnd = seg.window
+    c.snd_wl1, c.snd_wl2 = seg.seq, seg.ack
+    options = seg.options
+    if options is None:
+        options = _NO_OPTIONS
+    theirs = options.mss or 536
+    if theirs < c.mss:
+        c.mss = theirs
+    c.sack = options.sack_permitted and c.profile.parameters.sack
+    if options.window_scale is None:
+        c.snd_scale = c.rcv_scale = 0
+    else:
+        c.snd_scale = options.window_scale if options.window_scale < 14 else 14
+        c.rcv_scale = c.profile.parameters.window_scale
+    if options.ts_val is None:
+        c.timestamps = False
+    elif c.timestamps:
+        c.ts_recent = options.ts_val
+
+
+def send_syn_ack(c: Connection, seg: Segment, now: float) -> None:
+    _note_syn(c, seg)
+    c.snd_nxt = (c.iss + 1) & MASK
+    c._rtt_seq = c.snd_nxt
+    c.rto = c.profile.parameters.rto_initial
+    c.retransmits = 0
+    _start_retransmitting(c, now)
+    _emit_syn(c, SYN | ACK, now)
+
+
+def send_syn_ack_again(c: Connection, _seg: Segment, now: float) -> None:
+    if _may_challenge(c, now):
+        c._rtt_seq = None
+        _emit_syn(c, SYN | ACK, now)
+
+
+def synchronize(c: Connection, seg: Segment, now: float) -> None:
+    _note_syn(c, seg)
+    window = c.rcv_buf if c.rcv_buf < 0xFFFF else 0xFFFF
+    c.rcv_adv = (c.rcv_nxt + window) & MASK
+    acknowledged(c, seg.ack, 1, 1, now)
+    establish(c, seg, now)
+
+
+def establish(c: Connection, seg: Segment, now: float) -> None:
+    c.retransmits = 0
+    c._last_text = now
+    if c.passive:
+        c.last_challenge = -inf
+    if c.srtt is None:
+        c.rto = c.profile.parameters.rto_initial
+    if c.options.keepalive:
+        c.t_keepalive = now + c.options.keepalive[0]
+
+
+def return_to_listen(c: Connection, _seg: Segment, now: float) -> None:
+    c.t_retransmit = c.t_user = inf
+    c.snd_una = c.snd_nxt = c.iss
+    c.rcv_nxt = c.irs = 0
+    c.retransmits = 0
+
+
+def reopen(c: Connection, _seg: Segment, now: float) -> None:
+    """TIME_WAIT ends in a new incarnation, above every sequence number of the old."""
+    c._renew()
+    c.passive = True
+
+
+# --- Text, and the FIN after it ---------------------------------------------------------------
+
+
+def take_text(c: Connection, data: bytes, now: float) -> None:
+    c._tx += data[: max(0, c.snd_buf - len(c._tx))]
+
+
+def send_text(c: Connection, _seg: Any, now: float) -> None:
+    """Send what may be sent: text, then the FIN."""
+    if not c._tx and c._fin != 1:
+        return
+    if c._fin == 2 or c.state is SYN_SENT or c.state is SYN_RECEIVED:
+        return
+    if c._recover is not None:
+        return  # nothing new until what was retransmitted is acknowledged
+    sent = (c.snd_nxt - c.snd_una - (c.snd_una == c.iss)) & MASK
+    tx = c._tx
+    mss = _effective_mss(c) if tx else 1
+    end = c.snd_una + c.snd_wnd
+    left = len(tx) - sent
+    while True:
+        usable = (end - c.snd_nxt) & MASK
+        if usable & HALF:
+            usable = 0
+        n = left if left < mss else mss
+        last = n == left
+        fin = c._fin == 1 and last
+        if not (n or fin) or n + fin > usable:
+            if n and usable >= n:
+                fin = False  # room for the text only
+            else:
+                break
+        if n < mss and not fin and not c.options.nodelay and _held_by_nagle(c):
+            break
+        seq = c.snd_nxt
+        c.snd_nxt = (seq + n + fin) & MASK
+        if n < mss:
+            c._small = c.snd_nxt
+        if c._rtt_seq is None and c._recover is None:
+            c._rtt_seq, c._rtt_at = c.snd_nxt, now
+        if c.t_retransmit == inf:
+            _start_retransmitting(c, now)
+        if n:
+            if now - c._last_text < c._ato:
+                c._pingpong = True
+            emit(c, ACK | (FIN if fin else 0) | (PSH if last else 0), now, seq, tx[sent : sent + n])
+        else:
+            emit(c, ACK | FIN, now, seq)
+        if fin:
+            c._fin = 2
+            return
+        sent += n
+        left -= n
+    if sent > mss and c.srtt is not None and not c._probed and c.sack:
+        c.t_retransmit = min(c.t_retransmit, now + 2 * c.srtt + 0.008)
+    if (left or c._fin == 1) and c.snd_una == c.snd_nxt and c.t_probe == inf:
+        c.t_probe = now + c.rto
+
+
+def _effective_mss(c: Connection) -> int:
+    """The text a segment may carry: less its options, and at most half the peer's window."""
+    mss = c.mss - 12 if c.timestamps else c.mss
+    most = c.max_wnd >> 1 if c.max_wnd > 536 else c.max_wnd
+    return mss if mss <= most or not most else max(most, 48)
+
+
+def _held_by_nagle(c: Connection) -> bool:
+    """RFC 9293 §3.7.4; Linux waits only for a segment that was itself small."""
+    if c.snd_una == c.snd_nxt:
+        return False
+    if c.profile.parameters.linux_checks:
+        return (c.snd_una - c._small) & HALF != 0
+    return True
+
+
+def queue_fin(c: Connection, _seg: None, now: float) -> None:
+    c.write_shut = True
+    c._fin = 1
+    if c._tx or not c.snd_wnd:
+        send_text(c, None, now)
+        return
+    c._fin = 2
+    # No round trip is measured: nothing that follows would use it.
+    seq = c.snd_nxt
+    c.snd_nxt = (seq + 1) & MASK
+    if c.t_retransmit == inf:
+        c.first_sent = now
+        c.t_retransmit = now + c.rto
+        if c.options.user_timeout is not None:
+            c.t_user = now + c.options.user_timeout
+    emit(c, ACK | FIN, now, seq)
+
+
+def give_text(c: Connection, _data: bytes, now: float) -> None:
+    """Text was read: tell the peer when that opens a window worth telling."""
+    if c.fin_received:
+        return
+    told = (c.rcv_adv - c.rcv_nxt) & MASK
+    if c.rcv_buf - len(c._rx) - told >= min(c.rcv_buf // 2, 2 * c.mss):
+        emit(c, ACK, now)
+
+
+def orphan(c: Connection, _seg: None, now: float) -> None:
+    c.orphaned = c.write_shut = True
+    c._rx = b""
+    if c.state is FIN_WAIT_2:
+        start_fin_wait_2(c, None, now)
+
+
+# --- Acknowledgments --------------------------------------------------------------------------
+
+
+def send_ack(c: Connection, _seg: Any, now: float) -> None:
+    emit(c, ACK, now)
+
+
+def send_text_and_acknowledge(c: Connection, seg: Segment, now: float) -> None:
+    if c._tx or c._fin == 1:
+        send_text(c, seg, now)
+    if c._ack_due:
+        acknowledge(c, seg, now)
+
+
+def acknowledge(c: Connection, seg: Segment, now: float) -> None:
+    due = c._ack_due
+    if not due:
+        return
+    delay = c.profile.parameters.delayed_ack
+    if (
+        due == 2
+        or not delay
+        or (c._quick and not c._pingpong)
+        or (c.rcv_nxt - c.rcv_wup) & MASK > c._rcv_mss
+    ):
+        emit(c, ACK, now)
+    elif c.t_ack == inf:
+        c.t_ack = now + c._ato
+
+
+def acknowledge_fin(c: Connection, seg: Segment, now: float) -> None:
+    if c.rcv_wup == c.rcv_nxt:
+        return  # text of ours has carried it
+    at_once = c.profile.parameters.first_ack_delay
+    if not at_once or c._ack_due == 2:
+        emit(c, ACK, now)
+        return
+    c._pingpong = True
+    c._ack_due = 1
+    if (c.rcv_nxt - c.rcv_wup) & MASK > c._rcv_mss:
+        emit(c, ACK, now)
+    else:
+        due = now + (c._ato or at_once)
+        if due < c.t_ack:
+            c.t_ack = due
+
+
+def quicken(c: Connection, *, stay_interactive: bool = False) -> None:
+    """Acknowledge the next few segments at once (tcp_enter_quickack_mode)."""
+    most = c.profile.parameters.quick_acks
+    window = (c.rcv_adv - c.rcv_nxt) & MASK
+    quick = min(window // (2 * c._rcv_mss) or 2, most)
+    if quick > c._quick:
+        c._quick = quick
+    if not stay_interactive:
+        c._pingpong = False
+        c._ato = c.profile.parameters.delayed_ack
+
+
+def ack_unacceptable(c: Connection, seg: Segment, now: float) -> None:
+    # Text without a SYN is no part of a loop of ACKs: no limit (tcp_oow_rate_limited).
+    if (seg.data or seg.flags & FIN) and not seg.flags & SYN:
+        if seg.seq != c.rcv_nxt and c.state is not TIME_WAIT:
+            quicken(c)
+        emit(c, ACK, now)
+    elif _may_challenge(c, now):
+        emit(c, ACK, now)
+
+
+def challenge_ack(c: Connection, seg: Segment, now: float) -> None:
+    if _may_challenge(c, now):
+        emit(c, ACK, now)
+
+
+def _may_challenge(c: Connection, now: float) -> bool:
+    if now - c.last_challenge < c.profile.parameters.challenge_interval:
+        return False
+    c.last_challenge = now
+    return True
+
+
+# --- Resets, and the end ----------------------------------------------------------------------
+
+
+def reset_reply(c: Connection, seg: Segment, now: float) -> None:
+    if seg.flags & ACK:
+        c.out.append(Segment(seg.ack, 0, RST))
+    else:
+        c.out.append(Segment(0, (seg.seq + seg.length) & MASK, RST | ACK))
+
+
+def send_rst(c: Connection, _seg: None, now: float) -> None:
+    emit(c, RST | ACK, now)
+
+
+def deliver_eof(c: Connection, _seg: Segment, now: float) -> None:
+    c.fin_received = True
+
+
+def forget(c: Connection, _seg: Any, now: float) -> None:
+    c.t_retransmit = c.t_ack = c.t_probe = inf
+    c.t_keepalive = c.t_wait = c.t_user = inf
+    c._tx = b""
+    c._fin = 0
+    c._out_of_order = ()
+    c.write_shut = True
+
+
+def report_refused(c: Connection, _seg: Segment, now: float) -> None:
+    c.error = errnos.ECONNREFUSED
+
+
+def report_reset(c: Connection, _seg: Segment, now: float) -> None:
+    c.error = errnos.ECONNRESET
+
+
+def report_pipe(c: Connection, _seg: Segment, now: float) -> None:
+    c.error = errnos.EPIPE
+
+
+def report_timeout(c: Connection, _seg: None, now: float) -> None:
+    c.error = errnos.ETIMEDOUT
+
+
+# --- Waiting ----------------------------------------------------------------------------------
+
+
+def start_time_wait(c: Connection, _seg: Any, now: float) -> None:
+    c.t_retransmit = c.t_ack = c.t_probe = c.t_keepalive = c.t_user = inf
+    c.last_challenge = -inf
+    c.t_wait = now + c.profile.parameters.time_wait
+
+
+def restart_time_wait(c: Connection, _seg: Segment, now: float) -> None:
+    c.t_wait = now + c.profile.parameters.time_wait
+
+
+def start_fin_wait_2(c: Connection, seg: Any, now: float) -> None:
+    limit = c.profile.parameters.fin_wait_2
+    if c.orphaned and limit is not None:
+        if c.options.linger2:
+            limit = c.options.linger2
+        if c.profile.parameters.small_sockets:
+            limit = max(limit, 3.5 * c.rto)  # tcp_fin_time
+            c.last_challenge = -inf
+            if seg is None or not seg.flags & FIN:
+                c._ack_due = 0  # what came with the ACK is not looked at
+        c.t_wait = now + limit
+
+
+# --- Retransmission ---------------------------------------------------------------------------
+
+
+def retransmit(c: Connection, _seg: None, now: float) -> None:
+    """The retransmission timer fired: the oldest again, twice the timeout (RFC 6298 §5)."""
+    if not c._probed and c.sack and c._recover is None and c.snd_una != c.iss:
+        _probe_tail(c, now)
+        return
+    parameters = c.profile.parameters
+    c.retransmits += 1
+    c._rtt_seq = None
+    if c.state is SYN_SENT:
+        _emit_syn(c, SYN, now)
+        if c.retransmits <= parameters.syn_linear:
+            c.t_retransmit = now + c.rto
+            return
+    elif c.snd_una == c.iss:
+        _emit_syn(c, SYN | ACK, now)
+    else:
+        c._recover = c.snd_nxt
+        _send_oldest(c, now)
+    c.rto = min(2 * c.rto, parameters.rto_max)
+    c.t_retransmit = now + c.rto
+
+
+def _probe_tail(c: Connection, now: float) -> None:
+    """Something new, else the last segment again; the timeout proper follows (RFC 8985 §7)."""
+    c._probed = True
+    c._rtt_seq = None
+    mss = _effective_mss(c)
+    text = (c.snd_nxt - c.snd_una - (c._fin == 2)) & MASK
+    left = len(c._tx) - text
+    if left > 0 and min(left, mss) <= c.snd_wnd - text:
+        seq, n = c.snd_nxt, min(left, mss)
+        c.snd_nxt = (seq + n) & MASK
+        emit(c, ACK | PSH, now, seq, c._tx[text : text + n])
+    else:
+        start = max(0, text - 1) // mss * mss
+        fin = FIN if c._fin == 2 else 0
+        emit(
+            c,
+            ACK | fin | (PSH if text else 0),
+            now,
+            (c.snd_una + start) & MASK,
+            c._tx[start:text],
+        )
+    c.t_retransmit = now + c.rto
+
+
+def _send_oldest(c: Connection, now: float) -> None:
+    """Retransmit one segment from SND.UNA, the FIN with it where it fits."""
+    text = (c.snd_nxt - c.snd_una - (c._fin == 2)) & MASK
+    n = min(text, _effective_mss(c))
+    last = n == text
+    flags = ACK | (FIN if last and c._fin == 2 else 0) | (PSH if n and last else 0)
+    emit(c, flags, now, c.snd_una, c._tx[:n])
+
+
+def acknowledged(c: Connection, ack: int, acked: int, flight: int, now: float) -> None:
+    """`acked` of `flight` octets are acknowledged: free them, measure, retime."""
+    if c._tx:
+        text = acked - (c.snd_una == c.iss)
+        c._tx = c._tx[text:]  # a FIN, the last, is past its end
+    c.snd_una = ack
+    if c._rtt_seq is not None:
+        if not (ack - c._rtt_seq) & HALF:
+            # A round trip was measured: RFC 6298 §2.
+            c._rtt_seq = None
+            rtt = now - c._rtt_at
+            srtt = c.srtt
+            if srtt is None:
+                c.srtt = rtt
+                c.rttvar = rtt / 2
+            else:
+                error = rtt - srtt
+                c.srtt = srtt + error / 8
+                c.rttvar += ((error if error > 0 else -error) - c.rttvar) / 4
+            _set_rto(c)
+    elif c.retransmits and c.srtt is not None:
+        _set_rto(c)  # new data acknowledged ends the backoff
+    c.retransmits = 0
+    if c._probed:
+        c._probed = not c.profile.parameters.tail_loss_probe
+    if acked == flight:
+        c.first_sent = c._recover = None
+        c.t_retransmit = c.t_user = inf
+    else:
+        c.first_sent = now
+        c.t_retransmit = now + c.rto
+        if c._recover is not None:
+            if (ack - c._recover) & HALF:
+                _send_oldest(c, now)
+            else:
+                c._recover = None
+
+
+def _set_rto(c: Connection) -> None:
+    parameters = c.profile.parameters
+    rto = 4 * c.rttvar
+    if parameters.rto_floor_on_variance:
+        if rto < parameters.rto_min:
+            rto = parameters.rto_min
+        rto += c.srtt or 0.0
+    else:
+        rto += c.srtt or 0.0
+        if rto < parameters.rto_min:
+            rto = parameters.rto_min
+    c.rto = rto if rto < parameters.rto_max else parameters.rto_max
+
+
+# --- Probes -----------------------------------------------------------------------------------
+
+
+def probe(c: Connection, _seg: None, now: float) -> None:
+    """A segment that must be answered: what fits the window, else one below it."""
+    c.retransmits += 1
+    sent = (c.snd_nxt - c.snd_una) & MASK
+    n = min(len(c._tx) - sent, c.snd_wnd, _effective_mss(c)) if c._tx else 0
+    if n > 0 and c.snd_una == c.snd_nxt:
+        seq, c.snd_nxt = c.snd_nxt, (c.snd_nxt + n) & MASK
+        _start_retransmitting(c, now)
+        emit(c, ACK | PSH, now, seq, c._tx[sent : sent + n])
+        return
+    emit(c, ACK, now, (c.snd_una - 1) & MASK)
+    c.rto = min(2 * c.rto, c.profile.parameters.rto_max)
+    c.t_probe = now + c.rto
+
+
+def probe_answered(c: Connection, window: int) -> None:
+    c.retransmits = 0
+    if window:
+        c.t_probe = inf
+
+
+def ask(c: Connection, _seg: None, now: float) -> None:
+    """Keep-alive (RFC 9293 §3.8.4): nothing was heard for long enough."""
+    if c.options.keepalive:
+        c.retransmits += 1
+        emit(c, ACK, now, (c.snd_una - 1) & MASK)
+        c.t_keepalive = now + c.options.keepalive[1]
+
+
+# --- A segment leaves -------------------------------------------------------------------------
+
+
+def emit(c: Connection, flags: int, now: float, seq: int | None = None, data: bytes = b"") -> None:
+    """Send a segment that carries the current acknowledgment and window."""
+    nxt = c.rcv_nxt
+    scale = c.rcv_scale
+    if c._rx or not scale:
+        window = _window_to_tell(c, nxt, scale)
+    else:
+        # Nothing waits to be read: the whole buffer, rounded up, is never less than before.
+        window = (c.rcv_buf + (1 << scale) - 1) >> scale
+    if window > 0xFFFF:
+        window = 0xFFFF
+    c.rcv_adv = (nxt + (window << scale)) & MASK
+    if seq is None:
+        seq = c.snd_nxt
+        if (c.snd_una + c.snd_wnd - seq) & HALF:
+            seq = _within_window(c)
+    c.out.append(
+        Segment(
+            seq,
+            nxt,
+            flags,
+            window,
+            data,
+            Options(None, None, False, tsval(c, now), c.ts_recent) if c.timestamps else None,
+        )
+    )
+    c.rcv_wup = nxt
+    c.t_ack = inf
+    if c._ack_due:
+        c._ack_due = 0
+        if c._quick:
+            c._quick -= 1
+
+
+def _window_to_tell(c: Connection, nxt: int, scale: int) -> int:
+    """The window field: what room there is, but never less than was told."""
+    window = (c.rcv_adv - nxt) & MASK
+    space = c.rcv_buf - len(c._rx)
+    if window & HALF:
+        window = 0
+    if space > window:
+        if scale or not c.profile.parameters.linux_checks:
+            window = space
+        elif space >= window + c._rcv_mss:
+            # __tcp_select_window: an unscaled window grows by whole segments.
+            window = space - space % c._rcv_mss
+    return (window + (1 << scale) - 1) >> scale
+
+
+def _within_window(c: Connection) -> int:
+    """Where to send an ACK from when the peer's window has shrunk (tcp_acceptable_seq)."""
+    beyond = (c.snd_nxt - c.snd_una - c.snd_wnd) & MASK
+    if not c.profile.parameters.linux_checks or beyond < 1 << c.rcv_scale > 1:
+        return c.snd_nxt
+    return (c.snd_una + c.snd_wnd) & MASK

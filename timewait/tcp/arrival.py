@@ -1,0 +1,524 @@
+"""What a segment that arrived amounts to: one `Event`, in the order of RFC 9293 §3.10.7.
+
+`LOOKS` has a function for each state. It looks at the sequence number, then
+RST, SYN, ACK, the text and the FIN; what it finds goes into the connection's
+variables on the way (acknowledged text leaves the send buffer, text in order
+reaches the receive buffer), and the event says what the *whole* segment
+amounts to. What follows from it, the table says.
+
+Where Linux looks in another order or with another measure, the kernel's
+function is named.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Final
+
+from timewait.tcp.actions import acknowledged, challenge_ack, probe_answered, quicken, tsval
+from timewait.tcp.segment import ACK, FIN, HALF, MASK, RST, SYN, URG, Segment
+from timewait.tcp.states import (
+    CLOSE_WAIT,
+    CLOSED,
+    CLOSING,
+    ESTABLISHED,
+    FIN_WAIT_1,
+    FIN_WAIT_2,
+    LAST_ACK,
+    LISTEN,
+    SYN_RECEIVED,
+    SYN_SENT,
+    TIME_WAIT,
+    Event,
+)
+
+if TYPE_CHECKING:
+    from timewait.tcp.connection import Connection
+
+__all__ = ["LOOKS"]
+
+_CONTROL: Final = SYN | RST | ACK
+
+# Plain ints and module globals: this runs for every segment.
+_RST_EXACT, _RST_TO_PASSIVE = int(Event.RST_EXACT), int(Event.RST_TO_PASSIVE)
+_RST_AFTER_FIN, _RST_IN_WINDOW = int(Event.RST_AFTER_FIN), int(Event.RST_IN_WINDOW)
+_RST_OUTSIDE, _SYN, _SYN_ACK = int(Event.RST_OUTSIDE), int(Event.SYN), int(Event.SYN_ACK)
+_SYN_TO_PASSIVE, _SYN_AGAIN = int(Event.SYN_TO_PASSIVE), int(Event.SYN_AGAIN)
+_SYN_UNEXPECTED, _SYN_REOPENS = int(Event.SYN_UNEXPECTED), int(Event.SYN_REOPENS)
+_UNACCEPTABLE, _NO_ACK = int(Event.UNACCEPTABLE), int(Event.NO_ACK)
+_ACK_OF_UNSENT, _ACK_TOO_OLD = int(Event.ACK_OF_UNSENT), int(Event.ACK_TOO_OLD)
+_SEGMENT, _ACK_OF_SYN = int(Event.SEGMENT), int(Event.ACK_OF_SYN)
+_ACK_OF_FIN, _FIN = int(Event.ACK_OF_FIN), int(Event.FIN)
+_FIN_AND_ACK_OF_SYN = int(Event.FIN_AND_ACK_OF_SYN)
+_FIN_AND_ACK_OF_FIN, _FIN_AGAIN = int(Event.FIN_AND_ACK_OF_FIN), int(Event.FIN_AGAIN)
+_TEXT_AFTER_CLOSE = int(Event.TEXT_AFTER_CLOSE)
+_ACK_OF_SYN_AFTER_SHUTDOWN = int(Event.ACK_OF_SYN_AFTER_SHUTDOWN)
+
+# --- How each state looks at a segment --------------------------------------------------------
+
+
+def _in_closed(c: Connection, seg: Segment, flags: int, now: float) -> int:
+    """§3.10.7.1 and §3.10.7.2: the flags alone decide."""
+    if flags & RST:
+        return _RST_EXACT
+    if flags & ACK:
+        return _ACK_OF_UNSENT
+    if flags & SYN and not (flags & FIN and c.profile.parameters.drop_synfin):
+        return _SYN
+    return _NO_ACK
+
+
+def _in_syn_sent(c: Connection, seg: Segment, flags: int, now: float) -> int:
+    """§3.10.7.3: only an ACK of our SYN tells a segment of this attempt."""
+    if flags & ACK:
+        acked = (seg.ack - c.snd_una) & MASK
+        if not 0 < acked <= (c.snd_nxt - c.snd_una) & MASK:
+            hurry = c.profile.parameters.syn_hurry
+            if hurry and not c.retransmits:
+                # tcp_rcv_synsent_state_process: what was to end it may have been ignored.
+                c.t_retransmit = now + hurry
+            return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
+        if c.profile.parameters.linux_checks and _echoes_another_syn(c, seg, now):
+            return _RST_OUTSIDE if flags & RST else _ACK_OF_UNSENT
+        if flags & RST:
+            return _RST_EXACT
+        if not flags & SYN:
+            return _NO_ACK
+        return _SYN_ACK
+    if flags & RST:
+        return _RST_OUTSIDE
+    return _SYN if flags & SYN else _NO_ACK
+
+
+def _in_syn_received(c: Connection, seg: Segment, flags: int, now: float) -> int:
+    """After a passive OPEN nobody has been told of this connection yet."""
+    if not c.passive:
+        return _in_window(c, seg, flags, now)
+    if flags & _CONTROL == SYN and seg.seq == c.irs and not _paws(c, seg, now, 0):
+        return _SYN_AGAIN
+    if not c.profile.parameters.linux_checks:
+        return _in_window(c, seg, flags, now)
+    # tcp_check_req: the window is the SYN,ACK's, and an ACK is looked at before it.
+    c.rcv_adv = (c.rcv_nxt + min(c.rcv_buf, 0xFFFF)) & MASK
+    if flags & (ACK | RST) == ACK and seg.ack != c.snd_nxt:
+        return _ACK_OF_UNSENT
+    if _paws(c, seg, now, 0) or not _fits_request(c, seg) or _echoes_another_syn(c, seg, now):
+        return _RST_OUTSIDE if flags & RST else _UNACCEPTABLE
+    if flags & RST:
+        return _RST_TO_PASSIVE if seg.seq == c.rcv_nxt else _RST_IN_WINDOW
+    if flags & SYN and seg.seq != c.irs:
+        return _SYN_TO_PASSIVE
+    if not flags & ACK:
+        return _NO_ACK
+    return _in_window(c, seg, flags & ~SYN, now)
+
+
+def _in_fin_wait_2(c: Connection, seg: Segment, flags: int, now: float) -> int:
+    """An orphan's FIN_WAIT_2 is a small socket on Linux: it knows only sequence numbers."""
+    if not c.orphaned or not c.profile.parameters.small_sockets:
+        return _in_window(c, seg, flags, now)
+    if _paws(c, seg, now, 0) or not _fits_request(c, seg):
+        return _UNACCEPTABLE
+    if flags & RST:
+        return _RST_EXACT
+    offset = (seg.seq - c.rcv_nxt) & MASK
+    if flags & SYN and not offset & HALF:
+        return _SYN_REOPENS
+    length = seg.length
+    end = (offset + length) & MASK
+    if not flags & ACK:
+        return _NO_ACK
+    if length == 0 or end == 0 or end & HALF:
+        return _SEGMENT
+    if not flags & FIN or end != 1:
+        return _TEXT_AFTER_CLOSE
+    c.rcv_nxt = (c.rcv_nxt + 1) & MASK
+    _note_timestamp(c, seg)
+    return _FIN
+
+
+def _in_time_wait(c: Connection, seg: Segment, flags: int, now: float) -> int:
+    """TIME_WAIT: §3.10.7.4, RFC 6191, or tcp_timewait_state_process."""
+    offset = (seg.seq - c.rcv_nxt) & MASK
+    length = seg.length
+    linux = c.profile.parameters.linux_checks
+    paws = _paws(c, seg, now, 0)
+    if flags & RST:
+        if offset == 0 and not paws:
+            return _RST_EXACT
+        if offset == MASK:
+            return _RST_AFTER_FIN
+        return _RST_IN_WINDOW if _fits(c, seg) and not paws else _RST_OUTSIDE
+    if offset == 0 and length == 0 and not paws and (flags & ACK or linux):
+        if c.timestamps:
+            _note_timestamp(c, seg)
+        return _SEGMENT
+    if flags & SYN:
+        if not flags & ACK and not paws:
+            newer = 0 < offset < HALF
+            options = seg.options
+            if c.timestamps and options is not None and options.ts_val is not None:
+                newer = newer or (c.ts_recent - options.ts_val) & HALF != 0
+            if newer and c.passive:
+                return _SYN_REOPENS
+        return _UNACCEPTABLE if linux and (flags & ACK or paws) else _SYN_UNEXPECTED
+    if flags & FIN and (offset + length) & MASK == 0 and flags & ACK:
+        return _FIN_AGAIN
+    if not flags & ACK and not (linux and paws):
+        return _NO_ACK
+    if not linux and not paws and _fits(c, seg):
+        return _SEGMENT
+    return _UNACCEPTABLE
+
+
+def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
+    """§3.10.7.4 in its order: sequence number, RST, SYN; ACK; the text; FIN."""
+    nxt = c.rcv_nxt
+    if (
+        seg.seq != nxt
+        or flags & _CONTROL != ACK
+        or (nxt == c.rcv_adv and seg.length)
+        or (c.timestamps and _paws(c, seg, now, 1))
+    ):
+        # What hardly any segment is: the first four checks may find something.
+        event = _checked(c, seg, flags, now)
+        if event is not None:
+            return event
+
+    # Fifth, ACK.
+    flight = (c.snd_nxt - c.snd_una) & MASK
+    acked = (seg.ack - c.snd_una) & MASK
+    of_syn = of_fin = False
+    if acked > flight:
+        if not acked & HALF:
+            return _ACK_OF_UNSENT
+        most = c.max_wnd
+        if c.profile.parameters.linux_checks:
+            # Nobody can have held back an ACK of what was never acknowledged.
+            most = min(most, (c.snd_una - c.iss - c.passive) & MASK)
+        if MASK + 1 - acked > most or c.state is SYN_RECEIVED:
+            if not _predicted(c, seg, flags):
+                return _ACK_TOO_OLD
+            _take(c, seg, now)
+            challenge_ack(c, seg, now)
+            return _SEGMENT
+    elif acked:
+        of_fin = c._fin == 2 and acked == flight
+        if c.snd_una == c.iss:
+            of_syn = c.state is SYN_RECEIVED or c.state is FIN_WAIT_1
+        acknowledged(c, seg.ack, acked, flight, now)
+        if of_syn and c.write_shut and c.state is SYN_RECEIVED:
+            # The user has shut down already: go on from FIN_WAIT_1.
+            c._step(_ACK_OF_SYN_AFTER_SHUTDOWN, seg, now)
+            of_syn = False
+    elif c.state is SYN_RECEIVED:
+        if not c.profile.parameters.linux_checks:
+            return _ACK_TOO_OLD
+        of_syn = True  # tcp_ack finds nothing wrong with an ACK of nothing
+    # SND.WND, unless the segment is older than the last that told it.
+    window = seg.window << c.snd_scale
+    wl1 = (seg.seq - c.snd_wl1) & MASK
+    if (
+        acked <= flight
+        and not (wl1 or (seg.ack - c.snd_wl2) & MASK) & HALF
+        # tcp_may_update_window: what is only smaller is no news.
+        and (
+            wl1
+            or acked
+            or window >= c.snd_wnd
+            or not (window and c.profile.parameters.linux_checks)
+        )
+    ):
+        c.snd_wl1 = seg.seq
+        c.snd_wl2 = seg.ack
+        c.snd_wnd = window
+        if window > c.max_wnd:
+            c.max_wnd = window
+        if c.t_probe != inf:
+            probe_answered(c, window)
+    if c.timestamps and acked <= flight:
+        _note_timestamp(c, seg)
+
+    data = seg.data
+    if flags & FIN or data:
+        if c.fin_received:
+            again = _after_fin(c, seg, flags)
+            if again and not of_fin:
+                return again
+        else:
+            if (c.orphaned or c.read_shut) and (data or seg.seq != nxt):
+                end = (seg.seq + len(data) - c.rcv_nxt) & MASK
+                if 0 < end < HALF and c.write_shut and c.state is not SYN_RECEIVED:
+                    return _TEXT_AFTER_CLOSE
+            if not data and seg.seq == nxt and not c._out_of_order:
+                c.rcv_nxt = (nxt + 1) & MASK
+                fin = True
+            else:
+                fin = _take(c, seg, now)
+            if fin:
+                if of_fin:
+                    return _FIN_AND_ACK_OF_FIN
+                return _FIN_AND_ACK_OF_SYN if of_syn else _FIN
+    if of_fin:
+        return _ACK_OF_FIN
+    return _ACK_OF_SYN if of_syn else _SEGMENT
+
+
+# --- The first four checks --------------------------------------------------------------------
+
+
+def _checked(c: Connection, seg: Segment, flags: int, now: float) -> int | None:
+    """The first four checks, and whether there is an ACK; None where nothing is wrong."""
+    offset = (seg.seq - c.rcv_nxt) & MASK
+    state = c.state
+    linux = c.profile.parameters.linux_checks
+    if linux and not flags & (ACK | RST | SYN):
+        return _NO_ACK
+
+    # First, the sequence number, and PAWS (RFC 7323 §5.3: never for a RST).
+    if not flags & RST and _paws(c, seg, now, 1) and not (linux and _repeats_an_ack(c, seg, flags)):
+        if linux and flags & (ACK | SYN | FIN) == ACK and not seg.data and offset & HALF:
+            return _NO_ACK  # an ACK overtaken by others (PAWSOldAck)
+        return _SYN_UNEXPECTED if flags & SYN else _UNACCEPTABLE
+    if not (_fits_loosely(c, seg) if linux else _fits(c, seg)):
+        if flags & RST:
+            return _RST_AFTER_FIN if offset == MASK and c.fin_received else _RST_OUTSIDE
+        if flags & SYN:
+            return None if _completes_simultaneous_open(c, seg, flags) else _SYN_UNEXPECTED
+        if flags & FIN and c.fin_received and (offset + seg.length) & MASK == 0:
+            # The peer repeats its FIN; what it acknowledges is news all the same.
+            return None if flags & ACK else _NO_ACK
+        return _UNACCEPTABLE
+
+    # Second, RST (RFC 5961 §3.2). Third is security. Fourth, SYN (RFC 5961 §4.2).
+    if flags & RST:
+        if offset == 0:
+            return _RST_TO_PASSIVE if state is SYN_RECEIVED and c.passive else _RST_EXACT
+        return _RST_AFTER_FIN if offset == MASK and c.fin_received else _RST_IN_WINDOW
+    if flags & SYN and not _completes_simultaneous_open(c, seg, flags):
+        if state is SYN_RECEIVED and c.passive:
+            return _SYN_TO_PASSIVE
+        return _SYN_UNEXPECTED
+    return None if flags & ACK else _NO_ACK
+
+
+def _completes_simultaneous_open(c: Connection, seg: Segment, flags: int) -> bool:
+    completes = (
+        c.state is SYN_RECEIVED
+        and flags & ACK != 0
+        and seg.seq == c.irs
+        and seg.ack == c.snd_nxt
+        and not seg.data
+    )
+    if completes:
+        c._ack_due = 2  # its SYN is a repetition, to be acknowledged at once
+    return completes
+
+
+def _after_fin(c: Connection, seg: Segment, flags: int) -> int:
+    """Text or a FIN after the peer's FIN: it is told again that all had arrived."""
+    past = (c.rcv_nxt - seg.seq) & MASK
+    if past == 0 or past & HALF:
+        return 0  # beyond the FIN: not this connection's, ignored
+    if c.profile.parameters.linux_checks and seg.length > past:
+        if len(seg.data) > past:
+            return _TEXT_AFTER_CLOSE
+        c.rcv_nxt = (c.rcv_nxt + 1) & MASK  # a FIN one later is taken as well
+    if flags & FIN and seg.length == past:
+        return _FIN_AGAIN
+    c._ack_due = 2
+    return 0
+
+
+# --- Does it fit, and is it old? --------------------------------------------------------------
+
+
+def _fits(c: Connection, seg: Segment) -> bool:
+    """The four cases of RFC 9293 §3.10.7.4: does it overlap the window?"""
+    window = (c.rcv_adv - c.rcv_nxt) & MASK
+    offset = (seg.seq - c.rcv_nxt) & MASK
+    if offset == 0:
+        return window != 0 or not (seg.data or seg.flags & FIN)
+    return offset < window or 0 < (offset + seg.length) & MASK <= window
+
+
+def _fits_request(c: Connection, seg: Segment) -> bool:
+    """Linux's test where there is no full socket (tcp_in_window): nothing at the edge too."""
+    window = (c.rcv_adv - c.rcv_nxt) & MASK
+    offset = (seg.seq - c.rcv_nxt) & MASK
+    length = seg.length
+    if offset == 0 or (offset == window and not length):
+        return True
+    end = (offset + length) & MASK
+    return 0 < end < HALF and (offset & HALF != 0 or offset < window)
+
+
+def _fits_loosely(c: Connection, seg: Segment) -> bool:
+    """Linux's test (tcp_sequence): it may also touch either edge of the window.
+
+    Text beyond the right edge is looked at only while nothing waits to be read.
+    """
+    if (seg.seq + seg.length - c.rcv_wup) & HALF:
+        return False
+    room = (c.rcv_adv - c.rcv_nxt) & MASK
+    offset = (seg.seq - c.rcv_nxt) & MASK
+    if offset & HALF:
+        offset -= MASK + 1
+    if offset + len(seg.data) <= room:
+        return True
+    return offset <= room and not c._rx and (not c.fin_received or c._eof_read)
+
+
+def _paws(c: Connection, seg: Segment, now: float, tolerance: int) -> bool:
+    """Whether the segment's timestamp is older than the last one (RFC 7323 §5)."""
+    options = seg.options
+    if not c.timestamps or options is None or options.ts_val is None or not c.ts_recent:
+        return False
+    return 0 < (c.ts_recent - tolerance - options.ts_val) & MASK < HALF
+
+
+def _predicted(c: Connection, seg: Segment, flags: int) -> bool:
+    """Whether Linux's short way (tcp_rcv_established) takes the text before the ACK is read.
+
+    It does once the socket has memory at hand, that is after any text either way.
+    """
+    return (
+        c.profile.parameters.linux_checks
+        and c.state is ESTABLISHED
+        and flags & (ACK | FIN | URG) == ACK
+        and bool(seg.data)
+        and seg.seq == c.rcv_nxt
+        and not c._out_of_order
+        and seg.window << c.snd_scale == c.snd_wnd
+        and ((c.snd_nxt - c.iss) & MASK > 1 or (c.rcv_nxt - c.irs) & MASK > 1)
+    )
+
+
+def _repeats_an_ack(c: Connection, seg: Segment, flags: int) -> bool:
+    """Whether an old timestamp is only a duplicate ACK overtaken (tcp_disordered_ack)."""
+    options = seg.options
+    window = seg.window << c.snd_scale
+    return (
+        flags & (ACK | SYN | FIN) == ACK
+        and not seg.data
+        and seg.seq == c.rcv_nxt == c.snd_wl1
+        and seg.ack == c.snd_una
+        and 0 < window <= c.snd_wnd
+        and options is not None
+        and (c.ts_recent - (options.ts_val or 0)) & MASK <= 1200 * c.rto
+    )
+
+
+def _echoes_another_syn(c: Connection, seg: Segment, now: float) -> bool:
+    """Whether it echoes a timestamp that no SYN of ours carried (RFC 7323 §3.2)."""
+    options = seg.options
+    if not c.timestamps or options is None or options.ts_val is None or not options.ts_ecr:
+        return False
+    first = tsval(c, now if c.first_sent is None else c.first_sent)
+    last = tsval(c, now if c.state is SYN_SENT else c._rtt_at)
+    return (options.ts_ecr - first) & MASK > (last - first) & MASK
+
+
+def _note_timestamp(c: Connection, seg: Segment) -> None:
+    options = seg.options
+    if (
+        options is not None
+        and options.ts_val is not None
+        and not (c.rcv_wup - seg.seq) & HALF
+        and not (options.ts_val - c.ts_recent) & HALF
+    ):
+        c.ts_recent = options.ts_val
+
+
+# --- The text ---------------------------------------------------------------------------------
+
+
+def _take(c: Connection, seg: Segment, now: float) -> bool:
+    """Take the segment's text; whether the peer's FIN is now in order."""
+    data = seg.data
+    fin = seg.flags & FIN != 0
+    offset = (seg.seq - c.rcv_nxt) & MASK
+    if offset or c._out_of_order:
+        return _take_out_of_order(c, seg.seq, data, fin, now)
+    if data:
+        room = (c.rcv_adv - c.rcv_nxt) & MASK
+        if len(data) > room:
+            data = data[:room]
+            fin = False
+            c._ack_due = 2
+        _accept(c, data, now)
+    if fin:
+        c.rcv_nxt = (c.rcv_nxt + 1) & MASK
+    return fin
+
+
+def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: float) -> bool:
+    """Text left of RCV.NXT is trimmed; text to the right waits for what is missing."""
+    nxt = c.rcv_nxt
+    offset = (seq - nxt) & MASK
+    room = (c.rcv_adv - nxt) & MASK
+    if offset & HALF:
+        past = MASK + 1 - offset
+        if past > len(data) or (past == len(data) and not fin):
+            c._ack_due = 2
+            quicken(c)  # all of it was here before
+            return False
+        seq, data, offset = nxt, data[past:], 0
+    if offset or c._out_of_order:
+        c._ack_due = 2
+    if offset + len(data) > room:
+        c._ack_due = 2
+        if offset >= room:
+            return False
+        data, fin = data[: room - offset], False
+    waiting = {*c._out_of_order, (seq, data, fin)}
+    pieces = sorted(waiting, key=lambda piece: ((piece[0] - nxt) & MASK, -len(piece[1])))
+    while pieces:
+        seq, data, fin = pieces[0]
+        past = (c.rcv_nxt - seq) & MASK
+        if past & HALF:
+            break
+        del pieces[0]
+        if past <= len(data):
+            if past < len(data):
+                _accept(c, data[past:], now)
+            if fin:
+                c._out_of_order = ()
+                c.rcv_nxt = (c.rcv_nxt + 1) & MASK
+                return True
+    c._out_of_order = tuple(pieces)
+    return False
+
+
+def _accept(c: Connection, data: bytes, now: float) -> None:
+    """Text in order: into the receive buffer, and something to acknowledge."""
+    n = len(data)
+    c.rcv_nxt = (c.rcv_nxt + n) & MASK
+    if not c.orphaned:
+        c._rx = c._rx + data if c._rx else data
+    if not c._ack_due:
+        c._ack_due = 1
+    if c._ato == 0.0:
+        # tcp_event_data_recv: the first text starts the delayed-ACK engine, quickly.
+        c._ato = c.profile.parameters.delayed_ack
+        quicken(c, stay_interactive=True)
+    elif now - c._last_text > c.rto:
+        quicken(c, stay_interactive=True)
+    c._last_text = now
+    if n > c._rcv_mss:
+        c._rcv_mss = min(n, c.mss)
+
+
+LOOKS: Final = {
+    CLOSED: _in_closed,
+    LISTEN: _in_closed,
+    SYN_SENT: _in_syn_sent,
+    SYN_RECEIVED: _in_syn_received,
+    ESTABLISHED: _in_window,
+    FIN_WAIT_1: _in_window,
+    FIN_WAIT_2: _in_fin_wait_2,
+    CLOSE_WAIT: _in_window,
+    CLOSING: _in_window,
+    LAST_ACK: _in_window,
+    TIME_WAIT: _in_time_wait,
+}
