@@ -320,3 +320,9 @@ def test_more_can_be_sent_than_memory_holds(stack: str) -> None:
     run = story.run_sync(on=stack)
     sent = [e.result for e in run.events if isinstance(e, Called) and e.call == "send"]
     assert sum(sent) == 3_000_000
+
+
+@pytest.mark.parametrize("stack", ["kernel", "model"])
+def test_a_scenario_without_steps_is_not_run(stack: str) -> None:
+    with pytest.raises(ScenarioError, match="scenario has no steps"):
+        Scenario().run_sync(on=stack)

@@ -97,6 +97,26 @@ def test_any_scenario_survives_toml(
     assert Scenario.from_toml(scenario.to_toml()) == scenario
 
 
+def pair(start: Scenario) -> Scenario:
+    return start.listen().connect(2)
+
+
+@pytest.mark.parametrize(
+    "story",
+    [
+        pair(Scenario()).close("client-1").close("client").close("server"),
+        pair(Scenario()).close("client").close("server").restart().close("server"),
+        pair(Scenario()).shutdown("client").eof("client").close("client"),
+        pair(Scenario()).close("client").connect().send("client-3").close("client"),
+        pair(Scenario()).shutdown("client-1").send("client"),
+        pair(Scenario()).close("listener").close("server").close("client"),
+        Scenario().listen().close("server").listen(),
+    ],
+)
+def test_what_is_left_open_may_act(story: Scenario) -> None:
+    assert Scenario.from_toml(story.to_toml()) == story
+
+
 @pytest.mark.parametrize(
     ("build", "why"),
     [
@@ -112,6 +132,24 @@ def test_any_scenario_survives_toml(
         (lambda s: s.listen().connect().close("peer"), "step 3, close: who is 'peer'?"),
         (lambda s: s.listen().connect().send("both"), "step 3, send: who is 'both'?"),
         (lambda s: s.listen().connect().close("listener").connect(), "step 4, connect: nobody"),
+        (lambda s: pair(s).close("client").send("client"), "step 4, send: the clients have closed"),
+        (lambda s: pair(s).close("client").close("client-2"), "step 4, close: client-2 has closed"),
+        (
+            lambda s: pair(s).close("client-1").abort("client-1"),
+            "abort: client-1 has closed before",
+        ),
+        (
+            lambda s: pair(s).abort("server").shutdown("server"),
+            "shutdown: server has closed before",
+        ),
+        (lambda s: pair(s).close("both").eof("client"), "eof: the clients have closed before"),
+        (lambda s: pair(s).close("both").close("both"), "step 4, close: both ends have closed"),
+        (
+            lambda s: pair(s).shutdown("client").send("client-1"),
+            "client-1 has ended sending before",
+        ),
+        (lambda s: pair(s).shutdown("client").shutdown("client"), "the clients have ended sending"),
+        (lambda s: pair(s).close("client-1").shutdown("client").close("client-1"), "has closed"),
         (lambda s: s.listen().pause(-1), "'seconds' must be 0 or more, and finite: -1"),
         (lambda s: s.listen().pause(float("nan")), "'seconds' must be 0 or more"),
         (lambda s: s.listen(at_eof="sleep"), "'at_eof' must be in"),

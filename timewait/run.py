@@ -278,6 +278,8 @@ def _stack(
 ) -> Stack:
     if not isinstance(on, str):
         return on
+    if not scenario.steps:
+        raise ScenarioError(f"{scenario.name} has no steps: there is nothing to run")
     if on not in scenario.stacks:
         where = " and ".join(f"{stack!r}" for stack in scenario.stacks)
         raise ScenarioError(f"{scenario.name} does not run on {on!r}; it runs on {where}")

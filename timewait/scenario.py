@@ -257,10 +257,15 @@ class Scenario:
         if self.faults and "kernel" in self.stacks:
             raise ScenarioError("faults take a link of one's own: stacks are model and wire")
         listening, clients = False, 0
+        ended: dict[str, str] = {}  # an end, and what its application has ended by itself
         for number, step in enumerate(self.steps, 1):
-            wrong = _misplaced(step, listening, clients)
+            wrong = _misplaced(step, listening, clients, ended)
             if wrong:
                 raise ScenarioError(f"step {number}, {step.do}: {wrong}")
+            if isinstance(step, Shutdown | Close | Abort):
+                what = "sending" if isinstance(step, Shutdown) else "closed"
+                ends = _ends(step.who, clients)
+                ended |= {end: what for end in ends if ended.get(end) != "closed"}
             if isinstance(step, Listen | Restart):
                 listening = True
             elif isinstance(step, Connect):
@@ -453,7 +458,16 @@ class Scenario:
             file.write(self.to_toml())
 
 
-def _misplaced(step: Step, listening: bool, clients: int) -> str | None:
+def _ends(who: str, clients: int) -> list[str]:
+    """The ends of connections that are meant, each by its name."""
+    side, _, number = who.partition("-")
+    sides = {"both": ("server", "client"), "listener": ()}.get(side, (side,))
+    return [
+        f"{side}-{n}" for side in sides for n in ([number] if number else range(1, clients + 1))
+    ]
+
+
+def _misplaced(step: Step, listening: bool, clients: int, ended: Mapping[str, str]) -> str | None:
     """Why the step cannot come here, or None."""
     if isinstance(step, Listen):
         return "the server listens already" if listening else None
@@ -474,8 +488,16 @@ def _misplaced(step: Step, listening: bool, clients: int) -> str | None:
         return None if listening else "nobody listens at this point"
     if number and not 1 <= int(number) <= clients:
         return f"there is no {step.who} ({_plural(clients, 'client')} connected before)"
-    if not clients and not (step.who == "server" and listening and isinstance(step, Close | Abort)):
+    if isinstance(step, Close | Abort) and step.who == "server" and listening:
+        return None  # it closes the listener at least
+    if not clients:
         return "nobody is connected at this point (connect comes first)"
+    done = {ended.get(end) for end in _ends(step.who, clients)}
+    has = {"client": "the clients have", "both": "both ends have"}.get(step.who, f"{step.who} has")
+    if done == {"closed"} and not (step.who == "both" and listening):
+        return f"{has} closed before"
+    if isinstance(step, Send | Shutdown) and None not in done:
+        return f"{has} ended sending before"
     return None
 
 
