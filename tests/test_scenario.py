@@ -172,6 +172,14 @@ def test_a_step_that_makes_no_sense_is_named_at_once(build, why: str) -> None:  
     [
         ("port = ", "not TOML"),
         ("prot = 9090", "unknown key 'prot'; known are host, port"),
+        (
+            "step = []",
+            "unknown key 'step'; known are host, port, name, about, time_limit, stacks, "
+            "steps, faults",
+        ),
+        ('stacks = "model"', "stacks: a list is expected"),
+        ('stacks = ["moon"]', "stacks ['moon']: a list of kernel, model, wire is expected"),
+        ("stacks = []", "stacks []: a list of kernel, model, wire is expected"),
         ('port = "9090"', 'port: a whole number is expected, not "9090"'),
         ("port = 9090.0", "port: a whole number is expected"),
         ("port = true", "port: a whole number is expected"),

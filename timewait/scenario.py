@@ -222,6 +222,7 @@ class Fault:
     seconds: float = field(default=0.0, validator=[_finite, validators.ge(0)])
 
 
+_STACKS: Final = ("kernel", "model", "wire")
 _STEPS: Final[dict[str, type[Step]]] = {step.do: step for step in get_args(Step)}
 
 
@@ -244,7 +245,7 @@ class Scenario:
     name: str = "scenario"
     about: str = ""
     time_limit: float = field(default=10.0, validator=[validators.gt(0), validators.lt(inf)])
-    stacks: tuple[str, ...] = ("kernel", "model", "wire")
+    stacks: tuple[str, ...] = _STACKS
     faults: tuple[Fault, ...] = ()
 
     def __attrs_post_init__(self) -> None:
@@ -254,6 +255,9 @@ class Scenario:
             raise ScenarioError(f"host {self.host!r} is not an IPv4 or IPv6 address") from None
         if not isinstance(self.port, int) or not 0 <= self.port <= 65535:
             raise ScenarioError(f"port {self.port!r} is not between 0 and 65535")
+        if isinstance(self.stacks, str) or not self.stacks or set(self.stacks) - set(_STACKS):
+            named = self.stacks if isinstance(self.stacks, str) else list(self.stacks)
+            raise ScenarioError(f"stacks {named!r}: a list of {', '.join(_STACKS)} is expected")
         if self.faults and "kernel" in self.stacks:
             raise ScenarioError("faults take a link of one's own: stacks are model and wire")
         listening, clients = False, 0
@@ -418,6 +422,8 @@ class Scenario:
         struck = tuple(_structure(each, Fault, f"fault {n}: ") for n, each in enumerate(faults, 1))
         if struck and "stacks" not in rest:
             rest["stacks"] = ["model", "wire"]
+        if isinstance(rest.get("stacks"), str):
+            raise ScenarioError("stacks: a list is expected")
         whole: Scenario = _structure(rest, cls, "")
         return evolve(whole, steps=taken, faults=struck)
 
@@ -528,9 +534,10 @@ def _step_from_dict(number: int, plain: object) -> Step:
 
 def _structure(plain: dict[str, Any], kind: Any, where: str) -> Any:
     known = {each.name: each for each in fields(kind) if each.name not in ("steps", "faults")}
+    more = {"steps": None, "faults": None} if kind is Scenario else {}
     for key in plain:
         if key not in known:
-            raise ScenarioError(f"{where}unknown key {key!r}; known are {', '.join(known)}")
+            raise ScenarioError(f"{where}unknown key {key!r}; known are {', '.join(known | more)}")
     for key, each in known.items():
         if each.default is NOTHING and key not in plain:
             raise ScenarioError(f"{where}{key!r} is missing")
