@@ -364,7 +364,7 @@ def _fits_loosely(c: Connection, seg: Segment) -> bool:
     offset = (seg.seq - c.rcv_nxt) & MASK
     if offset & HALF:
         offset -= MASK + 1
-    if offset + len(seg.data) <= room:
+    if offset + seg.length - (seg.flags & FIN) <= room:
         return True
     return offset <= room and not c._rx and (not c.fin_received or c._eof_read)
 
