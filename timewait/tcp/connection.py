@@ -357,6 +357,8 @@ class Connection:
             return b""
         data = self._rx[:n]
         self._rx = self._rx[n:]
+        if self.fin_received and not self._rx:
+            self._eof_read = True  # a FIN is queued with the text that it follows
         if self.state is not CLOSED:
             self._step(_RECEIVE, data, now)
         return data
