@@ -314,8 +314,9 @@ def quicken(c: Connection, *, stay_interactive: bool = False) -> None:
 
 def ack_unacceptable(c: Connection, seg: Segment, now: float) -> None:
     # Text without a SYN is no part of a loop of ACKs: no limit (tcp_oow_rate_limited).
-    if (seg.data or seg.flags & FIN) and not seg.flags & SYN:
-        if seg.seq != c.rcv_nxt and c.state is not TIME_WAIT:
+    text = (seg.data or seg.flags & FIN) and not seg.flags & SYN
+    if text or c._ack_due == 2:
+        if text and seg.seq != c.rcv_nxt and c.state is not TIME_WAIT:
             quicken(c)
         emit(c, ACK, now)
     elif _may_challenge(c, now):

@@ -159,8 +159,10 @@ def _in_time_wait(c: Connection, seg: Segment, flags: int, now: float) -> int:
             options = seg.options
             if c.timestamps and options is not None and options.ts_val is not None:
                 newer = newer or (c.ts_recent - options.ts_val) & HALF != 0
-            if newer and c.passive:
-                return _SYN_REOPENS
+            if newer:
+                if c.passive:
+                    return _SYN_REOPENS
+                c._ack_due = 2  # tcp_v4_rcv: where nobody listens, at no limited rate
         return _UNACCEPTABLE if linux and (flags & ACK or paws) else _SYN_UNEXPECTED
     if flags & FIN and (offset + length) & MASK == 0 and flags & ACK:
         return _FIN_AGAIN
