@@ -127,3 +127,28 @@ def test_the_stronger_the_evidence_the_stronger_the_verdict() -> None:
     assert weak.strength == "weak"
     assert "segments" in weak.unseen
     assert "states between two looks" in "; ".join(weak.inferred)
+
+
+def test_each_connection_between_the_same_addresses_has_its_own_answer() -> None:
+    # Linux 6.18: a new SYN, 1.7 s into the server's TIME_WAIT, was let in (RFC 6191).
+    old, new = told(trace("captured/time-wait-reused.jsonl"))
+    assert old.connection == new.connection
+    assert (old.closed_first, old.time_wait) == ("server", "server")
+    assert (new.closed_first, new.time_wait) == ("client", "client")
+    assert old.until
+    assert new.until
+    assert (round(old.until[0], 1), round(new.until[0], 1)) == (60.7, 62.4)
+
+
+def test_a_divergence_does_not_spoil_what_follows_between_the_same_addresses() -> None:
+    events = trace("captured/time-wait-reused.jsonl")
+    fin = events[8]
+    assert isinstance(fin, SegmentSeen)
+    events[8] = evolve(fin, seq=fin.seq + 1)
+    ended: list[Connection] = []
+    checker = Checker(on_end=ended.append)
+    for event in events:
+        checker.feed(event)
+    assert not checker.verdict()
+    assert [connection.divergence is None for connection in ended] == [False, True]
+    assert answers(ended[1]).closed_first == "client"

@@ -245,19 +245,23 @@ class Checker:
         self._drain()
         self._problems[:0] = problems
         for connection in self.connections():
-            self._settle(connection)
-            if connection.held:
-                self._untangle(connection, float("inf"))
-            if (
-                connection.mode & _BEHIND == _BEHIND
-                and connection.divergence is None
-                and self._done - connection.last > _BEHIND_BY
-            ):
-                self._all_reported(connection, connection.number, None)
-            if connection.divergence is None and self._done - connection.last > _LATE:
-                self._all_delivered(connection, connection.number, None)
-            self._end(connection)
+            self._conclude(connection)
         return Verdict(self._evidence(), tuple(self._divergences))
+
+    def _conclude(self, connection: Connection) -> None:
+        """Nothing more will be seen of it."""
+        self._settle(connection)
+        if connection.held:
+            self._untangle(connection, float("inf"))
+        if (
+            connection.mode & _BEHIND == _BEHIND
+            and connection.divergence is None
+            and self._done - connection.last > _BEHIND_BY
+        ):
+            self._all_reported(connection, connection.number, None)
+        if connection.divergence is None and self._done - connection.last > _LATE:
+            self._all_delivered(connection, connection.number, None)
+        self._end(connection)
 
     def connections(self) -> list[Connection]:
         """The connections not yet forgotten."""
@@ -309,6 +313,8 @@ class Checker:
                 event.local, event.remote, _passive(event.old, event.new, event.source)
             )
         connection, end = found
+        if event.new is State.SYN_SENT and connection.facts:
+            connection = self._used_again(connection)
         if event.sampled or event.source not in _EXACT:
             self._sources.add("states at instants")
             self._look(connection, end, event.new, event)
@@ -360,6 +366,13 @@ class Checker:
             found = self._begin(event.src, event.dst, event.flags & (SYN | ACK) == SYN | ACK)
         connection, end = found
         sequence = connection.sequence
+        if (
+            event.flags & (SYN | ACK | RST | FIN) == SYN
+            and sequence is not None
+            and sequence.is_new(end == 1, event.seq)
+        ):
+            connection = self._used_again(connection)
+            sequence = connection.sequence
         if sequence is None:
             here = _same_host(*connection.ends)
             exact = event.source in ("model", "wire") or (here and self._from_start)
@@ -612,6 +625,44 @@ class Checker:
         self._ends[ends[1], ends[0]] = (connection, 1)
         return self._ends[local, remote]
 
+    def _used_again(self, connection: Connection) -> Connection:
+        """The connection that now begins between the same addresses, if the old one may be over."""
+        self._settle(connection)
+        if connection.divergence is not None:
+            number = self._model.anywhere(connection.mode)
+            sequence = None
+        elif connection.stuck or not self._may_be_over(connection.number):
+            return connection
+        else:
+            number = connection.number
+            sequence = connection.sequence and connection.sequence.again()
+        self._conclude(connection)
+        self._connections += 1
+        successor = Connection(
+            connection.ends,
+            connection.model,
+            connection.profiles,
+            connection.mode,
+            number,
+            facts=connection.facts,
+            sequence=sequence,
+            last=connection.last,
+            since=list(connection.since),
+            timed=connection.timed,
+            sees=connection.sees,
+            presumed=connection.presumed or sequence is None,
+            base=number,
+            lossy=connection.lossy,
+        )
+        a, b = connection.ends
+        self._ends[a, b] = (successor, 0)
+        self._ends[b, a] = (successor, 1)
+        return successor
+
+    def _may_be_over(self, number: int) -> bool:
+        over = (ex.CLOSED, ex.TIME_WAIT)
+        return any(a & 15 in over and b & 15 in over for a, b in self._model.members(number))
+
     def _look(
         self, connection: Connection, end: int, state: State, event: Event, row: Row | None = None
     ) -> None:
@@ -755,8 +806,7 @@ class Checker:
         if mode & (ex.SEES_A | ex.SEES_B) or symbol >> 9 not in (2, 3):
             return False
         model = connection.model
-        over = (ex.CLOSED, ex.TIME_WAIT)
-        if not any(a & 15 in over and b & 15 in over for a, b in model.members(number)):
+        if not self._may_be_over(number):
             return False
         after = model.follow(mode, model.start(mode), symbol)
         if after:
@@ -833,13 +883,15 @@ class Checker:
 
     def _forget(self, connection: Connection) -> None:
         """Let go of a connection that has ended, unless it has come back to life."""
+        a, b = connection.ends
+        if self._ends.get((a, b), (None, 0))[0] is not connection:
+            return  # another one has taken its addresses
         if connection.facts & _OVER != _OVER or connection.last > self._done - self._keeps():
             connection.ending = False
             self._may_end(connection)
             return
         self._forgotten = True
         self._end(connection)
-        a, b = connection.ends
         del self._ends[a, b], self._ends[b, a]
 
     def _keeps(self) -> float:

@@ -358,6 +358,8 @@ class Explanations:
                 first |= FIN_ACKED
             yield Step(end, event, row, first if segments else send(first))
         x = (x | bits) & ~HALF
+        if event is Event.SYN_REOPENS:
+            x = x & UNREPORTED | PASSIVE  # nothing of the old incarnation is true of the new one
         if row.next is not None:
             x = x & ~15 | int(row.next)
         acts = row.actions

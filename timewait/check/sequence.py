@@ -108,6 +108,16 @@ class Sequence:
         self.suspicion: Contradiction | None = None
         self.reset_by: int | None = None  # which end sent a RST before any FIN was seen
 
+    def is_new(self, from_b: bool, seq: int) -> bool:
+        """Whether a SYN with this number is not the one that this side sent before."""
+        return (self.b if from_b else self.a).isn not in (None, seq)
+
+    def again(self) -> Sequence:
+        """The same for the next connection between these addresses, which knows of this one."""
+        again = Sequence(self.exact, self.presumed)
+        again.a, again.b = self.a, self.b
+        return again
+
     def forget(self) -> None:
         """Segments were missed: begin again with whatever comes next."""
         self.a = Flow(fin=self.a.fin)
