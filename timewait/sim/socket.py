@@ -290,7 +290,7 @@ class SimSocket:
         if sock is None or sock.dead:
             sock = self._open()
         try:
-            return sock.send(data if type(data) is bytes else bytes(data))
+            return sock.send(data if type(data) is bytes else bytes(memoryview(data)))
         except BlockingIOError:
             self._wait("send", flags)
             raise
@@ -318,9 +318,12 @@ class SimSocket:
         return self.send(b"".join(buffers), flags)
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        """recv(2)."""
+        """recv(2); for no bytes Python does not ask the kernel."""
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")
+        return self._receive(bufsize, flags) if bufsize else b""
+
+    def _receive(self, bufsize: int, flags: int) -> bytes:
         if flags:
             _check_flags(flags)
         sock = self._sock
@@ -334,20 +337,44 @@ class SimSocket:
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """recv(2) into a buffer."""
-        view = memoryview(buffer).cast("B")
-        data = self.recv(nbytes or len(view), flags)
+        view = _writable(buffer, nbytes, "recv_into")
+        data = self.recv(len(view), flags)
         view[: len(data)] = data
         return len(data)
 
     def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, None]:
         """As `recv`: on TCP there is no address with it."""
-        return self.recv(bufsize, flags), None
+        if bufsize < 0:
+            raise ValueError("negative buffersize in recvfrom")
+        return self._receive(bufsize, flags), None
+
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, None]:
+        """As `recv_into`, without an address."""
+        view = _writable(buffer, nbytes, "recvfrom_into")
+        data = self._receive(len(view), flags)
+        view[: len(data)] = data
+        return len(data), None
 
     def recvmsg(
         self, bufsize: int, ancbufsize: int = 0, flags: int = 0
     ) -> tuple[bytes, list[Any], int, None]:
         """recvmsg(2): never any ancillary data."""
-        return self.recv(bufsize, flags), [], 0, None
+        if bufsize < 0:
+            raise ValueError("negative buffer size in recvmsg()")
+        return self._receive(bufsize, flags), [], 0, None
+
+    def recvmsg_into(
+        self, buffers: Iterable[Any], ancbufsize: int = 0, flags: int = 0
+    ) -> tuple[int, list[Any], int, None]:
+        """recvmsg(2) into one buffer after the other."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        data = self._receive(sum(map(len, views)), flags)
+        left = data
+        for view in views:
+            n = min(len(view), len(left))
+            view[:n] = left[:n]
+            left = left[n:]
+        return len(data), [], 0, None
 
     def shutdown(self, how: int) -> None:
         """shutdown(2)."""
@@ -456,6 +483,21 @@ class SimSocket:
         if self._sock is not None and not self._sock.dead:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
+
+
+def _writable(buffer: Any, nbytes: int, call: str) -> memoryview:
+    """The part of `buffer` that is to be filled: all of it if `nbytes` is 0."""
+    view = memoryview(buffer).cast("B")
+    if view.readonly:
+        raise TypeError(
+            f"{call}() argument 1 must be read-write bytes-like object, "
+            f"not {buffer.__class__.__name__}"
+        )
+    if nbytes < 0:
+        raise ValueError(f"negative buffersize in {call}")
+    if nbytes > len(view):
+        raise ValueError("buffer too small for requested bytes")
+    return view[:nbytes] if nbytes else view
 
 
 def _check_flags(flags: int) -> None:

@@ -1,0 +1,79 @@
+"""What is read and written, and what full buffers do: the same on the kernel and on the model."""
+
+import contextlib
+import socket
+import struct
+import time
+
+import pytest
+
+from timewait import sim
+from timewait.kernel.namespace import Namespace, why_not
+
+WHY_NOT = why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+AT = ("127.0.0.1", 9000)
+
+
+def alike(play):
+    """What `play` returns on the kernel, having made sure that it is the same on the model."""
+
+    async def main():
+        return play()
+
+    with Namespace() as namespace:
+        theirs = namespace.call(play)
+    assert sim.run(main) == theirs
+    return theirs
+
+
+def connected():
+    """A listener, a client and the server's end, none of which blocks."""
+    listener = socket.create_server(AT)
+    client = socket.socket()
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        client.connect(AT)
+    server, _ = listener.accept()
+    server.setblocking(False)
+    return listener, client, server
+
+
+def outcome(call, *arguments):
+    try:
+        return call(*arguments)
+    except (OSError, ValueError, TypeError) as error:
+        return type(error).__name__
+
+
+def test_the_ways_to_read_and_the_bytes_they_want():
+    def play():
+        with contextlib.ExitStack() as stack:
+            _, client, server = map(stack.enter_context, connected())
+            alone = stack.enter_context(socket.socket())
+            server.send(b"0123456789")
+            buffer, half = bytearray(4), bytearray(2)
+            return [
+                outcome(client.recv_into, buffer, 5),
+                outcome(client.recv_into, buffer, -1),
+                outcome(client.recv_into, b"1234"),
+                outcome(client.recvmsg, -1),
+                outcome(client.recv, 3, socket.MSG_PEEK),  # nothing was lost so far
+                (outcome(client.recv_into, buffer, 3), bytes(buffer)),
+                (outcome(client.recvfrom_into, buffer), bytes(buffer)),
+                (outcome(client.recvmsg_into, [half, buffer]), bytes(half), bytes(buffer)),
+                # Of the ways to ask for nothing, Python lets only some reach the kernel.
+                outcome(client.recv, 0),
+                outcome(client.recv_into, b""),
+                outcome(client.recvfrom, 0),
+                outcome(alone.recv, 0),
+                outcome(alone.recvfrom, 0),
+                outcome(client.send, 5),
+                outcome(client.send, "text"),
+                outcome(client.send, b""),
+                outcome(client.sendmsg, [b"a", bytearray(b"b"), memoryview(b"c")]),
+                outcome(server.recv, 10),
+            ]
+
+    assert alike(play)[-1] == b"abc"
