@@ -77,3 +77,32 @@ def test_the_ways_to_read_and_the_bytes_they_want():
             ]
 
     assert alike(play)[-1] == b"abc"
+
+
+def fill(sock):
+    """Send until nothing more is taken, for good."""
+    total = 0
+    for _ in range(2):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                total += sock.send(bytes(65536))
+        time.sleep(0.06)
+    return total
+
+
+def test_a_connection_has_its_listeners_buffers_from_the_first_window_on():
+    def play():
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 10_000)
+            listener.bind(AT)
+            listener.listen()
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
+            with contextlib.suppress(BlockingIOError):
+                client.connect(AT)
+            # Linux counts the memory that text takes, not its bytes.
+            return 10_000 < fill(client) < 60_000
+
+    assert alike(play)

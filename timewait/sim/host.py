@@ -466,7 +466,9 @@ class Host:
         sock.key = key
         sock.peer_key = (key[2], key[3], key[0], key[1])
         sock.parent = listener
+        sock.rcvbuf, sock.sndbuf = listener.rcvbuf, listener.sndbuf  # the SYN,ACK's window
         conn = sock.conn = self.connection(sock)
+        sock.size_buffers()
         now = self.network.clock.now
         report, conn.on_transition = conn.on_transition, None
         conn.open_passive(now)

@@ -557,14 +557,19 @@ class Sock:
         if self.conn is not None:
             self.tell_options()
 
+    def size_buffers(self) -> None:
+        """Have the connection's buffers as large as was set; half is for Linux's own overhead."""
+        assert self.conn is not None
+        if self.rcvbuf is not None:
+            self.conn.rcv_buf = self.rcvbuf // 2
+        if self.sndbuf is not None:
+            self.conn.snd_buf = self.sndbuf // 2
+
     def tell_options(self) -> None:
         """Have the connection know what the user wants of it."""
         conn = self.conn
         assert conn is not None
-        if self.rcvbuf is not None:
-            conn.rcv_buf = self.rcvbuf // 2
-        if self.sndbuf is not None:
-            conn.snd_buf = self.sndbuf // 2
+        self.size_buffers()
         if self.keepalive or self.no_delay or self.user_timeout or self.linger2 is not None:
             conn.options = SocketOptions(
                 nodelay=self.no_delay,
