@@ -1,8 +1,8 @@
 """What is read and written, and what full buffers do: the same on the kernel and on the model."""
 
 import contextlib
+import select
 import socket
-import struct
 import time
 
 import pytest
@@ -90,6 +90,36 @@ def fill(sock):
     return total
 
 
+def drain(sock):
+    """Read until nothing more comes."""
+    while True:
+        try:
+            while sock.recv(1 << 20):
+                pass
+        except BlockingIOError:
+            time.sleep(0.06)
+            if not readable(sock):
+                return "later"
+        else:
+            return "end"
+
+
+def poll(sock):
+    if isinstance(sock, sim.SimSocket):
+        return sock.poll()
+    asked = select.poll()
+    asked.register(sock, select.POLLIN | select.POLLOUT)
+    return dict(asked.poll(0)).get(sock.fileno(), 0)
+
+
+def readable(sock):
+    return bool(poll(sock) & select.POLLIN)
+
+
+def writable(sock):
+    return bool(poll(sock) & select.POLLOUT)
+
+
 def test_a_connection_has_its_listeners_buffers_from_the_first_window_on():
     def play():
         with contextlib.ExitStack() as stack:
@@ -106,3 +136,22 @@ def test_a_connection_has_its_listeners_buffers_from_the_first_window_on():
             return 10_000 < fill(client) < 60_000
 
     assert alike(play)
+
+
+def test_a_socket_is_writable_again_when_a_third_of_its_buffer_is_free():
+    def play():
+        with contextlib.ExitStack() as stack:
+            _, client, server = map(stack.enter_context, connected())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 300_000)
+            fill(client)
+            seen = [writable(client), outcome(client.send, b"x")]
+            while not writable(client):
+                server.recv(10_000)
+                time.sleep(0.001)
+            room = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    room += client.send(bytes(1000))
+            return [*seen, room > 90_000, writable(client), drain(server), writable(client)]
+
+    assert alike(play) == [False, "BlockingIOError", True, False, "later", True]

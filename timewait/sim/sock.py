@@ -498,8 +498,15 @@ class Sock:
         if state is State.SYN_SENT or state is State.SYN_RECEIVED:
             return False
         if state is State.ESTABLISHED or state is State.CLOSE_WAIT:
-            return conn.writable
+            return self.roomy()
         return True
+
+    def roomy(self) -> bool:
+        """Whether a third of the send buffer is free (`sk_stream_is_writeable`)."""
+        conn = self.conn
+        assert conn is not None
+        queued = len(conn._tx)
+        return conn.snd_buf - queued >= queued >> 1
 
     # Options.
 
@@ -657,7 +664,7 @@ class Sock:
         if state not in (State.SYN_SENT, State.SYN_RECEIVED):
             if conn is not None and conn.readable_bytes:
                 mask |= _POLLIN
-            if shut & 2 or conn is None or state is State.CLOSED or conn.writable:
+            if shut & 2 or conn is None or state is State.CLOSED or self.roomy():
                 mask |= _POLLOUT
         if self.error or (conn is not None and conn.error):
             mask |= _POLLERR
