@@ -3,6 +3,7 @@
 import contextlib
 import select
 import socket
+import struct
 import time
 
 import pytest
@@ -155,3 +156,22 @@ def test_a_socket_is_writable_again_when_a_third_of_its_buffer_is_free():
             return [*seen, room > 90_000, writable(client), drain(server), writable(client)]
 
     assert alike(play) == [False, "BlockingIOError", True, False, "later", True]
+
+
+@pytest.mark.parametrize(
+    ("full", "seconds", "waited"), [(False, 2, 0), (True, 1, 1), (True, 0, 0)], ids=str
+)
+def test_close_lingers_while_its_fin_waits(full, seconds, waited):
+    def play():
+        with contextlib.ExitStack() as stack:
+            _, client, server = map(stack.enter_context, connected())
+            if full:
+                fill(client)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+            started = time.monotonic()
+            client.close()
+            spent = round(time.monotonic() - started)
+            return spent, outcome(drain, server)
+
+    ending = "ConnectionResetError" if full and not seconds else "end"
+    assert alike(play) == (waited, ending)

@@ -58,6 +58,7 @@ _LINUX_STATES: Final = {
     State.LISTEN: 10,
     State.CLOSING: 11,
 }
+_FIN_SENT: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 
 
 def fail(number: int) -> NoReturn:
@@ -439,6 +440,18 @@ class Sock:
         if self.state is State.CLOSED:
             self.host.ports.release(self)
         self.network.drain()
+
+    def lingers(self) -> None:
+        """Time passes in close(2) until the FIN is acknowledged, or SO_LINGER's time is over.
+
+        Linux waits there in non-blocking mode too (`sk_stream_wait_close`).
+        """
+        conn = self.conn
+        if not self.linger or self.dead or conn is None:
+            return
+        until = self.clock.now + self.linger
+        while conn.state in _FIN_SENT and self.clock.run_until(until):
+            pass
 
     def disconnect(self) -> None:
         """`tcp_disconnect`: back to a socket that was never connected, its bind(2) kept."""

@@ -391,6 +391,7 @@ class SimSocket:
             if not sock.files and sock.fd in sock.host.network.files:
                 del sock.host.network.files[sock.fd]
                 sock.close()
+                sock.lingers()
 
     def detach(self) -> int:
         """Let go of the socket without closing it; returns its number."""
