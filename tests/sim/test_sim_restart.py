@@ -8,6 +8,7 @@ import pytest
 
 import timewait.sim as sim
 from timewait.events import SegmentSeen, Transition
+from timewait.tcp.profiles import profile
 from timewait.tcp.states import State
 
 
@@ -106,3 +107,35 @@ def test_what_happened_is_told_as_it_happens():
         assert [e.flags for e in events if isinstance(e, SegmentSeen)][:3] == [2, 18, 16]
 
     sim.run(main())
+
+
+def test_an_orphan_that_is_to_wait_over_a_minute_shows_as_on_the_kernel():
+    """Measured with tcp_fin_timeout=70: keepalive 9.9 s left, then time_wait 9.9 s, then gone."""
+
+    async def main() -> None:
+        listener = listening(9090)
+        client = socket.socket()
+        client.connect(("127.0.0.1", 9090))
+        server, _ = listener.accept()
+        client.close()
+        await asyncio.sleep(0.1)
+        host = sim.current_host()
+
+        def orphan() -> list[tuple[str | None, int]]:
+            rows = (row for row in host.rows(9090) if row.state is State.FIN_WAIT_2)
+            return [(row.timer, round(row.seconds_left or 0.0)) for row in rows]
+
+        assert orphan() == [("keepalive", 10)]
+        await asyncio.sleep(9.8)
+        assert orphan() == [("keepalive", 0)]
+        await asyncio.sleep(0.2)
+        assert orphan() == [("time_wait", 10)]
+        await asyncio.sleep(9.8)
+        assert orphan() == [("time_wait", 0)]
+        await asyncio.sleep(0.2)
+        assert orphan() == []
+        assert server.recv(1) == b""
+        server.close()
+        listener.close()
+
+    sim.run(main, profile=profile("linux", tcp_fin_timeout=70))

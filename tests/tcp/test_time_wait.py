@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from timewait.tcp.connection import Connection
+from timewait.tcp.connection import Connection, SocketOptions
 from timewait.tcp.profiles import profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, Options, Segment
-from timewait.tcp.states import State
+from timewait.tcp.states import State, Timer
 from timewait.tcp.time_wait import TimeWait, TimeWaits
 
 LINUX = profile("linux")
@@ -122,3 +122,35 @@ def test_a_syn_above_the_old_connection_opens_a_new_one_where_somebody_listens()
         assert after.state is state
         assert ("key" in waits) is not listening
         assert answers[0].seq == (1002 + 65537 if listening else 1002)
+
+
+@pytest.mark.parametrize(
+    ("settings", "linger2"), [({"tcp_fin_timeout": 70.0}, None), ({}, 70.0), ({}, None)]
+)
+def test_what_an_orphan_has_above_a_minute_it_waits_twice(
+    settings: dict[str, float], linger2: float | None
+) -> None:
+    """As measured: a whole socket with the keepalive timer for 10 s, then small for 10 s."""
+    orphan = Connection(profile("linux", **settings), iss=1000)
+    orphan.options = SocketOptions(linger2=linger2, keepalive=(2.0, 1.0, 1))
+    orphan.open_active(0.0)
+    orphan.segment(Segment(5000, 1001, SYN | ACK, 64240), 0.0)
+    orphan.close(1.0)
+    orphan.segment(Segment(5001, 1002, ACK, 500), 1.0)
+    if not settings and linger2 is None:
+        assert orphan.timers == {Timer.WAIT: 61.0}
+        return
+    assert orphan.timers == {Timer.KEEPALIVE: 11.0}
+    orphan.out.clear()
+    orphan.segment(Segment(5005, 0, RST), 2.0)  # within the window: a whole socket asks back
+    assert [str(segment) for segment in orphan.out] == ["ACK seq=1002 ack=5001"]
+    orphan.expire(11.0)
+    assert orphan.timers == {Timer.WAIT: 21.0}
+    orphan.out.clear()
+    small = Connection.restore(orphan.profile, orphan.snapshot())
+    small.segment(Segment(5005, 0, RST), 12.0)  # a small one believes it
+    assert (small.state, small.out) == (State.CLOSED, [])
+    orphan.expire(20.9)
+    assert (orphan.state, orphan.out) == (State.FIN_WAIT_2, [])
+    orphan.expire(21.0)
+    assert orphan.state is State.CLOSED

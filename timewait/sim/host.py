@@ -392,12 +392,13 @@ class Host:
         self.await_end(remnant)
 
     def orphaned(self, sock: Sock) -> None:
-        """close(2) came in FIN_WAIT_2."""
+        """close(2) came in FIN_WAIT_2, or its time as a whole socket is up."""
         conn = sock.conn
         if (
             conn is not None
             and conn.state is State.FIN_WAIT_2
             and self.profile.parameters.small_sockets
+            and conn.t_keepalive == INF
         ):
             self.shrink(sock)
 

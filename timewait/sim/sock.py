@@ -727,6 +727,8 @@ class Sock:
         old = conn.state
         conn.expire(now)
         self.after(old)
+        if old is State.FIN_WAIT_2 and conn.orphaned:
+            self.host.orphaned(self)
         self.notify()
         self.network.drain()
 

@@ -12,6 +12,7 @@ from functools import cache
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
+from timewait.tcp.profiles import linux_fin_wait_2
 from timewait.tcp.segment import ACK, FIN, HALF, MASK, PSH, RST, SYN, Options, Segment
 from timewait.tcp.states import FIN_WAIT_2, SYN_RECEIVED, SYN_SENT, TIME_WAIT
 
@@ -392,16 +393,42 @@ def restart_time_wait(c: Connection, _seg: Segment, now: float) -> None:
 
 
 def start_fin_wait_2(c: Connection, seg: Any, now: float) -> None:
+    parameters = c.profile.parameters
+    limit = parameters.fin_wait_2
+    if not c.orphaned or limit is None:
+        return
+    if not parameters.small_sockets:
+        c.t_wait = now + (c.options.linger2 or limit)
+        return
+    whole, small = _small_after(c, limit)
+    if whole:
+        c.t_keepalive = now + whole
+        return
+    _shrink(c, small, now)
+    if seg is None or not seg.flags & FIN:
+        c._ack_due = 0  # what came with the ACK is not looked at
+
+
+def shrink_or_ask(c: Connection, _seg: None, now: float) -> None:
     limit = c.profile.parameters.fin_wait_2
     if c.orphaned and limit is not None:
-        if c.options.linger2:
-            limit = c.options.linger2
-        if c.profile.parameters.small_sockets:
-            limit = max(limit, 3.5 * c.rto)  # tcp_fin_time
-            c.last_challenge = -inf
-            if seg is None or not seg.flags & FIN:
-                c._ack_due = 0  # what came with the ACK is not looked at
-        c.t_wait = now + limit
+        _shrink(c, _small_after(c, limit)[1], now)
+    else:
+        ask(c, None, now)
+
+
+def _small_after(c: Connection, limit: float) -> tuple[float, float]:
+    if c.options.linger2:
+        return linux_fin_wait_2(c.options.linger2)
+    whole = c.profile.parameters.fin_wait_2_whole
+    return whole, limit - whole
+
+
+def _shrink(c: Connection, limit: float, now: float) -> None:
+    """An orphan becomes a small socket (tcp_time_wait), which knows only sequence numbers."""
+    c.t_keepalive = inf
+    c.last_challenge = -inf
+    c.t_wait = now + max(limit, 3.5 * c.rto)
 
 
 # --- Retransmission ---------------------------------------------------------------------------

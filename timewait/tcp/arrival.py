@@ -115,7 +115,7 @@ def _in_syn_received(c: Connection, seg: Segment, flags: int, now: float) -> int
 
 def _in_fin_wait_2(c: Connection, seg: Segment, flags: int, now: float) -> int:
     """An orphan's FIN_WAIT_2 is a small socket on Linux: it knows only sequence numbers."""
-    if not c.orphaned or not c.profile.parameters.small_sockets:
+    if not c.orphaned or not c.profile.parameters.small_sockets or c.t_keepalive != inf:
         return _in_window(c, seg, flags, now)
     if _paws(c, seg, now, 0) or not _fits_request(c, seg):
         return _UNACCEPTABLE

@@ -38,6 +38,7 @@ from timewait.tcp.states import (
     CLOSE_WAIT,
     CLOSED,
     ESTABLISHED,
+    FIN_WAIT_2,
     LISTEN,
     SYN_RECEIVED,
     SYN_SENT,
@@ -509,11 +510,15 @@ class Connection:
         elif timer is Timer.KEEPALIVE:
             self.t_keepalive = inf
             most = self.options.keepalive[2] if self.options.keepalive else 0
-            event = _KEEPALIVE if self.retransmits < most else _GIVE_UP
+            event = _KEEPALIVE if self.retransmits < most or self._shrinks() else _GIVE_UP
         else:
             self.t_user = inf
             event = _GIVE_UP
         self._step(event, None, now)
+
+    def _shrinks(self) -> bool:
+        """Whether its keepalive timer waits for nothing but to make it a small socket."""
+        return self.orphaned and self.state is FIN_WAIT_2 and self.profile.parameters.small_sockets
 
     def _given_up(self, now: float) -> bool:
         """Whether it was retransmitted long enough (R2, RFC 9293 §3.8.3)."""
@@ -549,7 +554,7 @@ class Connection:
             self._tell(old, new, event, row, now)
 
     def _heard(self, now: float) -> None:
-        if self.options.keepalive:
+        if self.options.keepalive and not self._shrinks():
             self.retransmits = 0
             self.t_keepalive = now + self.options.keepalive[0]
 

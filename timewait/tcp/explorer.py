@@ -346,7 +346,8 @@ def _inconsistency(c: Connection, sends: int, receives: int) -> str | None:
     if state is State.FIN_WAIT_2:
         if flight:
             return "our FIN is not acknowledged"
-        if c.orphaned and c.profile.parameters.fin_wait_2 is not None and c.t_wait == _INF:
+        limited = c.orphaned and c.profile.parameters.fin_wait_2 is not None
+        if limited and c.t_wait == c.t_keepalive == _INF:
             return "an orphan's limit does not run"
     elif c.t_wait != _INF:
         return "2MSL or an orphan's limit runs"

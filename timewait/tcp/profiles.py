@@ -20,7 +20,7 @@ from attrs import Factory, field, fields, frozen
 from timewait.tcp.states import Event, State
 from timewait.tcp.transitions import TABLE, Row, Table, error, go, ignored, stay
 
-__all__ = ["PROFILES", "Parameters", "Profile", "Setting", "profile"]
+__all__ = ["PROFILES", "Parameters", "Profile", "Setting", "linux_fin_wait_2", "profile"]
 
 
 @frozen
@@ -29,6 +29,7 @@ class Parameters:
 
     time_wait: float = 240.0
     fin_wait_2: float | None = None  # for an orphan; None: no limit
+    fin_wait_2_whole: float = 0.0  # Linux: of that, so long before it is a small socket
     rto_initial: float = 1.0
     rto_min: float = 1.0
     rto_max: float = 60.0
@@ -253,11 +254,22 @@ def _rmem_max(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Ev
     parameters["window_scale"] = min(max(int(value).bit_length() - 1 - 15, 0), 14)
 
 
+def linux_fin_wait_2(timeout: float) -> tuple[float, float]:
+    """How many seconds an orphan stays in FIN_WAIT_2 on Linux: as a whole socket, as a small one.
+
+    A small socket's time is bounded by 60 s. What `timeout` (tcp_fin_timeout,
+    TCP_LINGER2) has above that is waited for by the keepalive timer, and then
+    once more: 120 s is twice 60, but 63 s is twice 3 (tcp_rcv_state_process,
+    tcp_keepalive_timer; measured with 63, 70, 90 and 120 s).
+    """
+    return (timeout - 60.0, timeout - 60.0) if timeout > 60.0 else (0.0, timeout)
+
+
 def _fin_timeout(
     value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
 ) -> None:
-    # What is above 60 s is waited once by the keepalive timer and once more as a small socket.
-    parameters["fin_wait_2"] = value if value <= 60 else 2 * (value - 60)
+    parameters["fin_wait_2_whole"], small = linux_fin_wait_2(value)
+    parameters["fin_wait_2"] = parameters["fin_wait_2_whole"] + small
 
 
 _LINUX_SETTINGS = [
@@ -272,7 +284,7 @@ _LINUX_SETTINGS = [
         "tcp_fin_timeout",
         60.0,
         "Documentation/networking/ip-sysctl.rst, tcp_fin_time; measured",
-        "an orphan's FIN_WAIT_2 (not TIME_WAIT)",
+        "an orphan's FIN_WAIT_2 (not TIME_WAIT); what is above 60 s alone, twice: 63 lasts 6 s",
         effect=_fin_timeout,
     ),
     Setting(
@@ -428,6 +440,9 @@ _LINUX_ROWS: Rows = {
     # An orphan in FIN_WAIT_2, and TIME_WAIT, are small sockets.
     (S.FIN_WAIT_2, E.SYN_REOPENS): go(
         S.CLOSED, "reset_reply", "forget", source=_tw, why="an orphan's"
+    ),
+    (S.FIN_WAIT_2, E.KEEPALIVE): stay(
+        "shrink_or_ask", source="tcp_keepalive_timer", why="an orphan's tcp_fin_timeout above 60 s"
     ),
     (S.TIME_WAIT, E.SEGMENT): stay("restart_time_wait", source=_tw),
     (S.TIME_WAIT, E.UNACCEPTABLE): stay("ack_unacceptable", "restart_time_wait", source=_tw),

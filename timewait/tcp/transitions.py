@@ -95,6 +95,7 @@ ACTIONS: Final[Mapping[str, str]] = MappingProxyType(
         "retransmit": "send the oldest unacknowledged thing again, double the timeout",
         "probe": "send what the window allows, or a segment below it, to be answered",
         "ask": "send a keep-alive, unless something was heard of late",
+        "shrink_or_ask": "an orphan becomes a small socket; else send a keep-alive",
         "reopen": "begin a new incarnation, its sequence numbers above the old one's",
     }
 )
