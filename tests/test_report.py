@@ -17,7 +17,7 @@ def printed(what: object, width: int, terminal: bool = False) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("width", [80, 100, 120, 200])
+@pytest.mark.parametrize("width", [40, 66, 73, 74, 80, 100, 120, 200])
 def test_two_stacks_side_by_side_fit_and_nothing_is_cut(run: Run, width: int) -> None:
     text = printed(report.side_by_side([run, run], width), width)
     assert max(map(len, text.splitlines())) <= width

@@ -39,6 +39,7 @@ _COLOURS: Final = {
 }
 _MANY: Final = 16  # rows from which a table is told in numbers
 _WIDE: Final = 54  # columns that a row of netstat with its timer takes
+_NARROW: Final = 37  # columns that it takes without addresses, and the gap to the next
 
 
 def address(where: Address) -> str:
@@ -72,7 +73,12 @@ def netstat(rows: Iterable[Row]) -> str:
 
 
 def side_by_side(runs: Sequence[Run], width: int) -> RenderableType:
-    """The tables of the runs, step by step, each stack in a column of its own."""
+    """The tables of the runs, step by step, each stack in a column of its own.
+
+    Where there is no room for that, one stack after the other.
+    """
+    if len(runs) > 1 and width // len(runs) < _NARROW:
+        return Group(*(side_by_side([run], width) for run in runs))
     full = width // len(runs) > _WIDE
     lines: list[RenderableType] = [_columns(Text(_seen_by(run), style="bold") for run in runs)]
     for snapshots in zip_longest(*(run.snapshots for run in runs)):
