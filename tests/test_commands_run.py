@@ -59,6 +59,8 @@ def test_server_first_on_the_kernel_as_json() -> None:
         (["server-first", "--profile", "server=beos"], "beos"),
         (["server-first", "--clients", "10000000"], "file descriptors"),
         (["server-first", "--events", "/nowhere/run.jsonl"], "/nowhere/run.jsonl: No such file"),
+        (["server-first", "--events", ""], "'': No such file"),
+        (["server-first", "--events", "/dev/full"], "/dev/full: No space left on device"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(args: list[str], why: str) -> None:

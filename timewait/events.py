@@ -297,8 +297,8 @@ def load(record: Mapping[str, Any]) -> Event:
 class Writer:
     """Writes events to a file as JSON Lines, each line whole and flushed as it happens.
 
-    An interrupted run keeps what it saw. Raises `OSError` where the file
-    cannot be opened.
+    An interrupted run keeps what it saw. Raises `OSError` with its name where
+    the file cannot be opened or written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -306,7 +306,12 @@ class Writer:
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
-        self._file.write(json.dumps(dump(event), separators=(",", ":")).encode() + b"\n")
+        line = json.dumps(dump(event), separators=(",", ":")).encode() + b"\n"
+        try:
+            self._file.write(line)
+        except OSError as wrong:
+            wrong.filename = self._file.name
+            raise
 
     def close(self) -> None:
         """Close the file; closing twice does nothing."""

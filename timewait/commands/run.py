@@ -122,7 +122,7 @@ def command(
         steps = (evolve(s, **options) if isinstance(s, Listen) else s for s in chosen.steps)
         chosen = evolve(chosen, steps=tuple(steps))
         with ExitStack() as stack:
-            writer = stack.enter_context(Writer(events)) if events else None
+            writer = None if events is None else stack.enter_context(Writer(events))
             runs = []
             real = "wire" if chosen.faults else "kernel"
             for each in (real, "model") if on == "both" else (on,):
@@ -143,7 +143,7 @@ def command(
     except ScenarioError as wrong:
         raise click.ClickException(str(wrong)) from None
     except OSError as wrong:
-        what = f"{wrong.filename}: " if wrong.filename else ""
+        what = "" if wrong.filename is None else f"{wrong.filename or repr('')}: "
         raise click.ClickException(f"{what}{wrong.strerror}") from None
     verdicts = [run.check() for run in runs]
     if as_json:
