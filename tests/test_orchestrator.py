@@ -326,3 +326,26 @@ def test_more_can_be_sent_than_memory_holds(stack: str) -> None:
 def test_a_scenario_without_steps_is_not_run(stack: str) -> None:
     with pytest.raises(ScenarioError, match="scenario has no steps"):
         Scenario().run_sync(on=stack)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a namespace")
+def test_a_loopback_that_is_down_is_named() -> None:
+    run = ["unshare", "-n", sys.executable, "-m", "timewait", "run", "server-first"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ENETUNREACH (loopback is down: ip link set lo up, or --isolated)" in done.stderr
+
+
+def test_a_backend_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trio", None)
+    with pytest.raises(ScenarioError, match=r"trio is not installed: pip install 'timewait\[trio"):
+        Scenario.built_in("server-first").run_sync(backend="trio")
+
+
+def test_too_few_descriptors_for_a_loop_are_one_line() -> None:
+    run = [sys.executable, "-m", "timewait", "run", "server-first"]
+    shell = ["sh", "-c", 'ulimit -n 6; exec "$@"', "sh", *run]
+    done = subprocess.run(shell, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "file descriptors" in done.stderr
+    assert done.stderr.count("\n") == 1

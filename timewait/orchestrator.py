@@ -19,6 +19,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
+from ipaddress import ip_address
 from typing import Any, Final, Protocol, TypeVar
 
 import anyio
@@ -320,7 +321,10 @@ class Orchestrator:
         except OSError as wrong:
             sock.close()
             self._called(actor, "connect", began, wrong, remote=server)
-            raise ScenarioError(f"{actor} cannot connect: {_errno_name(wrong)}") from None
+            why = _errno_name(wrong)
+            if wrong.errno == errno.ENETUNREACH and ip_address(server[0]).is_loopback:
+                why += " (loopback is down: ip link set lo up, or --isolated)"
+            raise ScenarioError(f"{actor} cannot connect: {why}") from None
         except BaseException:
             sock.close()
             raise
