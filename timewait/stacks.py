@@ -7,12 +7,14 @@ connections; nothing above this file knows which one it has.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
+from importlib import import_module
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -89,7 +91,22 @@ class KernelStack:
         return self._table(port)
 
     def run(self, main: Callable[[], Coroutine[Any, Any, None]], backend: str = "asyncio") -> None:
-        """Run it on a loop of the machine's own: anyio's backend "asyncio" or "trio"."""
+        """Run it on a loop of the machine's own: anyio's backend "asyncio" or "trio".
+
+        Raises `ScenarioError` where trio is not installed, or no descriptors are left.
+        """
+        try:
+            import_module(backend)
+        except ImportError:
+            raise ScenarioError(
+                f"{backend} is not installed: pip install 'timewait[{backend}]'"
+            ) from None
+        left = _descriptors_left()
+        if left is not None and left < _NONE_TO_SPARE:  # a loop half made complains of itself
+            raise ScenarioError(
+                f"a run needs {_NONE_TO_SPARE} file descriptors and this process has {left} left "
+                "(see ulimit -n)"
+            )
         anyio.run(main, backend=backend)
 
     def seen(self) -> list[Event]:
@@ -294,9 +311,10 @@ def _descriptors_left() -> int | None:
     try:
         import resource
 
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd"))
-    except (ImportError, OSError):  # not a Unix, or one without /proc
-        return None
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return max(limit - len(os.listdir("/proc/self/fd")), 0)
+    except (ImportError, OSError) as wrong:  # not a Unix, one without /proc, or none left
+        return 0 if isinstance(wrong, OSError) and wrong.errno == errno.EMFILE else None
 
 
 def _table(
