@@ -152,3 +152,69 @@ def test_a_divergence_does_not_spoil_what_follows_between_the_same_addresses() -
     assert not checker.verdict()
     assert [connection.divergence is None for connection in ended] == [False, True]
     assert answers(ended[1]).closed_first == "client"
+
+
+def of_the_wire(*lines: str) -> list[Event]:
+    """Segments: a time in ms, who, flags, seq, ack."""
+    ends = {"server": ("10.0.0.1", 9090), "client": ("10.0.0.2", 40000)}
+    flags = {"SYN": 2, "RST": 4, "ACK": 16, "FIN": 17, "SYNACK": 18}
+    found: list[Event] = []
+    for line in lines:
+        t, who, what, seq, ack = line.split()
+        peer = "client" if who == "server" else "server"
+        found.append(
+            SegmentSeen(
+                float(t) / 1000,
+                ends[who],
+                ends[peer],
+                flags[what],
+                int(seq),
+                int(ack),
+                source="pcap",
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lines", "who"),
+    [
+        # The second FIN is new, and acknowledges the first.
+        (
+            "0 server ACK 9 5|1 client ACK 5 9|2 server FIN 9 5|3 client FIN 5 10",
+            0,
+        ),
+        (
+            "0 client ACK 5 9|1 server ACK 9 5|2 client FIN 5 9|3 server FIN 9 6|4 client ACK 6 10",
+            1,
+        ),
+        # Both had closed before it began: these FINs are sent again.
+        ("0 server FIN 9 5|300 client FIN 5 10|301 server ACK 10 6", None),
+        ("0 client ACK 6 9|250 client FIN 5 9|251 server ACK 9 6|300 server FIN 9 6", 1),
+        ("0 client ACK 6 9|250 client FIN 5 9|251 server ACK 9 6", None),
+        ("0 server FIN 9 5|1 client ACK 5 10", None),
+    ],
+)
+def test_a_capture_that_begins_later_tells_who_closed_first_where_a_fin_answers_the_other(
+    lines: str, who: int | None
+) -> None:
+    (answer,) = told(of_the_wire(*lines.split("|")))
+    assert answer.closed_first == (None if who is None else ("server", "client")[who])
+
+
+def test_fins_that_crossed_were_both_first() -> None:
+    handshake = "0 client SYN 4 0|1 server SYNACK 8 5|2 client ACK 5 9|"
+    crossed = handshake + "3 server FIN 9 5|3.1 client FIN 5 9|4 client ACK 6 10|4 server ACK 10 6"
+    (answer,) = told(of_the_wire(*crossed.split("|")))
+    assert answer.closed_first == "both"
+
+
+def test_a_reset_for_a_former_connection_is_not_who_closed_first() -> None:
+    # As Linux 6.18 answered a SYN that TIME_WAIT had no use for; the same SYN was then let in.
+    lines = (
+        "0 client SYN 4 0|0.1 server ACK 90 70|0.2 client RST 70 0|10 client SYN 4 0|"
+        "10.1 server SYNACK 8 5|10.2 client ACK 5 9|11 server FIN 9 5|12 client FIN 5 10|"
+        "13 server ACK 10 6"
+    )
+    (answer,) = told(of_the_wire(*lines.split("|")))
+    assert (answer.closed_first, answer.how) == ("server", "FIN")

@@ -363,7 +363,9 @@ class Checker:
     def _segment(self, event: SegmentSeen) -> None:
         found = self._ends.get((event.src, event.dst))
         if found is None:
-            found = self._begin(event.src, event.dst, event.flags & (SYN | ACK) == SYN | ACK)
+            found = self._begin(
+                event.src, event.dst, bool(event.flags & ACK) if event.flags & SYN else None
+            )
         connection, end = found
         sequence = connection.sequence
         if (

@@ -113,10 +113,15 @@ def _closed_first(a: int, b: int) -> tuple[str, str | None, str | None]:
 def _by_the_wire(
     connection: Connection, pairs: frozenset[ex.Pair]
 ) -> tuple[str, str, str | None] | None:
-    """Whose RST came first, or whose FIN without knowing of the other's, where all was seen."""
+    """Whose RST came first, or whose FIN without knowing of the other's."""
     sequence = connection.sequence
-    if sequence is None or (sequence.a.isn is None and sequence.b.isn is None):
+    if sequence is None:
         return None
+    if sequence.a.isn is None and sequence.b.isn is None:
+        # A FIN that comes first here may be one of two, unless the other is sent in answer to it.
+        if sequence.a.fin_after == sequence.b.fin_after:
+            return None
+        return (_SIDES[sequence.a.fin_after], *_HOW[ex.BY_FIN])
     end = sequence.reset_by
     if end is not None:
         causes = [_HOW.get(cause) for cause in sorted({pair[end] >> 28 & 15 for pair in pairs})]

@@ -81,7 +81,7 @@ class Flow:
     next: int | None = None  # after the last octet sent, SYN and FIN counted
     guessed: bool = False  # that `next` is what the peer acknowledged: nothing was seen yet
     fin: int | None = None  # the FIN's own number
-    fin_after: bool = False  # it acknowledged the peer's FIN
+    fin_after: bool = False  # it was sent first when the peer's FIN had been received
     ack: int | None = None  # the last acknowledgment it sent
     acks: list[int] = field(factory=list)  # it and those before
     gaps: list[tuple[int, int]] = field(factory=list)  # octets that have not been seen
@@ -137,6 +137,7 @@ class Sequence:
             raise Contradiction("it carries no acknowledgment", _NO_ACK)
         kind = ACK | FROM_B if from_b else ACK
         end = seq + length + (flags & FIN) & 0xFFFFFFFF
+        placed = x.next is not None and not x.guessed
         if x.next is None or (x.guessed and seq_diff(end, x.next) >= 0):
             x.next = end
             x.guessed = False
@@ -159,7 +160,7 @@ class Sequence:
             kind |= FIN
             at = end - 1 & 0xFFFFFFFF
             if x.fin is None:
-                if kind & OLD:
+                if kind & OLD and (x.isn is not None or at + 1 & 0xFFFFFFFF != x.next):
                     raise Contradiction(
                         f"a FIN at {at}, where other octets were sent before", _SEQUENCE
                     )
@@ -170,7 +171,7 @@ class Sequence:
             self._acknowledge(x, y, ack, kind)
         if y.fin is not None and (ack - y.fin & 0xFFFFFFFF) == 1:
             kind |= ACKS_FIN
-            if flags & FIN and not kind & OLD:
+            if flags & FIN and placed and not kind & OLD:
                 x.fin_after = True
         return kind
 
@@ -234,6 +235,11 @@ class Sequence:
             y.guessed = True
         else:
             ahead = seq_diff(ack, y.next)
+            if x.isn is None and y.isn is not None and y.next == seq_add(y.isn, 1) != ack:
+                # What is left of a former connection, older than the capture, answers a SYN.
+                x.ack = ack
+                _remember(x.acks, ack)
+                return
             if ahead > 0 and not (
                 # A half-open side answers a new SYN with what it knows of the former connection.
                 y.former is not None and y.former.next == ack
@@ -292,7 +298,9 @@ class Sequence:
         return kind
 
     def _reset(self, x: Flow, y: Flow, flags: int, seq: int, ack: int) -> int:
-        if x.fin is None and y.fin is None and self.reset_by is None:
+        # An answer to what is left of a former connection does not end the one that begins.
+        begins = x.isn is not None and x.next == seq_add(x.isn, 1) != seq
+        if x.fin is None and y.fin is None and self.reset_by is None and not begins:
             self.reset_by = 1 if x is self.b else 0
         at = [n for n in (x.next, *y.acks) if n is not None]
         if x.former is not None:

@@ -22,7 +22,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 
 import click
-from attrs import evolve
 
 from timewait.check import Answers, Checker, Connection, Verdict, answers
 from timewait.check.verdict import address_text
@@ -30,7 +29,6 @@ from timewait.events import Address, Event, Row, RunStarted, SegmentSeen, Snapsh
 from timewait.kernel.capture import Capture
 from timewait.kernel.namespace import isolate
 from timewait.kernel.sock_diag import SockDiag
-from timewait.tcp.segment import FIN, RST
 from timewait.tcp.states import State
 from timewait.witness import descendants
 
@@ -72,7 +70,7 @@ _STILL.add(State.TIME_WAIT)
 def command(argv: tuple[str, ...], as_root: bool, events: str | None, as_json: bool) -> int:
     """Run it, print what was seen, return the exit status."""
     told: list[tuple[Connection, Answers]] = []
-    checker = Checker(on_end=lambda connection: told.append((connection, watch.tell(connection))))
+    checker = Checker(on_end=lambda connection: told.append((connection, answers(connection))))
     with ExitStack() as stack:
         try:
             writer = stack.enter_context(Writer(events)) if events else None
@@ -99,7 +97,6 @@ class _Watch:
     def __init__(self, checker: Checker, writer: Writer | None) -> None:
         self.rows: list[Row] = []
         self.segments = 0
-        self._first_end: dict[frozenset[Address], SegmentSeen] = {}
         self._table: set[tuple[Address, Address, State]] = set()
         self._checker, self._writer = checker, writer
         self._resources = ExitStack()
@@ -137,19 +134,7 @@ class _Watch:
             self._moved = self._start + event.t
             if isinstance(event, SegmentSeen):
                 self.segments += 1
-                if event.flags & (FIN | RST):
-                    self._first_end.setdefault(frozenset((event.src, event.dst)), event)
             self._tell(event)
-
-    def tell(self, connection: Connection) -> Answers:
-        """The check's answers; where a close may have crossed its answer, whose came first here."""
-        told = answers(connection)
-        first = self._first_end.pop(frozenset(connection.ends), None)
-        if told.closed_first is None and first is not None:
-            who = "server" if first.src == connection.ends[0] else "client"
-            how = "FIN" if first.flags & FIN else "RST"
-            return evolve(told, closed_first=who, how=how, why="the first on the wire")
-        return told
 
     def settle(self) -> None:
         """Let a close that is under way come to its end."""
