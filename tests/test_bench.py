@@ -291,3 +291,14 @@ def test_interrupted_it_prints_what_it_has() -> None:
         told = json.loads(out)
         jsonschema.validate(told, SCHEMA)
         assert told["interrupted"] is True
+
+
+@pytest.mark.parametrize("document", ["{}", '{"schema": 2, "closes": []}'])
+def test_a_document_that_is_none_is_refused_before_the_run(document: str, tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(document)
+    # All that is measured would take longer than a test may.
+    done = bench("--connections", "1000", "--compare", str(old))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{old}: it" in done.stderr
+    assert done.stderr.count("\n") == 1

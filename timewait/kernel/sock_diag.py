@@ -121,8 +121,8 @@ class Details:
     addresses); `v6only` is told of IPv6 sockets that listen or are only bound,
     None otherwise; `shutdown` has bit 1 set for receiving and 2 for sending,
     and is 0 for TIME_WAIT. `info` is TCP_INFO by the kernel's names without
-    the `tcpi_` prefix, in the kernel's units; None unless asked for, or where
-    the socket has none.
+    the `tcpi_` prefix, in the kernel's units, "rcv_wnd" since Linux 6.2; None
+    unless asked for, or where the socket has none.
     """
 
     row: Row
@@ -557,8 +557,9 @@ def _tcp_info(data: bytes | None) -> dict[str, int] | None:
     if data is None:
         return None
     # An older kernel's structure is shorter, a newer one's longer: what is there is used.
+    newer = {"rcv_wnd": struct.unpack_from("=I", data, 232)[0]} if len(data) >= 236 else {}
     padded = data[: _TCP_INFO.size].ljust(_TCP_INFO.size, b"\0")
-    return dict(zip(_TCP_INFO_FIELDS, _TCP_INFO.unpack(padded), strict=True))
+    return dict(zip(_TCP_INFO_FIELDS, _TCP_INFO.unpack(padded), strict=True)) | newer
 
 
 def _port_program(port: int) -> bytes:

@@ -18,11 +18,12 @@ from timewait.packetdrill.frames import Frame
 from timewait.packetdrill.runner import Pending
 from timewait.packetdrill.script import Option, Unsupported
 from timewait.packetdrill.settings import Settings
-from timewait.sim.host import HERE, Host
+from timewait.sim.host import HERE, Host, Remnant
 from timewait.sim.network import Key, Link, Network
 from timewait.sim.socket import SimSocket
 from timewait.tcp.profiles import profile
-from timewait.tcp.segment import ACK, CWR, ECE, URG, Options, Segment
+from timewait.tcp.segment import ACK, CWR, ECE, MASK, URG, Options, Segment
+from timewait.tcp.time_wait import TimeWait
 
 __all__ = ["ModelSocket", "ModelStack", "from_options", "to_options"]
 
@@ -387,6 +388,23 @@ class ModelStack:
     def rows(self) -> list[Row]:
         """What netstat would show on the modelled host."""
         return self._host.rows()
+
+    def move_edge(self, key: Key, start: int, edge: int | None) -> None:
+        """Let a connection's receive window end at `edge`, counted from `start`."""
+        sock = self._host.tcp.get(key)
+        if edge is None or sock is None:
+            return
+        if isinstance(sock, Remnant):
+            left = sock.left.thaw(self._host.profile, self.now())
+        elif sock.conn is not None:
+            left = sock.conn
+        else:
+            return
+        edge = (start + edge) & MASK
+        if (edge - left.rcv_nxt) & MASK <= 0xFFFF << left.rcv_scale:
+            left.rcv_adv = edge
+            if isinstance(sock, Remnant):
+                sock.record = bytes(TimeWait.freeze(left))
 
     # -- settings and state
 
