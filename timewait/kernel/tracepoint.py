@@ -54,7 +54,7 @@ _HOSTS: Final = "saddr_v6 daddr_v6"
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
-_LOOKS_FOR_NAMES: Final = 5
+_LOOKS_FOR_NAMES: Final = 50
 _LOOKS: Final = 64  # at most so many orphans are looked at in one read
 
 _PAGE: Final = struct.Struct("=QQ")
@@ -313,11 +313,15 @@ class Tracepoint:
         """Give connect()s the port they were dealt after their first event was recorded.
 
         A socket that still has no second event after a look at the table was
-        in SYN_SENT during the look, or had no port yet: then look again.
+        in SYN_SENT during the look, or had no port yet, or is in another
+        namespace and its thread was interrupted just there: then look again,
+        and wait a little for the thread.
         """
-        for _ in range(_LOOKS_FOR_NAMES):
+        for look in range(_LOOKS_FOR_NAMES):
             if not self._unnamed:
                 return
+            if look > 2:
+                time.sleep(0.001)
             waiting = self._diag.sockets(states=[State.SYN_SENT])
             self.drain()
             for sock, local in self._names_to_come():
