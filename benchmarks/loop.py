@@ -71,6 +71,52 @@ def with_solipsism() -> Callable[[int], None] | None:
     return run
 
 
+def with_uvloop() -> Callable[[int], None] | None:
+    factory = _factory("uvloop", "new_event_loop")
+    return None if factory is None else _runner(factory, round_trips)
+
+
+def _factory(package: str, name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        factory: Callable[[], asyncio.AbstractEventLoop] = getattr(import_module(package), name)
+    except ImportError:
+        return None
+    return factory
+
+
+def _looptime() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        looptime: Any = import_module("looptime")
+    except ImportError:
+        return None
+    kind = looptime.make_event_loop_class(asyncio.SelectorEventLoop)
+    return lambda: kind(start=0)  # type: ignore[no-any-return]
+
+
+def _runner(
+    factory: Callable[[], asyncio.AbstractEventLoop], work: Callable[[int], Any]
+) -> Callable[[int], None]:
+    def run(n: int) -> None:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(work(n))
+
+    return run
+
+
+async def sleeps(n: int) -> None:
+    for _ in range(n):
+        await asyncio.sleep(1)
+
+
+async def timers(n: int, unit: float = 1.0) -> None:
+    loop = asyncio.get_running_loop()
+    over = loop.create_future()
+    for number in range(n):
+        loop.call_later(number * 7919 % n * unit, int)
+    loop.call_later(n * unit, over.set_result, None)
+    await over
+
+
 def measure(quick: bool) -> Iterator[Figure]:
     n = 2_000 if quick else 20_000
     ours, kernel = side_by_side((on_model, n), (on_kernel, n))
@@ -85,6 +131,32 @@ def measure(quick: bool) -> Iterator[Figure]:
         ours, theirs = side_by_side((on_model, n), (solipsism, n))
         yield Figure("asyncio streams echo, round trips", ours, "1/s", "async-solipsism",
                      theirs, 1.0, note="which has no TCP")  # fmt: skip
+
+    for name, theirs_on in (("uvloop, on the kernel's loopback", with_uvloop()),):
+        rate = None
+        if theirs_on is not None:
+            ours, rate = side_by_side((on_model, n), (theirs_on, n))
+        yield Figure("asyncio streams echo, round trips", ours, "1/s", name, rate)
+    yield Figure("asyncio streams echo, round trips", ours, "1/s", "simloop", None,
+                 note="simloop needs Python 3.12: not measured")  # fmt: skip
+
+    for what, work in (("sleeps of a second", sleeps), ("timers, all at once", timers)):
+        for name, factory in (
+            ("async-solipsism", _factory("async_solipsism", "EventLoop")),
+            ("looptime", _looptime()),
+        ):
+            rate = None
+            if factory is not None:
+                ours, rate = side_by_side(
+                    (lambda n, work=work: sim.run(work(n)), n),  # type: ignore[misc]
+                    (_runner(factory, work), n),
+                )
+            yield Figure(what, ours, "1/s", name, rate, 1.0)
+        if work is timers:
+            ours, rate = side_by_side(
+                (lambda n: sim.run(timers(n)), n), (lambda n: asyncio.run(timers(n, 1e-6)), n)
+            )
+            yield Figure(what, ours, "1/s", "asyncio, which really waits a moment", rate)
 
     hours = 1_000 if quick else 10_000
     yield Figure("hours of an idle-timeout server, one client an hour", hours / idle(hours), "h/s",

@@ -135,6 +135,63 @@ def walk_transitions() -> Callable[[int], None] | None:
     return work
 
 
+def walk_python_statemachine() -> Callable[[int], None] | None:
+    try:
+        from statemachine import State as Place
+        from statemachine import StateMachine
+    except ImportError:
+        return None
+    places = {state: Place(state.name, initial=state is State.CLOSED) for state in dict(PATH)}
+    members: dict[str, object] = {place.name: place for place in places.values()}
+    for state, event in PATH:
+        following = RFC.table[state, event].next
+        assert following is not None
+        members[event.name.lower()] = places[state].to(places[following])
+    machine = type("Walk", (StateMachine,), members)()
+
+    def work(n: int) -> None:
+        for _ in range(n // len(PATH)):
+            for _, event in PATH:
+                machine.send(event.name.lower())
+
+    return work
+
+
+def walk_automat() -> Callable[[int], None] | None:
+    try:
+        from automat import MethodicalMachine
+    except ImportError:
+        return None
+    machine = MethodicalMachine()
+
+    def nothing(self: object) -> None:
+        """The state or input, which automat wants as a method."""
+
+    def member(name: str) -> Callable[[object], None]:
+        method = type(nothing)(nothing.__code__, {}, name)
+        method.__doc__ = name
+        return method
+
+    places = {
+        state: machine.state(initial=state is State.CLOSED)(member(state.name))
+        for state in dict(PATH)
+    }
+    inputs = {event: machine.input()(member(event.name.lower())) for _, event in PATH}
+    for state, event in PATH:
+        following = RFC.table[state, event].next
+        assert following is not None
+        places[state].upon(inputs[event], enter=places[following], outputs=[])
+    members = {event.name.lower(): made for event, made in inputs.items()}
+    walk = type("Walk", (), {"machine": machine, **members})()
+
+    def work(n: int) -> None:
+        for _ in range(n // len(PATH)):
+            for _, event in PATH:
+                getattr(walk, event.name.lower())()
+
+    return work
+
+
 def standing(count: int) -> tuple[TimeWaits[tuple[str, int, str, int]], float]:
     """`count` connections in TIME_WAIT, and how many bytes each takes, its key included."""
     from tracemalloc import get_traced_memory, start, stop
@@ -201,11 +258,15 @@ def measure(quick: bool) -> Iterator[Figure]:
     n = 30_000 if quick else 300_000
     steps, bare = side_by_side((walk_ours, n), (walk_dict, n))
     yield Figure("walk of the table", steps, "/s", "a bare nested dict", bare, 0.5)
-    package = walk_transitions()
-    slow = None
-    if package is not None:
-        steps, slow = side_by_side((walk_ours, n), (package, n // 30))
-    yield Figure("walk of the table", steps, "/s", "transitions", slow, 20)
+    for name, made in (
+        ("transitions", walk_transitions()),
+        ("python-statemachine", walk_python_statemachine()),
+        ("automat", walk_automat()),
+    ):
+        slow = None
+        if made is not None:
+            steps, slow = side_by_side((walk_ours, n), (made, n // 100))
+        yield Figure("walk of the table", steps, "/s", name, slow, 20)
 
     few, many = 1_000, 100_000 if quick else 1_000_000
     small, _ = standing(few)
