@@ -401,20 +401,25 @@ def start_fin_wait_2(c: Connection, seg: Any, now: float) -> None:
         c.t_wait = now + (c.options.linger2 or limit)
         return
     whole, small = _small_after(c, limit)
+    if not whole and seg is not None and seg.flags & FIN:
+        whole = max(small, 3.5 * c.rto)  # even an old FIN would be lost to a small socket
     if whole:
         c.t_keepalive = now + whole
         return
     _shrink(c, small, now)
-    if seg is None or not seg.flags & FIN:
-        c._ack_due = 0  # what came with the ACK is not looked at
+    c._ack_due = 0  # what came with the ACK is not looked at
 
 
 def shrink_or_ask(c: Connection, _seg: None, now: float) -> None:
     limit = c.profile.parameters.fin_wait_2
-    if c.orphaned and limit is not None:
-        _shrink(c, _small_after(c, limit)[1], now)
-    else:
+    if not c.orphaned or limit is None:
         ask(c, None, now)
+        return
+    whole, small = _small_after(c, limit)
+    if whole:
+        _shrink(c, small, now)
+    else:
+        c.abort(now)  # tcp_keepalive_timer
 
 
 def _small_after(c: Connection, limit: float) -> tuple[float, float]:
