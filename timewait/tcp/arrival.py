@@ -220,16 +220,19 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
     # SND.WND, unless the segment is older than the last that told it.
     window = seg.window << c.snd_scale
     wl1 = (seg.seq - c.snd_wl1) & MASK
-    if (
-        acked <= flight
-        and not (wl1 or (seg.ack - c.snd_wl2) & MASK) & HALF
-        # tcp_may_update_window: what is only smaller is no news.
-        and (
-            wl1
-            or acked
-            or window >= c.snd_wnd
-            or not (window and c.profile.parameters.linux_checks)
+    if acked <= flight and (
+        (
+            not (wl1 or (seg.ack - c.snd_wl2) & MASK) & HALF
+            # tcp_may_update_window: what is only smaller is no news.
+            and (
+                wl1
+                or acked
+                or window >= c.snd_wnd
+                or not (window and c.profile.parameters.linux_checks)
+            )
         )
+        # Nor is a new ACK ever old.
+        or (acked and c.profile.parameters.linux_checks)
     ):
         c.snd_wl1 = seg.seq
         c.snd_wl2 = seg.ack
