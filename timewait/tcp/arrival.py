@@ -385,7 +385,7 @@ def _paws(c: Connection, seg: Segment, now: float, tolerance: int) -> bool:
 def _predicted(c: Connection, seg: Segment, flags: int) -> bool:
     """Whether Linux's short way (tcp_rcv_established) takes the text before the ACK is read.
 
-    It does once the socket has memory at hand, that is after any text either way.
+    It does where the socket has memory at hand, that is while any text is queued either way.
     """
     return (
         c.profile.parameters.linux_checks
@@ -395,7 +395,7 @@ def _predicted(c: Connection, seg: Segment, flags: int) -> bool:
         and seg.seq == c.rcv_nxt
         and not c._out_of_order
         and seg.window << c.snd_scale == c.snd_wnd
-        and ((c.snd_nxt - c.iss) & MASK > 1 or (c.rcv_nxt - c.irs) & MASK > 1)
+        and bool(c._rx or c._tx)
     )
 
 
