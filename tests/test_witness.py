@@ -382,6 +382,58 @@ def test_a_forked_child_leaves_the_witness_alone(seen: Witness, port: HeldPort) 
     assert threading.active_count() >= 2  # it looks on
 
 
+def test_a_duplicate_goes_on_when_the_first_is_closed(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    duplicate = pair.server.dup()
+    pair.server.close()  # the kernel sends nothing: a descriptor is left
+    assert seen.connections[0].closed_by is None
+    pair.client.close()
+    assert duplicate.recv(1) == b""
+    duplicate.close()
+    (connection,) = seen.connections
+    assert (connection.closed_by, connection.time_wait) == ("client", "client")
+    assert connection.because.startswith("the client called close in ESTABLISHED, at ")
+    (end,) = connection.server.ends if connection.server else ()
+    assert (end.call, end.state) == ("close", State.CLOSE_WAIT)
+    pair.listener.close()
+
+
+def test_a_duplicate_that_python_does_not_know(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    bare = os.dup(pair.server.fileno())
+    pair.server.close()
+    (connection,) = seen.connections
+    assert (connection.closed_by, connection.because) == (None, "neither side has closed")
+    assert [end.side for end in seen.leaks] == ["client", "server"]
+    pair.client.close()
+    os.close(bare)
+    seen.assert_closed_by("client", port)
+    pair.listener.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_server_that_forks_is_not_blamed_for_its_parents_close(
+    seen: Witness, port: HeldPort
+) -> None:
+    pair = Pair(port)
+    pid = os.fork()
+    if pid == 0:
+        pair.listener.close()
+        pair.client.close()
+        while pair.server.recv(1):
+            pass
+        os._exit(0)
+    pair.server.close()  # the child has it
+    (connection,) = seen.connections
+    assert connection.closed_by is None
+    assert {end.side: end.pid for end in seen.leaks} == {"client": os.getpid(), "server": pid}
+    pair.client.shutdown(socket.SHUT_WR)
+    assert os.waitpid(pid, 0)[1] == 0
+    pair.close("client", "listener")
+    seen.assert_closed_by("client", port)
+    assert seen.connections[0].time_wait == "client"
+
+
 def test_the_same_addresses_connected_twice(seen: Witness, port: HeldPort) -> None:
     with port.listen(reuse_address=True) as listener:
         clients = []

@@ -90,8 +90,7 @@ class Entry:
     local: Address | None = None
     remote: Address | None = None
     failed: str | None = None  # why connect() failed: an errno's name
-    open: bool = True
-    holder: int = 0  # id() of the socket object that closes it
+    holders: dict[int, int] = field(factory=dict)  # open descriptor -> id() of its object, or 0
     ends: list[End] = field(factory=list)
 
 
@@ -110,7 +109,7 @@ class Ledger:
         self.on_change = on_change
         self.entries: list[Entry] = []
         self._of: weakref.WeakKeyDictionary[socket.socket, Entry] = weakref.WeakKeyDictionary()
-        self._at: dict[int, Entry] = {}  # open descriptor -> its entry
+        self._at: dict[int, Entry] = {}  # what `_identity` tells -> its entry
 
     def __enter__(self) -> Self:
         with _lock:
@@ -131,15 +130,16 @@ class Ledger:
                 _unwrap()
 
     def created(self, sock: socket.socket, fileno: int | None) -> None:
-        """Note a new socket object; one made of a known descriptor carries on its entry."""
-        entry = self._at.get(sock.fileno()) if fileno is not None else None
+        """Note a new socket object; one of a socket that is known carries on its entry."""
+        identity, at = _identity(sock.fileno()), sock.fileno()
+        entry = self._at.get(identity) if fileno is not None else None
         if entry is None:
             entry = Entry(time.monotonic(), _place(self.stacks))
             self.entries.append(entry)
-        self._at[sock.fileno()] = entry
+        self._at[identity] = entry
         self._of[sock] = entry
-        weakref.finalize(sock, self._collected, entry, sock.fileno(), id(sock)).atexit = False
-        entry.holder = id(sock)
+        weakref.finalize(sock, self._collected, entry, identity, at, id(sock)).atexit = False
+        entry.holders[at] = id(sock)
         if fileno is not None:
             self._locate(sock, entry)
 
@@ -166,35 +166,40 @@ class Ledger:
             self._changed(sock, entry)
 
     def ending(self, sock: socket.socket, call: str) -> None:
-        """Note the state of a socket that is about to be closed or shut down."""
-        if entry := self._of.get(sock):
+        """Note the state of a socket that is about to be closed or shut down.
+
+        A close() while a duplicate is open ends nothing.
+        """
+        entry = self._of.get(sock)
+        if entry and (call != "close" or len(entry.holders) == 1):
             self._locate(sock, entry)
             place = _place(False)
             entry.ends.append(End(time.monotonic(), call, *_condition(sock), place))
 
     def ended(self, sock: socket.socket, call: str) -> None:
         """Note that the call came back."""
-        if entry := self._of.get(sock):
-            if call == "close":
-                entry.open = False
-            if self.on_change is not None:
-                self.on_change(entry)
+        entry = self._of.get(sock)
+        if entry and self.on_change is not None and (call != "close" or not entry.holders):
+            self.on_change(entry)
 
-    def closing(self, fileno: int) -> None:
+    def closing(self, sock: socket.socket) -> None:
         """Forget a descriptor whose number is about to be anybody's."""
-        self._at.pop(fileno, None)
+        entry = self._of.get(sock)
+        if entry and entry.holders.pop(sock.fileno(), None) is not None and not entry.holders:
+            self._at.pop(_identity(sock.fileno()), None)
 
     def detaching(self, sock: socket.socket) -> None:
         """Note that the descriptor goes on without this object."""
         entry = self._of.pop(sock, None)
-        if entry is not None and entry.holder == id(sock):
-            entry.holder = 0
+        if entry is not None and entry.holders.get(sock.fileno()) == id(sock):
+            entry.holders[sock.fileno()] = 0
 
-    def _collected(self, entry: Entry, fileno: int, holder: int) -> None:
-        if entry.open and entry.holder == holder:
-            entry.open = False
-            self._at.pop(fileno, None)
-            entry.ends.append(End(time.monotonic(), "collected"))
+    def _collected(self, entry: Entry, identity: int, fileno: int, holder: int) -> None:
+        if entry.holders.get(fileno) == holder:
+            del entry.holders[fileno]
+            if not entry.holders:
+                self._at.pop(identity, None)
+                entry.ends.append(End(time.monotonic(), "collected"))
 
     def _changed(self, sock: socket.socket, entry: Entry) -> None:
         self._locate(sock, entry)
@@ -211,6 +216,14 @@ class Ledger:
             entry.remote = _address(sock.getpeername())
         except OSError:
             pass
+
+
+def _identity(fileno: int) -> int:
+    """What names the socket under each of its descriptors: the inode, where it has one."""
+    try:
+        return os.fstat(fileno).st_ino or ~fileno
+    except OSError:
+        return ~fileno
 
 
 def _condition(sock: socket.socket) -> tuple[State | None, int, bool]:
@@ -328,7 +341,7 @@ def _wrap() -> None:
     def real_close(self: socket.socket, *rest: Any) -> None:
         for ledger in _open:
             ledger.ending(self, "close")
-            ledger.closing(self.fileno())
+            ledger.closing(self)
         plain["_real_close"](self, *rest)
         for ledger in _open:
             ledger.ended(self, "close")

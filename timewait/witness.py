@@ -195,6 +195,10 @@ class Witness(Connections):
                 except (OSError, ValueError):
                     continue
                 if row is not None:
+                    if way == key and row.inode and entry.ends and entry.ends[-1].call == "close":
+                        # Another descriptor, a forked child's say, has it: nothing was ended.
+                        entry.ends.pop()
+                        seen.pid = self._owner(row.inode) or seen.pid
                     self._note(way, row, now)
                 elif way in self._seen:
                     self._seen[way].row = None
