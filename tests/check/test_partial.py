@@ -12,7 +12,7 @@ from attrs import evolve
 
 from timewait.check import check
 from timewait.check.evidence import read
-from timewait.events import Event, Lost, SegmentSeen, Transition
+from timewait.events import Event, Lost, SegmentSeen, Snapshot, Transition
 from timewait.lab.campaign import random_scenario
 from timewait.orchestrator import Orchestrator
 from timewait.scenario import ScenarioError
@@ -46,6 +46,21 @@ def test_what_an_observer_lost_is_not_held_against_anybody(kind: type) -> None:
             verdict = check(left)
             assert verdict, f"{path.stem}, event {at}: {verdict.explain()}"
             assert verdict.evidence.lost == 1
+
+
+@pytest.mark.parametrize("observers", ["capture", "sock_diag"])
+def test_a_time_wait_that_is_gone_at_once_is_not_a_connection_made_anew(observers: str) -> None:
+    """Neither a look that finds nothing, nor segments without a SYN, show a new connection."""
+    events = list(read(TRACES / "observers" / f"{observers}.jsonl", lambda problem: None))
+    assert check(events)
+    last = max(i for i, e in enumerate(events) if isinstance(e, Snapshot))
+    held = events[last]
+    assert isinstance(held, Snapshot)
+    assert all(row.seconds_left and row.seconds_left > 59 for row in held.rows)
+    gone = [*events[:last], evolve(held, t=held.t + 0.001, rows=()), *events[last + 1 :]]
+    verdict = check(gone)
+    assert not verdict
+    assert "possible: TIME_WAIT with CLOSED" in verdict.explain()
 
 
 def on_a_bad_network(seed: int) -> list[Event]:

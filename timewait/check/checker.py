@@ -803,9 +803,12 @@ class Checker:
         return after
 
     def _again(self, connection: Connection, number: int, symbol: int) -> bool:
-        """Whether this is a new connection between the same addresses, seen when already open."""
+        """Whether this is a new connection between the same addresses, seen when already open.
+
+        Where segments are reported its SYN would have been.
+        """
         mode = connection.mode
-        if mode & (ex.SEES_A | ex.SEES_B) or symbol >> 9 not in (2, 3):
+        if mode & (ex.SEES_A | ex.SEES_B | ex.SEGMENTS) or symbol not in ex.SEEN_OPEN:
             return False
         model = connection.model
         if not self._may_be_over(number):

@@ -159,6 +159,13 @@ def both_in(a: int, b: int) -> int:
     return _BOTH | (0 if a == LISTEN else a) << 4 | (0 if b == LISTEN else b)
 
 
+# Every look that finds a connection.
+SEEN_OPEN: Final = frozenset(
+    {seen_in(end, state) for end in (0, 1) for state in range(SYN_SENT, TIME_WAIT + 1)}
+    | {both_in(a, b) for a in range(TIME_WAIT + 1) for b in range(TIME_WAIT + 1) if max(a, b) > 1}
+)
+
+
 def told(end: int, what: int) -> int:
     """The symbol of what a call's result tells."""
     return _TOLD | end << 4 | what
