@@ -7,12 +7,17 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from timewait.check import Checker
+from timewait.commands import exec as exec_command
+from timewait.events import Event, Row, SegmentSeen
 from timewait.kernel.namespace import why_not
+from timewait.tcp.states import State
 
 if reason := why_not():
     pytest.skip(f"no private network namespace: {reason}", allow_module_level=True)
@@ -166,3 +171,28 @@ def test_anybody_may(
     assert done.stdout == f"{uid}\nsaid by the program\n", done.stderr
     assert "the client closed first" in done.stderr
     assert "conforms, on strong evidence" in done.stderr
+
+
+def test_a_table_during_whose_reading_segments_came_is_not_looked_at() -> None:
+    """Linux hands it out in pieces: a look of 0.2 s held a TIME_WAIT that a SYN had ended."""
+    told: list[Event] = []
+    checker = Checker()
+    watch = exec_command._Watch(checker, told.append)  # type: ignore[arg-type]
+    a, b = ("127.0.0.1", 9090), ("127.0.0.1", 40000)
+    segments: list[list[Event]] = [[], []]
+
+    class Diag:
+        def sockets(self) -> list[Row]:
+            t = time.monotonic() - watch._start
+            segments.append([SegmentSeen(t, b, a, 2, 1, 0)])
+            time.sleep(3 * exec_command._QUIET)
+            return [Row(a, b, State.TIME_WAIT)]
+
+    class Segments:
+        def read(self) -> list[Event]:
+            return segments.pop()
+
+    watch._start = watch._moved = time.monotonic() - 1
+    watch._diag, watch._capture = Diag(), Segments()  # type: ignore[assignment]
+    watch.look()
+    assert [event.kind for event in told] == ["segment"]

@@ -119,10 +119,11 @@ class _Watch:
     def look(self) -> None:
         """Take in the segments, and the table if nothing moved while it was read."""
         self._drain()
+        began = time.monotonic()
         self.rows = self._diag.sockets()
         now = time.monotonic()
         self._drain()
-        if now - self._moved < _QUIET:
+        if began - self._moved < _QUIET:
             return  # read in pieces while sockets change, it shows no one instant
         table = {(row.local, row.remote, row.state) for row in self.rows}
         if table != self._table:
