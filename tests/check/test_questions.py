@@ -154,9 +154,11 @@ def test_a_divergence_does_not_spoil_what_follows_between_the_same_addresses() -
     assert answers(ended[1]).closed_first == "client"
 
 
-def of_the_wire(*lines: str) -> list[Event]:
+APART = {"server": ("10.0.0.1", 9090), "client": ("10.0.0.2", 40000)}
+
+
+def of_the_wire(*lines: str, ends: dict[str, tuple[str, int]] = APART) -> list[Event]:
     """Segments: a time in ms, who, flags, seq, ack."""
-    ends = {"server": ("10.0.0.1", 9090), "client": ("10.0.0.2", 40000)}
     flags = {"SYN": 2, "RST": 4, "ACK": 16, "FIN": 17, "SYNACK": 18}
     found: list[Event] = []
     for line in lines:
@@ -218,3 +220,73 @@ def test_a_reset_for_a_former_connection_is_not_who_closed_first() -> None:
     )
     (answer,) = told(of_the_wire(*lines.split("|")))
     assert (answer.closed_first, answer.how) == ("server", "FIN")
+
+
+ORDERLY = (
+    "0 client SYN 4 0|0.1 server SYNACK 8 5|0.2 client ACK 5 9|5 server FIN 9 5|"
+    "{}|{} client ACK 5 10|{} client FIN 5 10|{} server ACK 10 6"
+)
+LOCAL = {"server": ("127.0.0.1", 9090), "client": ("127.0.0.1", 40000)}
+
+
+def fins_again(*at: float) -> list[Event]:
+    """The server's FIN at 5 ms, sent again at these times, then acknowledged; on one machine."""
+    again = "|".join(f"{t} server FIN 9 5" for t in at)
+    end = at[-1]
+    lines = ORDERLY.format(again, end + 1, end + 2, end + 3).split("|")
+    return of_the_wire(*lines, ends=LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("at", "conforms"),
+    [
+        # Linux 6.18: a probe after 0.2 s, the first timeout, and twice as long each time.
+        ((213, 421, 837, 1669), True),
+        ((213, 629, 1461), True),  # no probe
+        ((105,), False),
+        ((213, 321), False),
+        ((213, 421, 629), False),
+        ((213, 421, 837, 1253), False),
+    ],
+)
+def test_a_fin_is_sent_again_no_sooner_than_its_timer_which_backs_off(
+    at: tuple[float, ...], conforms: bool
+) -> None:
+    verdict = check(fins_again(*at))
+    assert bool(verdict) is conforms
+    if not conforms:
+        assert verdict.divergence
+        assert "RFC 6298" in verdict.divergence.rule
+
+
+@pytest.mark.parametrize(
+    ("after", "conforms"), [(40, True), (200, True), (480, True), (600, False)]
+)
+def test_an_acknowledgment_is_not_delayed_for_longer_than_half_a_second(
+    after: float, conforms: bool
+) -> None:
+    t = 5 + after
+    events = of_the_wire(
+        *ORDERLY.format("5 server ACK 10 5", t, t + 1, t + 2)
+        .replace("5 server ACK 10 5|", "")
+        .split("|"),
+        ends=LOCAL,
+    )
+    verdict = check(events)
+    assert bool(verdict) is conforms
+    if not conforms:
+        assert verdict.divergence
+        assert "0.5 s" in verdict.divergence.rule
+
+
+def test_what_linux_keeps_sending_conforms() -> None:
+    """Linux 6.18, its peer deaf for 7 s (a socket filter): 0.21, 0.21, 0.44, 0.83, 1.66 s.
+
+    Of the two the second had text on its way when it closed: its FIN was probed for after 6 ms.
+    """
+    assert check(trace("captured/fin-again.jsonl"))
+    events = trace("captured/fin-again.jsonl")
+    fins = [e for e in events if isinstance(e, SegmentSeen) and e.flags & 1 and e.src[1] == 9100]
+    wait = fins[3].t - fins[2].t
+    early = [evolve(e, t=e.t - wait / 2) if e.t >= fins[3].t else e for e in events]  # type: ignore[misc]
+    assert not check(early)

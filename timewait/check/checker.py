@@ -378,7 +378,11 @@ class Checker:
         if sequence is None:
             here = _same_host(*connection.ends)
             exact = event.source in ("model", "wire") or (here and self._from_start)
-            sequence = connection.sequence = Sequence(exact, here and not exact)
+            sequence = connection.sequence = Sequence(
+                exact,
+                here and not exact,
+                (self._profiles[0].parameters.rto_min, self._profiles[1].parameters.rto_min),
+            )
             if event.flags & (SYN | ACK | RST | FIN) == SYN and not connection.history:
                 # A SYN is the beginning, unless what follows says otherwise.
                 connection.number = self._model.start(connection.mode | ex.SEGMENTS)

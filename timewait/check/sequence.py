@@ -43,12 +43,21 @@ FROM_B: Final = 0x100
 # been quiet for the shortest retransmission timeout that anybody uses (Linux: TCP_RTO_MIN).
 PROBE_AFTER: Final = 0.18
 
+# One-sided bounds on time, where both ends are on the observer's machine. A clock tick, and a
+# timer's rounding, may take a tenth from the shortest retransmission timeout.
+_TIMER_EARLY: Final = 0.9
+_COPIED: Final = 0.001  # a capture of all interfaces may show a segment twice, this far apart
+_RTO_MAX: Final = 60.0  # RFC 6298 §2.5: backing off may stop there
+_ACK_DELAY: Final = 0.5
+
 _REMEMBERED: Final = 64
 _NO_ACK = "RFC 9293 §3.10.7.4: every segment after the SYN carries an acknowledgment"
 _UNSENT = "RFC 9293 §3.4: an acknowledgment is of something sent, SND.UNA < SEG.ACK =< SND.NXT"
 _SEQUENCE = "RFC 9293 §3.4: octets are numbered one after the other from SND.NXT"
 _BACKWARDS = "RFC 9293 §3.4: RCV.NXT never goes back"
 _AFTER_FIN = "RFC 9293 §3.6: nothing follows a FIN"
+_BACKOFF = "RFC 6298 §5.5: every retransmission waits twice as long as the one before"
+_DELAYED = "RFC 9293 §3.8.6.3: an acknowledgment is delayed by less than 0.5 s"
 _RESET = "RFC 9293 §3.5.2: a reset takes its number from the ACK that caused it, or is at SND.NXT"
 
 
@@ -80,8 +89,13 @@ class Flow:
     isn: int | None = None
     next: int | None = None  # after the last octet sent, SYN and FIN counted
     guessed: bool = False  # that `next` is what the peer acknowledged: nothing was seen yet
+    syn_again: bool = False
     fin: int | None = None  # the FIN's own number
     fin_after: bool = False  # it was sent first when the peer's FIN had been received
+    fin_at: float = 0.0  # when it was last sent
+    fin_again: int = -1  # how often it was sent again; -1: not alone, other text was on its way
+    due: int | None = None  # an octet that the peer has to acknowledge in time, sent alone and once
+    due_at: float = 0.0  # when it was sent
     ack: int | None = None  # the last acknowledgment it sent
     acks: list[int] = field(factory=list)  # it and those before
     gaps: list[tuple[int, int]] = field(factory=list)  # octets that have not been seen
@@ -97,9 +111,16 @@ class Sequence:
     it sends; elsewhere segments may be lost or overtaken before they are seen.
     """
 
-    __slots__ = ("a", "b", "exact", "presumed", "reset_by", "suspicion")
+    __slots__ = ("a", "b", "exact", "latency", "presumed", "reset_by", "rto_min", "suspicion")
 
-    def __init__(self, exact: bool, presumed: bool = False) -> None:
+    def __init__(
+        self,
+        exact: bool,
+        presumed: bool = False,
+        rto_min: tuple[float, float] = (0.2, 0.2),
+    ) -> None:
+        self.rto_min = rto_min
+        self.latency: float | None = None  # of the SYN, if it was sent once
         self.a = Flow()
         self.b = Flow()
         self.exact = exact
@@ -114,7 +135,7 @@ class Sequence:
 
     def again(self) -> Sequence:
         """The same for the next connection between these addresses, which knows of this one."""
-        again = Sequence(self.exact, self.presumed)
+        again = Sequence(self.exact, self.presumed, self.rto_min)
         again.a, again.b = self.a, self.b
         return again
 
@@ -167,6 +188,13 @@ class Sequence:
                 x.fin = at
             elif x.fin != at:
                 raise Contradiction(f"a FIN at {at}, and one was at {x.fin} already", _SEQUENCE)
+            if self.exact or self.presumed:
+                self._fin_in_time(x, y, kind, length, t, self.rto_min[from_b])
+        if y.due is not None:
+            self._acknowledged_in_time(y, ack, t)
+        if length or flags & FIN:
+            alone = not kind & OLD and y.ack == seq and (self.exact or self.presumed)
+            x.due, x.due_at = (end if alone else None), t
         if ack != x.ack:
             self._acknowledge(x, y, ack, kind)
         if y.fin is not None and (ack - y.fin & 0xFFFFFFFF) == 1:
@@ -174,6 +202,43 @@ class Sequence:
             if flags & FIN and placed and not kind & OLD:
                 x.fin_after = True
         return kind
+
+    def _fin_in_time(
+        self, x: Flow, y: Flow, kind: int, length: int, t: float, rto_min: float
+    ) -> None:
+        """A FIN that is sent alone is not sent again before its timer, which backs off.
+
+        The first time it may be a probe's (RFC 8985), which does not yet back off.
+        """
+        if not kind & OLD:
+            x.fin_again = 0 if not length and y.ack == x.fin else -1
+        elif x.fin_again >= 0:
+            after = t - x.fin_at
+            if after < _COPIED and not self.exact:
+                return
+            least = min(rto_min * 2 ** max(x.fin_again - 1, 0), _RTO_MAX)
+            x.fin_again += 1
+            if after < least * _TIMER_EARLY:
+                raise Contradiction(
+                    f"its FIN is sent again {after:.3f} s after the last time, and not before "
+                    f"{least:g} s have passed would it be",
+                    _BACKOFF,
+                )
+        x.fin_at = t
+
+    def _acknowledged_in_time(self, y: Flow, ack: int, t: float) -> None:
+        """What was sent once, and nothing else with it, was not waited for any longer."""
+        assert y.due is not None
+        late = t - y.due_at
+        if self.latency is not None and late > _ACK_DELAY + 4 * self.latency:
+            raise Contradiction(
+                f"what was sent up to {y.due} at {y.due_at:.6f} s, and only once, is "
+                f"{'acknowledged' if seq_diff(ack, y.due) >= 0 else 'unacknowledged'} "
+                f"{late:.3f} s later",
+                _DELAYED,
+            )
+        if seq_diff(ack, y.due) >= 0:
+            y.due = None
 
     def _out_of_place(
         self, x: Flow, y: Flow, seq: int, end: int, new: int, length: int, quiet: float
@@ -285,6 +350,8 @@ class Sequence:
             else:
                 self.a = fresh
             x = fresh
+        elif not flags & ACK:
+            x.syn_again = True
         if flags & ACK:
             kind |= ACK
             if y.isn is not None and ack != seq_add(y.isn, 1):
@@ -293,6 +360,8 @@ class Sequence:
                 )
             if y.next is None:
                 y.next = ack
+            elif x.ack is None and y.isn is not None:
+                self.latency = None if y.syn_again else x.last - y.last
             x.ack = ack
             _remember(x.acks, ack)
         return kind

@@ -350,6 +350,31 @@ def _syn_again(events: Events, at: int, _: random.Random) -> Iterator[Any]:
 
 
 @_operator
+def _fin_again_too_soon(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    if event and event.flags & FIN and not event.length:
+        again = evolve(event, t=event.t + 0.1)
+        moved = [_later(e, 0.2) for e in events[at + 1 :]]
+        yield "after 0.1 s", [*events[: at + 1], again, *moved]
+
+
+@_operator
+def _acknowledged_too_late(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = _segment(events, at)
+    before = _segment(events, at - 1) if at else None
+    if event and before and not event.flags & (SYN | RST) and not before.flags & (SYN | RST):
+        sent = (before.seq + before.length + (before.flags & FIN)) & 0xFFFFFFFF
+        if (event.src, event.ack) == (before.dst, sent) and before.seq != sent:
+            yield "by 0.7 s", [*events[:at], *(_later(e, 0.7) for e in events[at:])]
+
+
+def _later(event: Event, by: float) -> Event:
+    if isinstance(event, Called) and event.began is not None:
+        return evolve(event, t=event.t + by, began=event.began + by)
+    return evolve(event, t=event.t + by)
+
+
+@_operator
 def _text_invented(events: Events, at: int, _: random.Random) -> Iterator[Any]:
     event = _segment(events, at)
     if event and event.flags & FIN:
