@@ -95,3 +95,13 @@ def test_the_events_name_their_schema() -> None:
     assert isinstance(events, ModuleType)
     head = events.RunStarted(0.0, "kernel", "sock_diag")
     assert head.schema == events.SCHEMA
+
+
+def test_the_check_is_reached_from_the_top() -> None:
+    from timewait import Checker, Verdict, check_events
+    from timewait.check import check
+
+    assert check_events is check
+    verdict = check_events([])
+    assert isinstance(verdict, Verdict)
+    assert isinstance(Checker().verdict(), Verdict)

@@ -12,6 +12,10 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOME: dict[str, str] = {
+    "Answers": "timewait.check.questions",
+    "Checker": "timewait.check.checker",
+    "Divergence": "timewait.check.verdict",
+    "Evidence": "timewait.check.verdict",
     "Explanation": "timewait.explain",
     "HeldPort": "timewait.port",
     "Run": "timewait.run",
@@ -21,8 +25,11 @@ _HOME: dict[str, str] = {
     "StepHung": "timewait.orchestrator",
     "UnusedPort": "timewait.connections",
     "Witness": "timewait.witness",
+    "Verdict": "timewait.check.verdict",
     "Watch": "timewait.watching",
     "WireLab": "timewait.lab.wire",
+    "answers": "timewait.check.questions",
+    "check_events": "timewait.check.checker",
     "explain_bind": "timewait.explain",
     "hold_port": "timewait.port",
     "wait_until_bindable": "timewait.watching",

@@ -288,5 +288,5 @@ def test_what_linux_keeps_sending_conforms() -> None:
     events = trace("captured/fin-again.jsonl")
     fins = [e for e in events if isinstance(e, SegmentSeen) and e.flags & 1 and e.src[1] == 9100]
     wait = fins[3].t - fins[2].t
-    early = [evolve(e, t=e.t - wait / 2) if e.t >= fins[3].t else e for e in events]  # type: ignore[misc]
+    early = [evolve(e, t=e.t - wait / 2) if e.t >= fins[3].t else e for e in events]
     assert not check(early)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timewait.check.checker import Checker, Connection, check
+from timewait.check.checker import Checker, Connection, check, check_events
 from timewait.check.questions import Answers, answers
 from timewait.check.verdict import Divergence, Evidence, Verdict
 
@@ -15,4 +15,5 @@ __all__ = [
     "Verdict",
     "answers",
     "check",
+    "check_events",
 ]

@@ -46,7 +46,7 @@ from timewait.tcp.segment import ACK, FIN, RST, SYN
 from timewait.tcp.states import Event as Tcp
 from timewait.tcp.states import State
 
-__all__ = ["Checker", "Connection", "check"]
+__all__ = ["Checker", "Connection", "check", "check_events"]
 
 Profiles = Mapping[str, "str | Profile"]
 
@@ -1101,3 +1101,6 @@ def check(events: Iterable[Event], *, profiles: Profiles | None = None) -> Verdi
     for event in events:
         checker.feed(event)
     return checker.verdict()
+
+
+check_events = check  # its name in `timewait`, where `check` is this package
