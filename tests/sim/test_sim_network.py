@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import multiprocessing
 import os
 import socket
 import struct
@@ -453,6 +454,11 @@ def test_nothing_leaves_the_simulation():
             subprocess.run(["true"])
         with pytest.raises(sim.LeavesSimulation, match="a subprocess"):
             await asyncio.create_subprocess_exec("true")
+        for method in multiprocessing.get_all_start_methods():
+            with pytest.raises(sim.LeavesSimulation, match="a subprocess"):
+                multiprocessing.get_context(method).Process(target=print).start()
+        with pytest.raises(sim.LeavesSimulation, match="another program"):
+            os.execv(sys.executable, [sys.executable, "-c", "raise SystemExit('outside')"])
         with pytest.raises(sim.LeavesSimulation, match="a socket pair"):
             socket.socketpair()
         with pytest.raises(sim.LeavesSimulation, match="datagram"):

@@ -11,6 +11,7 @@ several threads take turns.
 
 from __future__ import annotations
 
+import _posixsubprocess
 import _thread
 import errno
 import random
@@ -72,6 +73,7 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         (socket, "socketpair", lambda *a, **k: leaves("a socket pair")),
         (socket, "fromfd", _fromfd),
         (threading.Thread, "start", _start),
+        (_posixsubprocess, "fork_exec", lambda *a: leaves("a subprocess")),
         (_thread, "start_new_thread", lambda *a, **k: leaves("a thread")),
         (time, "monotonic", lambda: clock.now),
         (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
@@ -168,6 +170,7 @@ _REFUSED: Final = {
     "os.system": "a subprocess",
     "os.fork": "a subprocess",
     "os.posix_spawn": "a subprocess",
+    "os.exec": "another program in place of this one",
 }
 
 
