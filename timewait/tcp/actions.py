@@ -40,8 +40,14 @@ def send_syn(c: Connection, _seg: None, now: float) -> None:
 def _start_retransmitting(c: Connection, now: float) -> None:
     c.first_sent = now
     c.t_retransmit = now + c.rto
-    if c.options.user_timeout is not None:
-        c.t_user = now + c.options.user_timeout
+    limit = c.options.user_timeout
+    if limit is None:
+        return
+    c.t_user = now + limit
+    if c.profile.parameters.linux_checks:
+        # retransmits_timed_out asks once a retransmission was sent, and counts from it; from
+        # the first SYN, though.
+        c.t_user = max(c.t_user, c.t_retransmit) if c.snd_una == c.iss else inf
 
 
 def _emit_syn(c: Connection, flags: int, now: float) -> None:
@@ -231,10 +237,7 @@ def queue_fin(c: Connection, _seg: None, now: float) -> None:
     seq = c.snd_nxt
     c.snd_nxt = (seq + 1) & MASK
     if c.t_retransmit == inf:
-        c.first_sent = now
-        c.t_retransmit = now + c.rto
-        if c.options.user_timeout is not None:
-            c.t_user = now + c.options.user_timeout
+        _start_retransmitting(c, now)
     emit(c, ACK | FIN, now, seq)
 
 
@@ -457,6 +460,8 @@ def retransmit(c: Connection, _seg: None, now: float) -> None:
     else:
         c._recover = c.snd_nxt
         _send_oldest(c, now)
+        if c.t_user == inf and c.options.user_timeout is not None:
+            c.t_user = now + c.options.user_timeout
     c.rto = min(2 * c.rto, parameters.rto_max)
     c.t_retransmit = now + c.rto
 
@@ -523,8 +528,7 @@ def acknowledged(c: Connection, ack: int, acked: int, flight: int, now: float) -
         c.first_sent = c._recover = None
         c.t_retransmit = c.t_user = inf
     else:
-        c.first_sent = now
-        c.t_retransmit = now + c.rto
+        _start_retransmitting(c, now)
         if c._recover is not None:
             if (ack - c._recover) & HALF:
                 _send_oldest(c, now)
