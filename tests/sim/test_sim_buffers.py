@@ -113,6 +113,11 @@ def poll(sock):
     return dict(asked.poll(0)).get(sock.fileno(), 0)
 
 
+def state(sock):
+    """As TCP_INFO has it."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+
+
 def readable(sock):
     return bool(poll(sock) & select.POLLIN)
 
@@ -175,3 +180,45 @@ def test_close_lingers_while_its_fin_waits(full, seconds, waited):
 
     ending = "ConnectionResetError" if full and not seconds else "end"
     assert alike(play) == (waited, ending)
+
+
+def test_reading_after_shutdown_of_it_opens_no_window():
+    def play():
+        with contextlib.ExitStack() as stack:
+            _, client, server = map(stack.enter_context, connected())
+            fill(client)
+            server.shutdown(socket.SHUT_RDWR)
+            ending = drain(server)
+            time.sleep(0.06)  # a delayed ACK of the FIN
+            return ending, writable(client), state(server), state(client)
+
+    assert alike(play) == ("end", False, 5, 8)  # FIN_WAIT_2, CLOSE_WAIT
+
+
+@pytest.mark.parametrize("timeout", [1, 300])
+def test_the_user_timeout_waits_for_a_timer_to_notice_it(timeout):
+    def play():
+        with contextlib.ExitStack() as stack:
+            _, client, _server = map(stack.enter_context, connected())
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+            fill(client)
+            started = time.monotonic()
+            while not poll(client) & select.POLLERR and time.monotonic() < started + 3:
+                time.sleep(0.01)
+            spent = time.monotonic() - started
+            # The first probe of the closed window begins the count.
+            return spent - timeout / 1000 > 0.2, state(client), outcome(client.send, b"x")
+
+    assert alike(play) == (True, 7, "TimeoutError")  # CLOSED
+
+
+def test_the_user_timeout_does_not_end_what_is_only_acknowledged_late():
+    def play():
+        with contextlib.ExitStack() as stack:
+            _, client, server = map(stack.enter_context, connected())
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
+            client.close()
+            time.sleep(0.06)
+            return state(server)
+
+    assert alike(play) == 8  # CLOSE_WAIT

@@ -242,8 +242,11 @@ def queue_fin(c: Connection, _seg: None, now: float) -> None:
 
 
 def give_text(c: Connection, _data: bytes, now: float) -> None:
-    """Text was read: tell the peer when that opens a window worth telling."""
-    if c.fin_received:
+    """Text was read: tell the peer when that opens a window worth telling.
+
+    Not after SHUT_RD (`__tcp_cleanup_rbuf`): nothing more is wanted.
+    """
+    if c.fin_received or c.read_shut:
         return
     told = (c.rcv_adv - c.rcv_nxt) & MASK
     if c.rcv_buf - len(c._rx) - told >= min(c.rcv_buf // 2, 2 * c.mss):
@@ -556,6 +559,8 @@ def _set_rto(c: Connection) -> None:
 def probe(c: Connection, _seg: None, now: float) -> None:
     """A segment that must be answered: what fits the window, else one below it."""
     c.retransmits += 1
+    if c.options.user_timeout is not None and c.t_user == inf:
+        c.t_user = now + c.options.user_timeout  # icsk_probes_tstamp
     sent = (c.snd_nxt - c.snd_una) & MASK
     n = min(len(c._tx) - sent, c.snd_wnd, _effective_mss(c)) if c._tx else 0
     if n > 0 and c.snd_una == c.snd_nxt:
@@ -571,7 +576,7 @@ def probe(c: Connection, _seg: None, now: float) -> None:
 def probe_answered(c: Connection, window: int) -> None:
     c.retransmits = 0
     if window:
-        c.t_probe = inf
+        c.t_probe = c.t_user = inf
 
 
 def ask(c: Connection, _seg: None, now: float) -> None:
