@@ -222,3 +222,17 @@ def test_the_user_timeout_does_not_end_what_is_only_acknowledged_late():
             return state(server)
 
     assert alike(play) == 8  # CLOSE_WAIT
+
+
+def test_a_port_range_is_told_as_it_was_set():
+    def play():
+        with socket.socket() as sock:
+            sock.setsockopt(socket.IPPROTO_IP, 51, struct.pack("I", 40_001 << 16 | 40_000))
+            sock.bind(("127.0.0.1", 0))
+            return (
+                sock.getsockopt(socket.IPPROTO_IP, 51),
+                sock.getsockopt(socket.IPPROTO_IP, 51, 4),
+                sock.getsockname()[1] in (40_000, 40_001),
+            )
+
+    assert alike(play)[2]

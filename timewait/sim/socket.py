@@ -441,7 +441,7 @@ class SimSocket:
         elif (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
             data = bytes([sock.linux_state()]).ljust(248, b"\0")
         else:
-            data = struct.pack("i", sock.get_option(level, option))
+            data = struct.pack("I", sock.get_option(level, option) & 0xFFFFFFFF)
         if buflen:
             return data[:buflen]
         return struct.unpack_from("i", data)[0]
