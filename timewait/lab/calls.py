@@ -6,7 +6,10 @@ on both stacks by the same code. After each call its result or errno is
 compared, and the state (TCP_INFO) and readiness (poll) of every socket. A
 difference is shrunk to the shortest program that still shows it.
 
-Ports that a stack chose itself are compared as "ephemeral". Programs do not
+Ports that a stack chose itself are compared as "ephemeral". How many bytes
+full buffers hold depends on the memory they take, so `fill` tells only that
+no more was taken, and `drain` has every socket read to the end before another
+call could tell the number. Programs do not
 wait, except for `pause`, which is long enough for every delayed ACK; the
 kernel's own timers therefore rarely matter, and where a busy machine let one
 fire, the program is played again before anything is called a difference.
@@ -36,6 +39,12 @@ LENGTH: Final = 30
 SLOTS: Final = 6
 PORTS: Final = 3  # a program's own
 _FIRST, _LAST = 1100, 32_000
+OWN: Final = 3  # ephemeral ports, for IP_LOCAL_PORT_RANGE
+_FIRST_OWN: Final = 33_000
+_PAUSE: Final = 0.06
+_STEP: Final = 0.004
+_RANGE: Final = (socket.IPPROTO_IP, 51)  # IP_LOCAL_PORT_RANGE
+_ANY: Final = bytes(4)
 _PLAIN_POLL: Final = 0x1 | 0x4 | 0x8 | 0x10 | 0x2000  # IN, OUT, ERR, HUP, RDHUP
 
 _V4: Final = ("127.0.0.1", "127.0.0.1", "127.0.0.1", "127.0.0.2", "0.0.0.0")
@@ -49,6 +58,13 @@ _OPTIONS: Final = {
     "IP_BIND_ADDRESS_NO_PORT": (socket.IPPROTO_IP, 24),
     "TCP_LINGER2": (socket.IPPROTO_TCP, socket.TCP_LINGER2),
     "TCP_USER_TIMEOUT": (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+    "TCP_KEEPIDLE": (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+    "TCP_KEEPINTVL": (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+    "TCP_KEEPCNT": (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+}
+_SIZES: Final = {
+    "SO_SNDBUF": (socket.SOL_SOCKET, socket.SO_SNDBUF),
+    "SO_RCVBUF": (socket.SOL_SOCKET, socket.SO_RCVBUF),
 }
 _READ_ONLY: Final = {
     "SO_ERROR": (socket.SOL_SOCKET, socket.SO_ERROR),
@@ -56,6 +72,7 @@ _READ_ONLY: Final = {
     "SO_TYPE": (socket.SOL_SOCKET, socket.SO_TYPE),
     "SO_DOMAIN": (socket.SOL_SOCKET, socket.SO_DOMAIN),
     "SO_PROTOCOL": (socket.SOL_SOCKET, socket.SO_PROTOCOL),
+    "SO_LINGER": (socket.SOL_SOCKET, socket.SO_LINGER),
 }
 
 
@@ -76,10 +93,29 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
     calls: list[Call] = []
     families: dict[int, int] = {}
     listeners: list[int] = []
+    full = filled = False  # whether a buffer may be full now, or has been
     mapped: dict[int, bool] = {}  # whether an IPv6 socket's first connect() was to a mapped address
 
     def add(*call: Any) -> None:
         calls.append(call)
+
+    def pair(family: int) -> list[int]:
+        """The common opening, so that programs get somewhere: a listener and its client."""
+        ends = sorted(set(range(SLOTS)) - set(families))[:2]
+        if len(ends) == 2:
+            server, client = ends
+            port = dice.choice((1, 2, 3))
+            families[server] = families[client] = family
+            home = (_V6 if family == 6 else _V4)[0]
+            mapped.pop(server, None)
+            mapped[client] = False
+            add("socket", server, family)
+            add("bind", server, home, port)
+            add("listen", server, dice.choice((0, 1, 5)))
+            add("socket", client, family)
+            add("connect", client, home, port)
+            listeners.append(server)
+        return ends
 
     for _ in range(dice.randint(2, length)):
         slots = list(families)
@@ -110,9 +146,18 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
                 "peer",
                 "pause",
                 "pair",
+                "sendmsg",
+                "recv_into",
+                "size",
+                "range",
+                "fill",
             ),
-            (10, 9, 12, 12, 10, 9, 1, 7, 8, 5, 3, 2, 2, 2, 0.6, 6),
+            (10, 9, 12, 12, 8, 7, 1, 7, 8, 5, 3, 2, 2, 2, 0.6, 6, 2, 2, 0.5, 1, 0.6),
         )[0]:
+            case "send" | "recv" | "peek" | "sendmsg" | "recv_into" if full:
+                if dice.random() < 0.5:
+                    add("drain")
+                    full = False
             case "bind":
                 add("bind", slot, dice.choice(addresses), dice.choice((0, 1, 1, 2, 3)))
             case "listen":
@@ -137,10 +182,36 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
                 families[new] = families[source]
                 mapped.pop(new, None)
                 add("accept", source, new)
+                if filled:
+                    add("drain")  # what waited in the listener's queue
             case "send":
-                add("send", slot, dice.choice((1, 100, 1500, 3000)))
+                add("send", slot, dice.choice((0, 1, 100, 1500, 3000)))
+            case "sendmsg":
+                add("sendmsg", slot, dice.choice((0, 1, 1500)), dice.choice((0, 100)))
             case "recv":
-                add("recv", slot, dice.choice((1, 50, 100_000, 100_000)))
+                add("recv", slot, dice.choice((0, 1, 50, 100_000, 100_000)))
+            case "recv_into":
+                add("recv_into", slot, dice.choice((1, 50, 100_000)), dice.choice((0, 0, 10)))
+            case "size":
+                add("size", slot, dice.choice(tuple(_SIZES)), dice.choice((150_000, 10**8)))
+            case "range":
+                add("range", slot, *dice.choice(((0, 0), (1, 1), (0, 2), (1, None), (2, 1))))
+                if dice.random() < 0.7:
+                    add("bind", slot, dice.choice(addresses), 0)
+                    add("name", slot)
+            case "fill":
+                ends = pair(family)
+                if len(ends) == 2:
+                    if len(families) < SLOTS and dice.random() < 0.7:
+                        new = min(set(range(SLOTS)) - set(families))
+                        families[new] = family
+                        mapped.pop(new, None)
+                        add("accept", ends[0], new)
+                        ends.append(new)
+                    if dice.random() < 0.3:
+                        add("size", ends[-1], dice.choice(tuple(_SIZES)), 5000)
+                    add("fill", dice.choice(ends[1:]))
+                    full = filled = True
             case "peek":
                 add("peek", slot, 10)
             case "shutdown":
@@ -153,7 +224,7 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
             case "get":
                 add("get", slot, dice.choice((*_OPTIONS, *_READ_ONLY)))
             case "linger":
-                add("linger", slot, *dice.choice(((1, 0), (1, 0), (0, 0), (1, 5))))
+                add("linger", slot, *dice.choice(((1, 0), (1, 0), (0, 0), (1, 1))))
             case "name":
                 add("name", slot)
             case "peer":
@@ -161,21 +232,7 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
             case "pause":
                 add("pause")
             case "pair":
-                # The common opening, so that programs get somewhere.
-                free = sorted(set(range(SLOTS)) - set(families))
-                if len(free) >= 2:
-                    server, client = free[:2]
-                    port = dice.choice((1, 2, 3))
-                    families[server] = families[client] = family
-                    home = addresses[0]
-                    mapped.pop(server, None)
-                    mapped[client] = False
-                    add("socket", server, family)
-                    add("bind", server, home, port)
-                    add("listen", server, dice.choice((0, 1, 5)))
-                    add("socket", client, family)
-                    add("connect", client, home, port)
-                    listeners.append(server)
+                pair(family)
     return tuple(calls[:length])
 
 
@@ -194,7 +251,7 @@ def _play_on_kernel(programs: Sequence[Program]) -> list[list[Step]]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        return [_play(p, port, _poll) for p, port in _with_ports(programs)]
+        return [_play(p, ports, _poll) for p, ports in _with_ports(programs)]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -204,17 +261,24 @@ def on_model(programs: Sequence[Program], profile: str = "linux") -> list[list[S
     from timewait import sim
 
     async def main() -> list[list[Step]]:
-        return [_play(p, port, lambda sock: sock.poll()) for p, port in _with_ports(programs)]
+        return [_play(p, ports, lambda sock: sock.poll()) for p, ports in _with_ports(programs)]
 
     return sim.run(main, profile=profile)
 
 
-def _with_ports(programs: Sequence[Program]) -> Iterator[tuple[Program, int]]:
-    """Each program with its first port: what one left behind is in nobody's way."""
+@frozen
+class _Ports:
+    """A program's own ports: what another left behind is in nobody's way."""
+
+    base: int  # the first of those it names
+    own: int  # the first of its ephemeral ones
+
+
+def _with_ports(programs: Sequence[Program]) -> Iterator[tuple[Program, _Ports]]:
     if len(programs) > (_LAST - _FIRST) // (PORTS + 1):
         raise ValueError("too many programs for one stack's ports")
     for number, calls in enumerate(programs):
-        yield calls, _FIRST + number * (PORTS + 1)
+        yield calls, _Ports(_FIRST + number * (PORTS + 1), _FIRST_OWN + number * OWN)
 
 
 def _poll(sock: socket.socket) -> int:
@@ -224,13 +288,13 @@ def _poll(sock: socket.socket) -> int:
     return found[0][1] if found else 0
 
 
-def _play(calls: Program, port: int, poll: Callable[[Any], int]) -> list[Step]:
+def _play(calls: Program, ports: _Ports, poll: Callable[[Any], int]) -> list[Step]:
     """Play a program on the stack of wherever this runs; a step for each call."""
     slots: dict[int, socket.socket] = {}
     steps: list[Step] = []
     for call in calls:
         try:
-            result = _call(slots, port, *call)
+            result = _call(slots, ports, *call)
         except OSError as error:
             result = errno.errorcode.get(error.errno or 0, str(error))
         except KeyError:
@@ -248,33 +312,40 @@ def _state(sock: socket.socket) -> int:
     return info[0]
 
 
-def _call(slots: dict[int, socket.socket], base: int, name: str, *rest: Any) -> Any:
+def _call(slots: dict[int, socket.socket], ports: _Ports, name: str, *rest: Any) -> Any:
     if name == "pause":
-        time.sleep(0.06)
+        time.sleep(_PAUSE)
         return "ok"
+    if name == "drain":
+        return _drain(slots)
     slot, *arguments = rest
     if name == "socket":
         family = socket.AF_INET6 if arguments[0] == 6 else socket.AF_INET
-        slots[slot] = socket.socket(family, socket.SOCK_STREAM)
-        slots[slot].setblocking(False)
+        _put(slots, slot, socket.socket(family, socket.SOCK_STREAM))
         return "ok"
     sock = slots[slot]
     match name, *arguments:
         case "bind", address, port:
-            sock.bind((address, base + port - 1 if port else 0))
+            sock.bind((address, ports.base + port - 1 if port else 0))
         case "listen", backlog:
             sock.listen(backlog)
         case "connect", address, port:
-            sock.connect((address, base + port - 1))
+            sock.connect((address, ports.base + port - 1))
         case "accept", new:
             accepted, peer = sock.accept()
-            accepted.setblocking(False)
-            slots[new] = accepted
-            return _place(peer, base)
+            _put(slots, new, accepted)
+            return _place(peer, ports)
         case "send", size:
-            return sock.send(bytes(i & 255 for i in range(size)))
+            return sock.send(_text(size))
+        case "sendmsg", first, second:
+            return sock.sendmsg([_text(first), bytearray(_text(second))])
+        case ("fill",):
+            return _fill(sock)
         case "recv", size:
             return sock.recv(size)
+        case "recv_into", size, limit:
+            buffer = bytearray(size)
+            return bytes(buffer[: sock.recv_into(buffer, min(limit, size))])
         case "peek", size:
             return sock.recv(size, socket.MSG_PEEK)
         case "shutdown", how:
@@ -286,22 +357,79 @@ def _call(slots: dict[int, socket.socket], base: int, name: str, *rest: Any) -> 
             sock.setsockopt(*_OPTIONS[option], value)
         case "get", option:
             return sock.getsockopt(*(_OPTIONS | _READ_ONLY)[option])
+        case "size", option, value:
+            sock.setsockopt(*_SIZES[option], value)
+            return sock.getsockopt(*_SIZES[option])
+        case "range", first, last:
+            low = ports.own + first if last != 0 else 0
+            high = ports.own + last if last else 0
+            value = struct.pack("I", high << 16 | low)
+            sock.setsockopt(*_RANGE, value)
         case "linger", on, seconds:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, seconds))
         case ("name",):
-            return _place(sock.getsockname(), base)
+            address = sock.getsockname()
+            if ports.own <= address[1] < ports.own + OWN and sock.getsockopt(*_RANGE, 4) != _ANY:
+                return address[0], "own ephemeral"
+            return _place(address, ports)
         case ("peer",):
-            return _place(sock.getpeername(), base)
+            return _place(sock.getpeername(), ports)
         case _:
             raise AssertionError(name)
     return "ok"
 
 
-def _place(address: Any, base: int) -> Any:
+def _put(slots: dict[int, socket.socket], slot: int, sock: socket.socket) -> None:
+    """Have a socket in its slot; what a shortened program did not close goes now."""
+    if slot in slots:
+        slots[slot].close()
+    sock.setblocking(False)
+    slots[slot] = sock
+
+
+def _text(size: int) -> bytes:
+    return bytes(i & 255 for i in range(size))
+
+
+def _fill(sock: socket.socket) -> str:
+    """Send until nothing more is taken, for good."""
+    refused = 0
+    while refused < _PAUSE / _STEP:
+        try:
+            sock.send(bytes(65536))
+            refused = 0
+        except BlockingIOError:
+            time.sleep(_STEP)
+            refused += 1
+    return "full"
+
+
+def _drain(slots: dict[int, socket.socket]) -> tuple[tuple[int, str], ...]:
+    """Have every socket read until nothing more comes; how that ended for each."""
+    ends: dict[int, str] = {}
+    came = True
+    while came:
+        came = False
+        for slot, sock in slots.items():
+            while ends.get(slot, "EAGAIN") == "EAGAIN":
+                try:
+                    if sock.recv(1 << 20):
+                        came = True
+                    else:
+                        ends[slot] = "end"
+                except OSError as error:
+                    ends[slot] = errno.errorcode[error.errno or 0]
+                    break
+        if came:
+            time.sleep(_PAUSE)
+    return tuple(sorted(ends.items()))
+
+
+def _place(address: Any, ports: _Ports) -> Any:
     host, port = address[:2]
     if port == 0:
         return host, 0
-    return host, port - base + 1 if base <= port < base + PORTS else "ephemeral"
+    return host, port - ports.base + 1 if 0 <= port - ports.base < PORTS else "ephemeral"
 
 
 # Comparing.
