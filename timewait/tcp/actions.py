@@ -522,8 +522,12 @@ def acknowledged(c: Connection, ack: int, acked: int, flight: int, now: float) -
                 c.srtt = srtt + error / 8
                 c.rttvar += ((error if error > 0 else -error) - c.rttvar) / 4
             _set_rto(c)
-    elif c.retransmits and c.srtt is not None:
-        _set_rto(c)  # new data acknowledged ends the backoff
+    elif (
+        c.retransmits
+        and c.srtt is not None
+        and (c.timestamps or not c.profile.parameters.linux_checks)
+    ):
+        _set_rto(c)  # new data acknowledged ends the backoff; on Linux, if its echo is timed
     c.retransmits = 0
     if c._probed:
         c._probed = not c.profile.parameters.tail_loss_probe
