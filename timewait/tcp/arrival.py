@@ -247,8 +247,9 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
     data = seg.data
     if flags & FIN or data:
         if c.fin_received:
-            again = _after_fin(c, seg, flags)
-            if again and not of_fin:
+            # Of what acknowledges our FIN too, CLOSING and LAST_ACK look at nothing else.
+            again = 0 if of_fin else _after_fin(c, seg, flags)
+            if again:
                 return again
         else:
             if (c.orphaned or c.read_shut) and (data or seg.seq != nxt):
