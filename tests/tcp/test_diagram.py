@@ -76,7 +76,22 @@ def test_settings_under_their_own_names_change_what_follows_from_them() -> None:
     assert profile("linux", tcp_fin_timeout=5.0).parameters.fin_wait_2 == 5.0
     # Measured: 4.5 s with 62, 20.6 s with 70, 62.4 s with 90 (tcp_fin_time, tcp_keepalive_timer).
     assert profile("linux", tcp_fin_timeout=70.0).parameters.fin_wait_2 == 20.0
+    # FreeBSD's tcp_do_segment: finwait2_timeout counts only where recycling is fast.
+    assert profile("freebsd").parameters.fin_wait_2 == 600.0
+    assert profile("freebsd", fast_finwait2_recycle=1).parameters.fin_wait_2 == 60.0
     assert profile("freebsd", msl=10.0).parameters.time_wait == 20.0
     assert profile("linux", tcp_retries2=3).parameters.give_up_after == pytest.approx(3.0)
     assert profile("linux", tcp_tw_reuse=1)["tcp_tw_reuse"] == 1
     assert profile("linux", tcp_rmem_max=6 << 20).parameters.window_scale == 7
+
+
+def test_nothing_unverified_passes_for_verified() -> None:
+    """No macOS and no Windows was at hand: whatever is shown of them says so."""
+    for name in ("macos", "windows"):
+        stack = profile(name)
+        assert "not verified" in stack.basis
+        assert not any(setting.verified for setting in stack.settings.values())
+        assert all("not verified" in row.source for row in stack.differences.values())
+    assert "not measured" in profile("freebsd").basis
+    shown = CliRunner().invoke(_timewait, ["profiles", "macos"]).output
+    assert shown.count("not verified") > len(profile("macos").settings)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
-from attrs import Factory, field, fields, frozen
+from attrs import Factory, evolve, field, fields, frozen
 
 from timewait.tcp.states import Event, State
 from timewait.tcp.transitions import TABLE, Row, Table, error, go, ignored, stay
@@ -462,17 +462,43 @@ _BSD_ROWS: Rows = {
 }
 
 
+def _of_ancestor(row: Row) -> Row:
+    return evolve(row, source=f"FreeBSD's {row.source}; not verified")
+
+
+def _fast_recycle(
+    value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+) -> None:
+    if not value:
+        parameters["fin_wait_2"] = 600.0  # TP_MAXIDLE: eight keep-alive intervals of 75 s
+
+
 def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool) -> list[Setting]:
     man = "tcp(4)" if verified else "from tcp(4) of its ancestor"
     return [
-        Setting("msl", msl, man, "seconds; TIME_WAIT is twice that", effect=_times(2, "time_wait")),
+        Setting(
+            "msl",
+            msl,
+            man if verified else "commonly reported of net.inet.tcp.msl",
+            "seconds; TIME_WAIT is twice that",
+            verified,
+            effect=_times(2, "time_wait"),
+        ),
         Setting(
             "finwait2_timeout",
             finwait2,
             man,
-            "an orphan's FIN_WAIT_2, in seconds",
+            "an orphan's FIN_WAIT_2, in seconds, if fast_finwait2_recycle is 1",
             verified,
             effect=_to("fin_wait_2"),
+        ),
+        Setting(
+            "fast_finwait2_recycle",
+            0,
+            f"{man}; tcp_do_segment" if verified else man,
+            "0: an orphan's FIN_WAIT_2 is given up after 600 s without a segment",
+            verified,
+            effect=_fast_recycle,
         ),
         Setting(
             "insecure_rst",
@@ -622,7 +648,7 @@ _STACKS: dict[str, tuple[str, list[Setting], Rows, Mapping[str, Any]]] = {
         _LINUX_FIXED,
     ),
     "freebsd": (
-        "from its documentation and sources; not measured; rows not listed are the RFC's",
+        "from its documentation and sources; not measured; what is not listed is the RFC's",
         _bsd_settings(30.0, 60.0, 0.04, True),
         _BSD_ROWS,
         {},
@@ -630,7 +656,7 @@ _STACKS: dict[str, tuple[str, list[Setting], Rows, Mapping[str, Any]]] = {
     "macos": (
         "what is documented of its ancestor, with a shorter MSL; not verified",
         _bsd_settings(15.0, 60.0, 0.1, False),
-        _BSD_ROWS,
+        {cell: _of_ancestor(row) for cell, row in _BSD_ROWS.items()},
         {},
     ),
     "windows": (
