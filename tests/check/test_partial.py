@@ -17,6 +17,7 @@ from timewait.lab.campaign import random_scenario
 from timewait.orchestrator import Orchestrator
 from timewait.scenario import ScenarioError
 from timewait.stacks import ModelStack
+from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
 
 TRACES = Path(__file__).parent / "traces"
 
@@ -61,6 +62,29 @@ def test_a_time_wait_that_is_gone_at_once_is_not_a_connection_made_anew(observer
     verdict = check(gone)
     assert not verdict
     assert "possible: TIME_WAIT with CLOSED" in verdict.explain()
+
+
+@pytest.mark.parametrize("begins", [0, 3], ids=["whole", "after the handshake"])
+def test_whoever_resets_sends_nothing_more(begins: int) -> None:
+    """A RST where the receiver must take it, and its sender goes on as if there had been none."""
+    connections: dict[frozenset[object], list[SegmentSeen]] = defaultdict(list)
+    for event in read(TRACES / "loopback.pcap", lambda problem: None):
+        assert isinstance(event, SegmentSeen)
+        connections[frozenset((event.src, event.dst))].append(event)
+    made = 0
+    for whole in connections.values():
+        for at in range(begins + 1, len(whole) - 1):
+            seen = whole[at]
+            goes_on = any(
+                e.src == seen.src and e.flags & ~RST & (FIN | PSH) for e in whole[at + 1 :]
+            )
+            if seen.flags & (SYN | RST | FIN) or not goes_on:
+                continue
+            at_end = (seen.seq + seen.length) & 0xFFFFFFFF
+            reset = evolve(seen, flags=RST | ACK, seq=at_end, length=0)
+            made += 1
+            assert not check([*whole[begins : at + 1], reset, *whole[at + 1 :]]), f"{reset}"
+    assert made > 5
 
 
 def on_a_bad_network(seed: int) -> list[Event]:

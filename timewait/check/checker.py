@@ -410,6 +410,9 @@ class Checker:
         if connection.lossy or (event.flags & RST and not seen and not self._from_start):
             return  # What it is about, or answers, may have been missed.
         self._advance(connection, kind, event)
+        if kind & (SYN | ACK) == SYN | ACK and connection.divergence is None:
+            # The answer to a SYN that was seen: nothing went before it.
+            connection.presumed = False
 
     def _snapshot(self, event: Snapshot) -> None:
         self._sources.add("states at instants")
