@@ -511,9 +511,6 @@ class Connection:
             self.t_keepalive = inf
             most = self.options.keepalive[2] if self.options.keepalive else 0
             event = _KEEPALIVE if self.retransmits < most or self._shrinks() else _GIVE_UP
-        elif not self.retransmits and self.t_retransmit != inf:
-            self.t_user = self.t_retransmit  # tcp_write_timeout: not before anything is sent again
-            return
         else:
             self.t_user = inf
             event = _GIVE_UP
