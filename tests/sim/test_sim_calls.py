@@ -34,7 +34,7 @@ def test_a_wrong_model_is_found_and_its_error_shrunk(monkeypatch):
     programs = [calls.program("wrong", number) for number in range(150)]
     found = calls.compare([p for p in programs if "fill" not in (call[0] for call in p)])
     assert found
-    shortest = min((calls.shrink(d) for d in found[:3]), key=lambda d: d.at)
+    shortest = calls.shrink(min(found, key=lambda d: d.at))
     assert [call[0] for call in shortest.program[: shortest.at + 1]] == [
         "socket",
         "listen",
