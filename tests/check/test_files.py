@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from timewait.check import check
@@ -41,6 +44,19 @@ def test_a_capture_is_read_like_events() -> None:
     done = timewait_check(TRACES / "loopback.pcap")
     assert done.return_value == 0
     assert done.output.count("closed first") == 9
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+@pytest.mark.parametrize("file", [GOOD, TRACES / "loopback.pcap"], ids=lambda file: file.suffix)
+def test_a_pipe_is_read_like_a_file(file: Path, name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "timewait", "check", name, "--json"],
+        input=file.read_bytes(),
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    known = json.loads(timewait_check(file, "--json").output)
+    assert json.loads(done.stdout) == {**known, "file": name}
 
 
 def test_json_is_one_document() -> None:

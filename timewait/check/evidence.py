@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from timewait import events
 from timewait.events import Event, Lost, RunStarted
 
-__all__ = ["is_capture", "read"]
+__all__ = ["read"]
 
 _JITTER: Final = 0.001  # two processors' stamps may be so far out of order
 _MAGIC: Final = frozenset(
@@ -22,27 +22,28 @@ _MAGIC: Final = frozenset(
 )
 
 
-def is_capture(path: Path) -> bool:
-    """Whether the file begins like pcap or pcapng. Raises `OSError`."""
-    with path.open("rb") as file:
-        return file.read(4) in _MAGIC
-
-
 def read(path: Path, tell: Callable[[str], object]) -> Iterator[Event]:
     """The file's events, in its order; `tell` hears of each fault, with its line.
 
+    "-" is standard input. What is read may be a pipe: it is opened and read once.
+
     Raises `OSError` where the file cannot be read.
     """
-    if is_capture(path):
-        yield from import_module("timewait.kernel.capture").read(path, tell)
-        return
+    piped = str(path) == "-"
+    with open(0 if piped else path, "rb", closefd=not piped) as file:
+        if file.peek(4)[:4] in _MAGIC:
+            yield from import_module("timewait.kernel.capture").read(file, tell)
+        else:
+            yield from _events(file, tell)
+
+
+def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
     number = 0
 
     def lines() -> Iterator[bytes]:
         nonlocal number
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007
-                yield line
+        for number, line in enumerate(file, 1):  # noqa: B007
+            yield line
 
     left_out = ""
 

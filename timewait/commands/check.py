@@ -16,11 +16,13 @@ __all__ = ["command"]
 
 @click.command(
     help="Say whether TCP allows what FILE shows: events as JSON Lines (timewait run --events), or "
-    "a packet capture (pcap, pcapng). Prints a line per connection, then the verdict with the "
-    "first divergence explained.",
+    "a packet capture (pcap, pcapng); - is standard input. Prints a line per connection, then the "
+    "verdict with the first divergence explained.",
     epilog="Exit status: 0 it conforms, 1 it diverges, 2 the file cannot be read.",
 )
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+)
 @click.option(
     "--profile",
     "profiles",

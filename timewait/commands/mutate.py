@@ -28,7 +28,7 @@ __all__ = ["command"]
     nargs=-1,
     required=True,
     metavar="FILE...",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Which random choices.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -48,17 +48,24 @@ class CaptureError(ValueError):
 
 
 def read(
-    path: Path | str, tell: Tell = lambda problem: None, *, ports: Container[int] | None = None
+    file: Path | str | BinaryIO,
+    tell: Tell = lambda problem: None,
+    *,
+    ports: Container[int] | None = None,
 ) -> Iterator[Event]:
     """The TCP segments in a pcap or pcapng file, in its order; `t` is since its first frame.
 
-    `ports` limits them. `tell` hears of each fault: where the file is cut off
-    or makes no sense (what follows is then not read), which link types are
-    not understood, how many frames were not whole TCP segments.
+    The file may be open already. `ports` limits the segments. `tell` hears of
+    each fault: where the file is cut off or makes no sense (what follows is
+    then not read), which link types are not understood, how many frames were
+    not whole TCP segments.
 
     Raises `OSError`, and `CaptureError` for a file that is no capture.
     """
-    with open(path, "rb", buffering=0) as file:
+    if isinstance(file, (Path, str)):
+        with open(file, "rb", buffering=0) as opened:
+            yield from read(opened, tell, ports=ports)
+    else:
         yield from _segments(_frames(_Input(file), tell), tell, ports)
 
 
