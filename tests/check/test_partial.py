@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
-from timewait.check import check
+from timewait.check import Checker, Connection, check
 from timewait.check.evidence import read
 from timewait.events import Event, Lost, SegmentSeen, Snapshot, Transition
 from timewait.lab.campaign import random_scenario
@@ -125,3 +125,46 @@ def test_bad_networks(seed: int) -> None:
     ):
         verdict = check(seen)
         assert verdict, verdict.explain()
+
+
+def test_a_capture_of_any_length_is_followed_in_bounded_memory() -> None:
+    first = [
+        event
+        for event in read(TRACES / "loopback.pcap", lambda problem: None)
+        if isinstance(event, SegmentSeen) and 53862 in (event.src[1], event.dst[1])
+    ]
+    ended: list[Connection] = []
+    checker = Checker(on_end=ended.append)
+
+    def moved(event: SegmentSeen, number: int) -> SegmentSeen:
+        src, dst = (
+            (host, number if port == 53862 else port) for host, port in (event.src, event.dst)
+        )
+        return evolve(event, t=event.t + number, src=src, dst=dst)
+
+    for number in range(1000):
+        for event in first:
+            checker.feed(moved(event, number))
+    # The last acknowledgment may have been lost, which TIME_WAIT waits for.
+    assert len(checker.connections()) < 70
+    assert len(ended) > 930
+    assert checker.verdict()
+    assert len(ended) == 1000
+
+
+def test_an_idle_connection_is_not_forgotten() -> None:
+    events = [
+        event
+        for event in read(TRACES / "loopback.pcap", lambda problem: None)
+        if isinstance(event, SegmentSeen) and 53862 in (event.src[1], event.dst[1])
+    ]
+    late = [evolve(event, t=event.t + 1000 * (i > 2)) for i, event in enumerate(events)]
+    other = [evolve(events[0], t=float(t), src=("127.0.0.1", t), seq=t) for t in range(3, 900)]
+    ended: list[str] = []
+    checker = Checker(on_end=lambda connection: ended.append(connection.name))
+    for event in [*late[:3], *other, *late[3:]]:
+        checker.feed(event)
+    name = "127.0.0.1:40187 <-> 127.0.0.1:53862"
+    assert name not in ended
+    assert checker.verdict()
+    assert ended.count(name) == 1

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any, Final, NamedTuple
 
 from attrs import define, field
@@ -148,7 +150,8 @@ class Checker:
         self._explains = explain
         self._waiting: deque[tuple[float, Event | _Begun]] = deque()
         self._done = float("-inf")
-        self._ending: deque[tuple[float, Connection]] = deque()
+        self._ending: list[tuple[float, int, Connection]] = []  # a heap
+        self._ended = count()
         self._forgotten = False
         self._given = dict(profiles or {})
         self._on_end = on_end
@@ -231,7 +234,7 @@ class Checker:
         self._done = t
         ending = self._ending
         while ending and ending[0][0] < t:
-            self._forget(ending.popleft()[1])
+            self._forget(heappop(ending)[2])
         take = self._take.get(type(event))
         if take is not None:
             take(event)
@@ -898,7 +901,7 @@ class Checker:
         a, b = connection.ends
         if self._ends.get((a, b), (None, 0))[0] is not connection:
             return  # another one has taken its addresses
-        if connection.facts & _OVER != _OVER or connection.last > self._done - self._keeps():
+        if connection.last > self._done - self._keeps(connection):
             connection.ending = False
             self._may_end(connection)
             return
@@ -906,16 +909,27 @@ class Checker:
         self._end(connection)
         del self._ends[a, b], self._ends[b, a]
 
-    def _keeps(self) -> float:
-        """For how long an ended connection is kept: while somebody may look at its TIME_WAIT."""
-        if "states at instants" not in self._sources:
-            return 2.0
-        return 3 * max(p.parameters.time_wait for p in self._profiles)
+    def _keeps(self, connection: Connection) -> float:
+        """For how long a connection is kept that is quiet.
+
+        An ended one while somebody may look at its TIME_WAIT, one that has ended unless its last
+        acknowledgment was lost for as long as the other end waits for that.
+        """
+        certain = connection.facts & _OVER == _OVER
+        if not certain and not (
+            connection.facts & ex.PERHAPS_OVER and connection.mode & ex.SEGMENTS
+        ):
+            return float("inf")
+        longest = max(p.parameters.time_wait for p in self._profiles)
+        if "states at instants" in self._sources:
+            return 3 * longest
+        return 2.0 if certain else longest
 
     def _may_end(self, connection: Connection) -> None:
-        if connection.facts & _OVER == _OVER and not connection.ending:
+        keeps = self._keeps(connection)
+        if keeps < float("inf") and not connection.ending:
             connection.ending = True
-            self._ending.append((self._done + self._keeps(), connection))
+            heappush(self._ending, (connection.last + keeps, next(self._ended), connection))
 
     def _end(self, connection: Connection) -> None:
         suspicion = connection.sequence and connection.sequence.suspicion

@@ -748,6 +748,8 @@ MAY_TIME_WAIT: Final = 1
 MUST_TIME_WAIT: Final = 2  # and its peer has no FIN left to repeat
 MAY_ORPHAN: Final = 4  # may be an orphan in FIN_WAIT_2
 MAY_BE_OVER: Final = 8  # in no other state than CLOSED or TIME_WAIT
+PERHAPS_OVER: Final = 1 << 16  # it may be that neither is, and no RST is still to be sent
+_GONE: Final = (CLOSED, TIME_WAIT)
 
 
 def _facts(pairs: frozenset[Pair]) -> int:
@@ -766,4 +768,6 @@ def _facts(pairs: frozenset[Pair]) -> int:
         if all(p[end] & 15 in (CLOSED, TIME_WAIT) for p in pairs):
             bits |= MAY_BE_OVER
         facts |= bits << 8 * end
+    if any(a & 15 in _GONE and b & 15 in _GONE and not (a | b) & RST_DUE for a, b in pairs):
+        facts |= PERHAPS_OVER
     return facts
