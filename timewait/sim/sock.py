@@ -540,6 +540,11 @@ class Sock:
                         self.conn.t_keepalive = INF
             case socket.IPPROTO_TCP, socket.TCP_KEEPIDLE if 1 <= value <= 32767:
                 self.keep = (value, *self.keep[1:])
+                conn = self.conn
+                if self.keepalive and conn and conn.state not in (State.CLOSED, State.SYN_SENT):
+                    # tcp_sock_set_keepidle_locked; text that came the short way is heard too.
+                    heard = max(conn.heard, conn._last_text)
+                    conn.t_keepalive = max(self.clock.now, heard + value)
             case socket.IPPROTO_TCP, socket.TCP_KEEPINTVL if 1 <= value <= 32767:
                 self.keep = (self.keep[0], value, self.keep[2])
             case socket.IPPROTO_TCP, socket.TCP_KEEPCNT if 1 <= value <= 127:

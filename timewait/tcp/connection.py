@@ -203,6 +203,7 @@ class Connection:
         "error",
         "fin_received",
         "first_sent",
+        "heard",
         "irs",
         "iss",
         "last_challenge",
@@ -306,7 +307,7 @@ class Connection:
         self._quick = 0
         self._pingpong = False
         self._rcv_mss = mss if mss < 536 else 536
-        self._last_text = -inf
+        self._last_text = self.heard = -inf
         self._small = iss  # SND.NXT after the last segment that was not full
         self.last_challenge = -inf
         self.t_retransmit = self.t_ack = self.t_probe = inf
@@ -510,7 +511,11 @@ class Connection:
         elif timer is Timer.KEEPALIVE:
             self.t_keepalive = inf
             most = self.options.keepalive[2] if self.options.keepalive else 0
-            event = _KEEPALIVE if self.retransmits < most or self._shrinks() else _GIVE_UP
+            event = _KEEPALIVE
+            if self.retransmits >= most and not self._shrinks():
+                event = _GIVE_UP
+                if self.profile.parameters.linux_checks:
+                    actions.send_rst(self, None, now)  # tcp_keepalive_timer, unlike the others
         else:
             self.t_user = inf
             event = _GIVE_UP
@@ -536,6 +541,7 @@ class Connection:
 
     def segment(self, seg: Segment, now: float) -> None:
         """Take a segment that arrived (RFC 9293 §3.10.7)."""
+        self.heard = now
         if self.t_keepalive != inf:
             self._heard(now)
         event = self._cells[_LOOK](self, seg, seg.flags, now)

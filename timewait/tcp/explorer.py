@@ -200,7 +200,7 @@ class _Endpoints:
         connection.rttvar = connection._rtt_at = 0.0
         connection.rto = 1.0
         connection._recover = None
-        connection.last_challenge = connection._last_text = -1.0
+        connection.last_challenge = connection._last_text = connection.heard = -1.0
         if connection.state is State.CLOSED:
             # Nothing of it matters any more but that it answers with RSTs.
             bare = Connection(self.profile, iss=0)
