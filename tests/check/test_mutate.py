@@ -66,6 +66,15 @@ def test_none_of_these_passes(operator: str) -> None:
     assert made > 0
 
 
+@pytest.mark.parametrize("operator", ["segment-dropped", "segments-swapped", "time-wait-missing"])
+def test_none_of_these_passes_a_capture_and_looks(operator: str) -> None:
+    events = trace(Path(__file__).parent / "traces" / "observers" / "capture.jsonl")
+    made = list(mutants(events, operators=[operator]))
+    assert made
+    for mutant in made:
+        assert not check(mutant.events), f"event {mutant.at} {mutant.what}"
+
+
 def test_every_operator_changes_something_somewhere() -> None:
     used = {m.operator for path in TRACES for m in mutants(trace(path))}
     assert used == set(OPERATORS)

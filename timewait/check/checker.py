@@ -626,6 +626,8 @@ class Checker:
             by = "model" if self._declared == ex.EVERY else "tracepoint"
             self._sources.add(f"every transition ({by})")
             mode = self._declared | self._declared << 2 | self._declared_segments
+        elif self._from_start and ends[0][1] == self._port and _same_host(*ends):
+            mode = self._declared_segments  # the run's own: no segment of it was before
         # What a run does not make itself may be older than it, or seen in part: a connect() is
         # reported before it has a port.
         known = self._from_start and not self._forgotten and self._port in (None, ends[0][1])
