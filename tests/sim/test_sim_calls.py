@@ -1,9 +1,13 @@
 """Random programs of socket calls: the model answers as the kernel does, and a wrong one shows."""
 
+import asyncio
+import errno
 import json
+import socket
 
 import pytest
 
+from timewait import sim
 from timewait.cli import main as timewait
 from timewait.kernel.namespace import why_not
 from timewait.lab import calls
@@ -89,3 +93,22 @@ def test_a_duration_that_is_none_is_one_line(capsys):
         timewait(["fuzz", "calls", "--for", "soon"])
     assert done.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("run", [sim.run, asyncio.run], ids=["model", "kernel"])
+@pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_RDWR])
+def test_shutdown_of_a_listener_wakes_who_waits_to_accept(run, how):
+    async def main():
+        with socket.socket() as listener:
+            listener.setblocking(False)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            accepting = asyncio.create_task(asyncio.get_running_loop().sock_accept(listener))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            listener.shutdown(how)
+            with pytest.raises(OSError) as refused:
+                await asyncio.wait_for(accepting, 5)
+            return refused.value.errno
+
+    assert run(main()) == errno.EINVAL

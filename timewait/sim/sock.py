@@ -393,6 +393,7 @@ class Sock:
                 self.shut = 0
                 if not self.bound_address:
                     self.address = ANY4 if self.family == AF_INET else ANY6
+                self.notify()
             return
         if state is State.SYN_SENT:
             self.disconnect()
