@@ -488,6 +488,26 @@ def test_time_is_virtual_inside_and_real_outside():
     assert time.monotonic() - started < 30
 
 
+def test_every_clock_a_program_asks_is_virtual():
+    def clocks():
+        return {
+            "perf_counter": time.perf_counter(),
+            "perf_counter_ns": time.perf_counter_ns() / 1e9,
+            "CLOCK_MONOTONIC": time.clock_gettime(time.CLOCK_MONOTONIC),
+            "CLOCK_MONOTONIC ns": time.clock_gettime_ns(time.CLOCK_MONOTONIC) / 1e9,
+            "CLOCK_REALTIME": time.clock_gettime(time.CLOCK_REALTIME) - time.time(),
+        }
+
+    async def main():
+        await asyncio.sleep(3600)
+        return clocks(), time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
+
+    found, cpu = sim.run(main)
+    assert found == dict.fromkeys(found, 3600) | {"CLOCK_REALTIME": 0}
+    assert 0 < cpu < 3600  # the processor's time is the machine's
+    assert clocks()["perf_counter"] != 3600
+
+
 def test_a_deadlock_names_who_waits_for_what():
     async def forgotten():
         await asyncio.Event().wait()

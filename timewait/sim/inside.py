@@ -31,6 +31,17 @@ __all__ = ["LeavesSimulation", "getaddrinfo", "inside", "leaves"]
 
 EPOCH: Final = 1_767_225_600.0  # what time.time() says at the start: 2026-01-01T00:00:00Z
 
+_EPOCHS: Final = {  # of clock_gettime(2)'s clocks; the processor's time stays the machine's
+    getattr(time, name): epoch
+    for name, epoch in (
+        ("CLOCK_REALTIME", EPOCH),
+        ("CLOCK_MONOTONIC", 0.0),
+        ("CLOCK_MONOTONIC_RAW", 0.0),
+        ("CLOCK_BOOTTIME", 0.0),
+    )
+    if hasattr(time, name)
+}
+
 
 class LeavesSimulation(RuntimeError):
     """The program tried to use a real socket, a thread or a process inside a simulation."""
@@ -63,6 +74,16 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         while clock.run_until(until):
             pass
 
+    machine_clock, machine_clock_ns = time.clock_gettime, time.clock_gettime_ns
+
+    def clock_gettime(which: int) -> float:
+        epoch = _EPOCHS.get(which)
+        return machine_clock(which) if epoch is None else epoch + clock.now
+
+    def clock_gettime_ns(which: int) -> int:
+        epoch = _EPOCHS.get(which)
+        return machine_clock_ns(which) if epoch is None else int((epoch + clock.now) * 1e9)
+
     replaced: list[tuple[Any, str, Any]] = [
         (socket, "create_connection", _create_connection),
         (socket, "create_server", _create_server),
@@ -77,6 +98,10 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         (_thread, "start_new_thread", lambda *a, **k: leaves("a thread")),
         (time, "monotonic", lambda: clock.now),
         (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
+        (time, "perf_counter", lambda: clock.now),
+        (time, "perf_counter_ns", lambda: int(clock.now * 1e9)),
+        (time, "clock_gettime", clock_gettime),
+        (time, "clock_gettime_ns", clock_gettime_ns),
         (time, "time", lambda: EPOCH + clock.now),
         (time, "time_ns", lambda: int((EPOCH + clock.now) * 1e9)),
         (time, "sleep", sleep),
