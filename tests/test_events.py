@@ -49,7 +49,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert read(written(tmp_path / "run.jsonl")) == (STREAM, [])
 
 
-number = st.floats(allow_nan=False)
+number = st.floats(allow_nan=False, allow_infinity=False)
 address = st.tuples(st.text(), st.integers(0, 65535))
 
 
@@ -93,6 +93,16 @@ def test_half_a_line_at_the_end_is_named_and_the_rest_kept(tmp_path: Path) -> No
         (b'{"kind":"party","t":1}\n', 'unknown kind of event "party"'),
         (b'{"kind":"note","t":1}\n', "note without 'text'"),
         (b'{"kind":"note","t":"1","text":""}\n', 'note: a number is expected, not "1"'),
+        (b'{"kind":"note","t":Infinity,"text":""}\n', "note: t is in seconds, not inf"),
+        (b'{"kind":"note","t":NaN,"text":""}\n', "note: t is in seconds, not nan"),
+        (
+            b'{"kind":"run","t":0,"stack":"","observer":"","scenario":"x"}\n',
+            'run: an object is expected, not "x"',
+        ),
+        (
+            b'{"kind":"run","t":0,"stack":"","observer":"","profiles":[1]}\n',
+            "run: an object is expected, not [1]",
+        ),
         (
             b'{"kind":"transition","t":1,"local":["a",1],"remote":["b",1],"old":"X","new":"X"}\n',
             "transition: not a TCP state: 'X'",

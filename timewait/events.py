@@ -13,6 +13,7 @@ none changes its meaning.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
@@ -289,8 +290,13 @@ def load(record: Mapping[str, Any]) -> Event:
         event: Event = _converter().structure(record, _KINDS[kind])
     except KeyError as missing:
         raise ValueError(f"{kind} without {missing.args[0]!r}") from None
+    except AttributeError as wrong:  # (cattrs asks a dict's items of whatever is there)
+        given = json.dumps(wrong.obj, default=str)
+        raise ValueError(f"{kind}: an object is expected, not {given}") from None
     except (TypeError, ValueError, OverflowError) as wrong:
         raise ValueError(f"{kind}: {wrong}") from None
+    if not math.isfinite(event.t):
+        raise ValueError(f"{kind}: t is in seconds, not {event.t}")
     return event
 
 

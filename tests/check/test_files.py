@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -122,6 +123,17 @@ def test_what_is_no_such_file_is_one_line(tmp_path: Path) -> None:
         done = timewait_check(wrong)
         assert done.exception is not None
         assert why in str(done.exception)
+
+
+def test_a_profile_that_is_none_is_one_line(tmp_path: Path) -> None:
+    first, *rest = GOOD.read_text().splitlines()
+    wrong = tmp_path / "wrong.jsonl"
+    head = {**json.loads(first), "profiles": {"server": "nosuch"}}
+    wrong.write_text("\n".join([json.dumps(head), *rest]) + "\n")
+    for command in (check_command, mutate_command):
+        done = CliRunner().invoke(command, [str(wrong)], standalone_mode=False)
+        assert isinstance(done.exception, click.ClickException)
+        assert f"{wrong}: no such profile: 'nosuch'" in str(done.exception)
 
 
 def test_mutate_as_a_command() -> None:

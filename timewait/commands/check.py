@@ -48,9 +48,9 @@ def command(file: Path, profiles: tuple[str, ...], as_json: bool) -> int:
     try:
         for event in read(file, problems.append):
             checker.feed(event)
+        verdict = checker.verdict(problems)
     except (OSError, ValueError) as wrong:
         raise click.ClickException(f"{file}: {getattr(wrong, 'strerror', None) or wrong}") from None
-    verdict = checker.verdict(problems)
     if not verdict.evidence.events:
         why = f" ({problems[0]})" if problems else ""
         raise click.ClickException(f"{file}: no event could be read{why}")

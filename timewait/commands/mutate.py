@@ -38,11 +38,12 @@ def command(files: tuple[Path, ...], seed: int, as_json: bool) -> int:
     for file in files:
         try:
             events = list(read(file, lambda problem: None))
+            verdict = check(events)
         except (OSError, ValueError) as wrong:
             raise click.ClickException(f"{file}: {wrong}") from None
         if not events:
             raise click.ClickException(f"{file}: no event could be read")
-        if not (verdict := check(events)):
+        if not verdict:
             first = verdict.divergence
             raise click.ClickException(f"{file} does not conform itself: {first and first.why}")
         run(events, seed=seed, result=result)
