@@ -254,7 +254,8 @@ def give_text(c: Connection, _data: bytes, now: float) -> None:
 
 
 def orphan(c: Connection, _seg: None, now: float) -> None:
-    c.orphaned = c.write_shut = c._eof_read = True
+    c.orphaned = c.write_shut = True
+    c._eof_read = c.fin_received
     c._rx = b""
     if c.state is FIN_WAIT_2:
         start_fin_wait_2(c, None, now)
