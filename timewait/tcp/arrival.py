@@ -470,7 +470,7 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: flo
             quicken(c)  # all of it was here before
             return False
         seq, data, offset = nxt, data[past:], 0
-    if offset or c._out_of_order:
+    if offset or (c._out_of_order and not fin):  # tcp_fin empties the queue
         c._ack_due = 2
     if offset + len(data) > room:
         c._ack_due = 2
