@@ -209,14 +209,14 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         if c.snd_una == c.iss:
             of_syn = c.state is SYN_RECEIVED or c.state is FIN_WAIT_1
         acknowledged(c, seg.ack, acked, flight, now)
-        if of_syn and c.write_shut and c.state is SYN_RECEIVED:
-            # The user has shut down already: go on from FIN_WAIT_1.
-            c._step(_ACK_OF_SYN_AFTER_SHUTDOWN, seg, now)
-            of_syn = False
     elif c.state is SYN_RECEIVED:
         if not c.profile.parameters.linux_checks:
             return _ACK_TOO_OLD
         of_syn = True  # tcp_ack finds nothing wrong with an ACK of nothing
+    if of_syn and c.write_shut and c.state is SYN_RECEIVED:
+        # The user has shut down already: go on from FIN_WAIT_1.
+        c._step(_ACK_OF_SYN_AFTER_SHUTDOWN, seg, now)
+        of_syn = False
     # SND.WND, unless the segment is older than the last that told it.
     window = seg.window << c.snd_scale
     wl1 = (seg.seq - c.snd_wl1) & MASK
