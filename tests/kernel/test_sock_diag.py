@@ -301,3 +301,18 @@ def test_a_lying_answer_is_rows_or_an_error(lies: list[tuple[int, int]], times: 
         data[where] = value
     with contextlib.suppress(OSError):
         assert len(scripted(bytes(data), *[DONE] * 9).sockets()) <= times
+
+
+def test_tcp_info_tells_the_receive_window() -> None:
+    with socket.socket() as listener, socket.socket() as client:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client.connect(listener.getsockname())
+        for each in details(listener.getsockname()[1], info=True):
+            if each.row.local == client.getsockname():
+                info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 300)
+                assert each.info is not None
+                assert each.info["rcv_wnd"] == int.from_bytes(info[232:236], sys.byteorder) > 0
+                break
+        else:
+            raise AssertionError("the connection is not in the table")

@@ -12,7 +12,7 @@ import pytest
 from timewait.kernel.wire import WireError
 from timewait.lab.segments import Case, Fuzzer, Step, _Kernel, _opening, _random_step, _View
 from timewait.packetdrill import play
-from timewait.tcp.segment import ACK, RST, SYN
+from timewait.tcp.segment import ACK, PSH, RST, SYN
 
 HANDSHAKE = (
     Step("", 0, SYN),
@@ -90,3 +90,21 @@ def test_the_command_counts_its_steps() -> None:
     assert told["steps"] >= 64
     assert told["seed"] == "5"
     assert ran.returncode == bool(told["differences"])
+
+
+def test_the_models_window_ends_where_the_kernel_said(kernel: _Kernel) -> None:
+    """Text out of order, then much of it: where the window ends is the kernel's memory's."""
+    far = Step("", 0, ACK | PSH, 64240, 100, 1)
+    near = Step("", 0, ACK | PSH, 1, 1000, 1)
+    try:
+        case = Case(False, False, (*HANDSHAKE, far, near))
+        ((played, trace),) = kernel.run([(case, None)], 0, 0.03)
+        assert trace.edges[-1] is not None
+        beyond = Step("", 0, ACK, trace.edges[-1] + 1, 0, 1)
+        case = Case(False, False, (*HANDSHAKE, far, near, beyond, Step("wait", 100)))
+        ((played, trace),) = kernel.run([(case, None)], 0, 0.03)
+        assert Fuzzer(1)._judge(played, trace) is None
+        trace.edges = [edge and edge + 500 for edge in trace.edges]
+        assert Fuzzer(1)._judge(played, trace) is not None
+    finally:
+        kernel.close()

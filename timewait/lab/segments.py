@@ -178,6 +178,7 @@ class _View:
     scale: int = 0
     offered: int = 0  # the scale in the stack's own SYN
     synchronized: bool = False
+    finished: bool = False  # the peer's FIN was sent where it may have been taken
 
     def scaled(self, step: Step) -> None:
         """An answer to the stack's SYN says whether its scale is in use."""
@@ -219,6 +220,10 @@ def _random_step(dice: random.Random, view: _View, case: Case, has_fd: bool) -> 
     length = 0
     if flags & PSH or (flags & FIN and dice.random() < 0.3):
         length = dice.choice([1, 10, 100, 1000])
+    if flags & FIN:
+        if view.finished and seq + length == nxt:
+            length = 0  # what a second FIN, one later, leaves unread: see docs/differences.md
+        view.finished = view.finished or seq + length >= nxt
     una, snd = view.snd_una, view.snd_nxt
     ack = dice.choices(
         [snd, una, snd - 1, snd + 1, una - 1, snd + 100_000, snd - 100_000],

@@ -22,7 +22,7 @@ from timewait.sim.host import HERE, Host, Remnant
 from timewait.sim.network import Key, Link, Network
 from timewait.sim.socket import SimSocket
 from timewait.tcp.profiles import profile
-from timewait.tcp.segment import ACK, CWR, ECE, MASK, URG, Options, Segment
+from timewait.tcp.segment import ACK, CWR, ECE, HALF, MASK, URG, Options, Segment
 from timewait.tcp.time_wait import TimeWait
 
 __all__ = ["ModelSocket", "ModelStack", "from_options", "to_options"]
@@ -401,10 +401,11 @@ class ModelStack:
         else:
             return
         edge = (start + edge) & MASK
-        if (edge - left.rcv_nxt) & MASK <= 0xFFFF << left.rcv_scale:
-            left.rcv_adv = edge
-            if isinstance(sock, Remnant):
-                sock.record = bytes(TimeWait.freeze(left))
+        if (edge - left.rcv_nxt) & HALF:
+            return
+        left.rcv_adv = edge
+        if isinstance(sock, Remnant):
+            sock.record = bytes(TimeWait.freeze(left))
 
     # -- settings and state
 

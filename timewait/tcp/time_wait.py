@@ -38,6 +38,7 @@ _INF: Final = float("inf")
 
 def _freeze(c: Connection) -> bytes:
     challenged = c.last_challenge
+    window = ((c.rcv_adv - c.rcv_nxt) & _MASK) >> c.rcv_scale
     return _pack(
         c.t_wait,
         c.snd_nxt,
@@ -45,7 +46,7 @@ def _freeze(c: Connection) -> bytes:
         c.ts_recent,
         c.ts_offset,
         _NEVER if challenged == -_INF else int(challenged * 1000) % _NEVER,
-        ((c.rcv_adv - c.rcv_nxt) & _MASK) >> c.rcv_scale,
+        window if window < 0xFFFF else 0xFFFF,
         c.rcv_scale
         | (c.state is State.FIN_WAIT_2 and _FIN_WAIT_2)
         | (c.timestamps and _TIMESTAMPS)
