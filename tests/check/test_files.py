@@ -143,3 +143,27 @@ def test_mutate_as_a_command() -> None:
     assert document["unexplained"] == 0
     assert document["mutants"] == document["rejected"] + document["allowed"]
     assert set(document["operators"]["rst-invented"]) == {"mutants", "rejected", "allowed"}
+
+
+def test_two_runs_in_one_file_have_lost_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "twice.jsonl"
+    file.write_text(GOOD.read_text() + (TRACES / "abort.jsonl").read_text())
+    done = timewait_check(file)
+    assert done.return_value == 0
+    assert "conforms, on strong evidence" in done.output
+    assert "another run begins here; it is checked by itself" in done.output
+    assert "lost" not in done.output
+
+
+@pytest.mark.parametrize(("garbled", "words"), [(1, "1 event that"), (2, "2 events that")])
+def test_what_a_file_has_garbled_weakens_the_evidence(
+    tmp_path: Path, garbled: int, words: str
+) -> None:
+    lines = GOOD.read_text().splitlines()
+    for i in range(garbled):
+        lines[-1 - 2 * i] = "{"
+    file = tmp_path / "garbled.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    done = timewait_check(file)
+    assert "conforms, on partial evidence" in done.output
+    assert f"{words} an observer lost or the file has garbled" in done.output

@@ -338,7 +338,7 @@ class Checker:
         """A socket without a peer: it listens, or it does not."""
         if event.local[1] == 0:
             return
-        all_seen = self._declared and not self._lost
+        all_seen = self._declared and self._from_start
         known = self._listeners.get(event.local, State.CLOSED if all_seen else event.old)
         self._listeners[event.local] = event.new
         if event.new is State.LISTEN:
@@ -360,7 +360,7 @@ class Checker:
         assert event.local is not None
         state = State.LISTEN if event.call == "listen" else State.CLOSED
         known = self._listeners.get(event.local, State.CLOSED)
-        if self._declared and event.errno is None and known is not state and not self._lost:
+        if self._declared and event.errno is None and known is not state and self._from_start:
             self._wrong_bind(event, event.local, f"its socket is {known}, not {state}", _OPENED)
 
     def _segment(self, event: SegmentSeen) -> None:
@@ -514,9 +514,7 @@ class Checker:
             return
         if event.call == "listen" and event.errno is None:
             self._listening.add(event.local)
-        wrong = self._binds.judge(
-            event, self._holders(event.local[1], event), self._from_start and not self._lost
-        )
+        wrong = self._binds.judge(event, self._holders(event.local[1], event), self._from_start)
         self._binds.called(event)
         if wrong:
             self._wrong_bind(event, event.local, wrong, RULE)
@@ -582,10 +580,10 @@ class Checker:
 
     def _missed(self, event: Lost) -> None:
         """An observer missed events: until its next one, anything it sees may have happened."""
+        self._from_start = False
         if not event.count:
             return
         self._lost += event.count
-        self._from_start = False
         if event.source != "file":  # whose reader has told of it
             lost = f"{event.source} lost {event.count} events before {event.t:.6f} s"
             self._problems.append(lost)
@@ -1029,7 +1027,7 @@ class Checker:
 
     def _evidence(self) -> Evidence:
         total = self._connections
-        if total and self._strong == total:
+        if total and self._strong == total and not self._lost:
             strength = "strong"
         else:
             strength = "partial" if self._strong or self._partial else "weak"
@@ -1049,7 +1047,8 @@ class Checker:
         if "calls with their results" not in sources:
             unseen.append("what the applications called")
         if self._lost:
-            unseen.append(f"{self._lost} events that an observer lost")
+            events = "1 event" if self._lost == 1 else f"{self._lost} events"
+            unseen.append(f"{events} that an observer lost or the file has garbled")
         return Evidence(
             strength,
             total,

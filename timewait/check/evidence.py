@@ -78,4 +78,4 @@ def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
             yield event
         if isinstance(event, RunStarted) and heads > 1:
             # The two may be mixed: nothing is taken to have been seen from its beginning.
-            yield Lost(event.t, "file", 1, "another run began before")
+            yield Lost(event.t, "file", 0, "another run began before")
