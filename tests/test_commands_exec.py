@@ -196,3 +196,12 @@ def test_a_table_during_whose_reading_segments_came_is_not_looked_at() -> None:
     watch._diag, watch._capture = Diag(), Segments()  # type: ignore[assignment]
     watch.look()
     assert [event.kind for event in told] == ["segment"]
+
+
+def test_addresses_used_again_and_again_conform() -> None:
+    program = Path(__file__).parent / "check" / "address_reuse.py"
+    done = timewait("exec", "--json", "--", sys.executable, str(program), "1600", "1")
+    answer = json.loads(done.stdout)
+    assert done.returncode == 0, answer["verdict"]["divergence"]
+    names = [connection["connection"] for connection in answer["connections"]]
+    assert len(names) > len(set(names))
