@@ -112,3 +112,33 @@ def test_shutdown_of_a_listener_wakes_who_waits_to_accept(run, how):
             return refused.value.errno
 
     assert run(main()) == errno.EINVAL
+
+
+@pytest.mark.parametrize("run", [sim.run, asyncio.run], ids=["model", "kernel"])
+def test_odd_addresses_and_options_are_answered_as_the_kernel_does(run):
+    def answer(call, *arguments):
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            try:
+                return getattr(sock, call)(*arguments)
+            except OSError as error:
+                return error.errno or str(error)
+
+    async def main():
+        return {
+            "bind to broadcast": answer("bind", ("255.255.255.255", 0)),
+            "bind to multicast": answer("bind", ("224.0.0.1", 0)),
+            "bind to reserved": answer("bind", ("240.0.0.1", 0)),
+            "connect to loopback's broadcast": answer("connect", ("127.255.255.255", 9)),
+            "SO_LINGER, a number": answer("setsockopt", socket.SOL_SOCKET, socket.SO_LINGER, 1),
+            "2,000 bytes": answer("getsockopt", socket.SOL_SOCKET, socket.SO_REUSEADDR, 2000),
+        }
+
+    assert run(main()) == {
+        "bind to broadcast": None,
+        "bind to multicast": None,
+        "bind to reserved": errno.EADDRNOTAVAIL,
+        "connect to loopback's broadcast": errno.ENETUNREACH,
+        "SO_LINGER, a number": errno.EINVAL,
+        "2,000 bytes": "getsockopt buflen out of range",
+    }

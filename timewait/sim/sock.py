@@ -41,6 +41,7 @@ UNCONNECTED, CONNECTING, CONNECTED, DISCONNECTING = range(4)
 INF: Final = float("inf")
 _KEEP: Final = (7200.0, 75.0, 9)
 _NO_OPTIONS: Final = SocketOptions()
+_LOOPBACK_BROADCAST: Final = "127.255.255.255"
 _SOMAXCONN: Final = 4096
 _RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
@@ -64,6 +65,11 @@ _FIN_SENT: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 def fail(number: int) -> NoReturn:
     """Raise the error the kernel would return."""
     raise OSError(number, os.strerror(number))
+
+
+def _to_many(address: str) -> bool:
+    """Whether it is an address for several that bind(2) takes (inet_addr_valid_or_nonlocal)."""
+    return is_v4(address) and (address == "255.255.255.255" or ip_address(address).is_multicast)
 
 
 class Sock:
@@ -182,7 +188,7 @@ class Sock:
         mapped = self.family == AF_INET6 and is_v4(address)
         if mapped and self.v6only:
             fail(errno.EINVAL)
-        if address not in (ANY4, ANY6) and not host.is_local(address):
+        if address not in (ANY4, ANY6) and not host.is_local(address) and not _to_many(address):
             fail(errno.EADDRNOTAVAIL)
         if 0 < port < host.unprivileged_port_start and host.uid != 0:
             fail(errno.EACCES)
@@ -258,8 +264,10 @@ class Sock:
             unset = self.address in (ANY4, ANY6)
             loopback = "127.0.0.1" if is_v4(address) else "::1"
             address = self.address if not unset and mapped else loopback
+        if address == _LOOPBACK_BROADCAST:
+            fail(errno.ENETUNREACH)
         source = self.address
-        if source in (ANY4, ANY6):
+        if source in (ANY4, ANY6) or _to_many(source):
             source = host.source_for(address)
         elif not host.is_local(address) and ip_address(source).is_loopback:
             fail(errno.EINVAL)
@@ -559,6 +567,8 @@ class Sock:
                 self.rcvbuf = max(2304, 2 * min(value, _RMEM_MAX))
             case socket.SOL_SOCKET, socket.SO_SNDBUF:
                 self.sndbuf = max(4608, 2 * min(value, _WMEM_MAX))
+            case socket.SOL_SOCKET, socket.SO_LINGER:
+                fail(errno.EINVAL)  # a number is too short for a struct linger
             case socket.IPPROTO_TCP, socket.TCP_NODELAY:
                 self.no_delay = bool(value)
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:

@@ -436,6 +436,8 @@ class SimSocket:
     def getsockopt(self, level: int, option: int, buflen: int = 0) -> Any:
         """getsockopt(2); ENOPROTOOPT for an option that is not modelled."""
         sock = self._open()
+        if not 0 <= buflen <= 1024:
+            raise OSError("getsockopt buflen out of range")
         if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
             data = struct.pack("ii", sock.linger is not None, sock.linger or 0)
         elif (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
