@@ -488,6 +488,19 @@ def test_time_is_virtual_inside_and_real_outside():
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["delay", "jitter"])
+def test_a_links_times_are_finite(name, seconds):
+    with pytest.raises(ValueError, match="finite and not negative"):
+        sim.Link(**{name: seconds})
+
+
+@pytest.mark.parametrize("hosts", [["a", "a"], [""], {"a": "0.0.0.0"}, {"a": "224.0.0.1"}])
+def test_hosts_have_names_and_addresses_of_their_own(hosts):
+    with pytest.raises(ValueError, match=r"already|has a name|no host's address"):
+        sim.run(lambda: asyncio.sleep(0), hosts=hosts)
+
+
 def test_every_clock_a_program_asks_is_virtual():
     def clocks():
         return {

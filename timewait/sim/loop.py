@@ -18,7 +18,7 @@ import signal
 import threading
 from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextvars import copy_context
 from heapq import heapify, heappop
 from typing import Any, Final, NoReturn, TypeVar
@@ -579,14 +579,12 @@ def run(
     """
     network = hosts if isinstance(hosts, Network) else Network(seed)
     if not isinstance(hosts, Network):
-        named: Mapping[str, Any] = (
-            {"localhost": []}
-            if hosts is None
-            else hosts
-            if isinstance(hosts, Mapping)
-            else dict.fromkeys(hosts)
-        )
-        for name, given in named.items():
+        named: Iterable[tuple[str, Any]]
+        if isinstance(hosts, Mapping):
+            named = hosts.items()
+        else:
+            named = [(name, []) for name in (["localhost"] if hosts is None else hosts)]
+        for name, given in named:
             if name == "localhost":
                 network.hosts[name] = Host(network, name, [], profile=profile)
             else:

@@ -17,6 +17,7 @@ import ipaddress
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from math import inf
 from random import Random
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -66,8 +67,8 @@ class Link:
     up: bool = True
 
     def __attrs_post_init__(self) -> None:
-        if self.delay < 0 or self.jitter < 0:
-            raise ValueError("a link's delay and jitter are not negative")
+        if not (0 <= self.delay < inf and 0 <= self.jitter < inf):
+            raise ValueError("a link's delay and jitter are finite and not negative")
         for name in ("loss", "duplicate", "reorder"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"a link's {name} is a probability, from 0 to 1")
@@ -141,6 +142,8 @@ class Network:
         """
         from timewait.sim.host import Host
 
+        if not name:
+            raise ValueError("a host has a name")
         if name in self.hosts:
             raise ValueError(f"there is a host {name!r} already")
         number = len(self.hosts) + 1
@@ -151,8 +154,11 @@ class Network:
             if address in self._by_address:
                 owner = self._by_address[address].name
                 raise ValueError(f"{address} is {owner!r}'s address already")
-            if ipaddress.ip_address(address).is_loopback:
+            kind = ipaddress.ip_address(address)
+            if kind.is_loopback:
                 raise ValueError(f"{address} is every host's own")
+            if kind.is_unspecified or kind.is_multicast or address == "255.255.255.255":
+                raise ValueError(f"{address} is no host's address")
         host = Host(self, name, given, **settings)
         self.hosts[name] = host
         for address in given:
