@@ -219,6 +219,27 @@ def test_watch_runs_a_command_and_keeps_its_status() -> None:
     assert "SYN,ACK" in isolated.stdout
 
 
+def test_watch_isolated_tells_of_nothing_outside() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as outside:
+        port = outside.getsockname()[1]
+        # The program inside outlasts a connection outside.
+        watching = subprocess.Popen(
+            [sys.executable, "-m", "timewait", "watch", "--json", "--isolated", "--", "cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert watching.stdin is not None
+        assert watching.stdout is not None
+        head = json.loads(watching.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port)):
+            outside.accept()[0].close()
+        rest, _ = watching.communicate("")
+    assert watching.returncode == 0
+    assert head["observer"] == "sock_diag"
+    assert str(port) not in rest
+
+
 def test_watch_ends_after_its_time_and_on_bad_input() -> None:
     done = command("watch", str(PORT), "--for", "0.2", "--observer", "sock_diag")
     assert (done.returncode, done.stderr) == (0, "")

@@ -68,7 +68,8 @@ class _WithCommand(click.Command):
 @click.option(
     "--isolated",
     is_flag=True,
-    help="Run COMMAND in a private network namespace, where --observer capture needs no root.",
+    help="Run COMMAND in a private network namespace, of which sock_diag (then auto's choice) and "
+    "--observer capture see nothing else and need no root.",
 )
 @click.pass_context
 def command(
@@ -96,6 +97,8 @@ def command(
     try:
         if isolated:
             isolate()
+            if observer == "auto":
+                observer = "sock_diag"  # the tracepoint tells of every namespace's sockets
         return _watch(port, host, observer, as_json, seconds, program)
     finally:
         signal.signal(signal.SIGTERM, before)
