@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from typing import Final
 
 import click
 
 from timewait.scenario import BUILT_IN, WITH_FAULTS, Scenario
 
 __all__ = ["command"]
+
+_COLUMNS: Final = 80
 
 
 @click.command(help="List the built-in scenarios; --toml NAME prints one, to make your own of.")
@@ -30,5 +34,6 @@ def command(name: str | None, as_json: bool) -> int:
     known = BUILT_IN | WITH_FAULTS
     width = max(map(len, known))
     for each, (about, _) in known.items():
-        click.echo(f"{each:{width}}  {about}")
+        told = textwrap.wrap(about, _COLUMNS - width - 2)
+        click.echo(f"{each:{width}}  " + f"\n{'':{width}}  ".join(told))
     return 0
