@@ -161,7 +161,7 @@ def test_what_a_file_has_garbled_weakens_the_evidence(
 ) -> None:
     lines = GOOD.read_text().splitlines()
     for i in range(garbled):
-        lines[-1 - 2 * i] = "{"
+        lines[1 + 2 * i] = "{"  # before any connection
     file = tmp_path / "garbled.jsonl"
     file.write_text("\n".join(lines) + "\n")
     done = timewait_check(file)
