@@ -232,6 +232,8 @@ def test_what_wider_fixtures_open_is_not_the_tests(suite: Run) -> None:
         ("tcp_sim(seeds=[1, 'x'])", "seeds are numbers from 0"),
         ("tcp_sim(3)", "takes seeds, hosts and profile, by name"),
         ("tcp_sim(profile='vms')", "vms"),
+        ("tcp_sim(hosts=5)", "hosts are names, or a Network, not 5"),
+        ("tcp_sim(hosts='ab')", "hosts are names, or a Network, not 'ab'"),
     ],
 )
 def test_a_marker_that_makes_no_sense_is_an_error_at_collection(

@@ -18,7 +18,7 @@ import functools
 import inspect
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -316,6 +316,12 @@ def _simulation(
             profile(made_of["profile"])
         except (ValueError, TypeError) as unknown:
             raise pytest.UsageError(f"tcp_sim: {unknown}") from None
+    if (hosts := made_of.get("hosts")) is not None:
+        from timewait.sim import Network
+
+        named = isinstance(hosts, (list, tuple, Mapping)) and all(isinstance(h, str) for h in hosts)
+        if not named and not isinstance(hosts, Network):
+            raise pytest.UsageError(f"tcp_sim: hosts are names, or a Network, not {hosts!r}")
     only = config.getoption("tcp_sim_seed")
     return (seeds if only is None else [only]), made_of
 
