@@ -54,7 +54,8 @@ __all__ = ["command"]
     type=click.IntRange(1),
     default=1_000_000,
     show_default=True,
-    help="States per world, after which it is cut short (and says so).",
+    help="States per world, after which it is cut short (and says so; nothing found is then no "
+    "proof, and still exit status 0).",
 )
 @click.option(
     "--no-time-wait",

@@ -20,7 +20,7 @@ __all__ = ["command"]
     "seconds",
     callback=seconds_of,
     metavar="TIME",
-    help="Go on for so long (90s, 10m, 1h).",
+    help="Go on for so long (90s, 10m, 1h), then end the batch under way (most of a minute).",
 )
 @click.option("--count", type=click.IntRange(1), help="So many steps.  [default: 5000]")
 @click.option("--seed", help="Repeat the run of that seed.  [default: a new one]")
