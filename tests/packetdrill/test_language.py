@@ -388,3 +388,15 @@ def test_the_commands_json_and_status(tmp_path: Path) -> None:
     )
     assert missing.returncode == 2
     assert missing.stderr.count("\n") == 1
+
+
+def test_a_close_that_lingers_is_beyond_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "lingers.pkt"
+    path.write_text(
+        "0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3\n"
+        "+0 setsockopt(3, SOL_SOCKET, SO_LINGER, {onoff=1, linger=5}, 8) = 0\n"
+        "+0 close(3) = 0\n"
+    )
+    outcome = play(path, on="model")
+    assert outcome.outcome == "unsupported"
+    assert "SO_LINGER" in outcome.why

@@ -119,8 +119,11 @@ class ModelSocket:
         self.inner.shutdown(how)
 
     def close(self) -> None:
-        """As socket.close."""
+        """As socket.close. Time that passes in it would pass in the script unseen."""
+        waits = self.inner._open().linger
         self.inner.close()
+        if waits:
+            raise Unsupported("close() that waits for SO_LINGER on the model")
 
     def setsockopt(self, level: int, option: int, value: bytes) -> None:
         """As socket.setsockopt."""
@@ -265,7 +268,7 @@ class ModelStack:
 
     def __exit__(self, *exception: object) -> None:
         for live in self.calls.fds.values():
-            live.close()
+            live.inner.close() if isinstance(live, ModelSocket) else live.close()
 
     def socket(self, family: int, kind: int, protocol: int) -> ModelSocket:
         """A modelled socket of the stack under test."""
