@@ -7,12 +7,13 @@ import json
 import resource
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from timewait.bench import report
@@ -59,7 +60,7 @@ def command(
     old: str | None,
 ) -> int:
     """Run the benchmark and print what it found."""
-    earlier = _earlier(old) if old else None
+    earlier = None if old is None else _earlier(old)
     draw = _drawer(plot) if plot else None
     missing = [name for name in kinds if KINDS[name] not in available()]
     if missing:
@@ -77,6 +78,8 @@ def command(
     found = report.Report(
         report.machine(), report.settings(), isolated, round(pace[0], 7), waited=wait
     )
+    if earlier is not None:
+        _compared(old, earlier, found)  # nobody waits for a run to hear that it is no document
     trials = [
         Trial(kind, COURSES[name], family, size, rounds)
         for kind in chosen
@@ -104,11 +107,8 @@ def command(
     else:
         out = console()
         out.print(found.tables())
-        if earlier:
-            try:
-                out.print(report.compare(earlier, found))
-            except ValueError as wrong:
-                raise click.ClickException(f"{old}: {wrong}") from None
+        if earlier is not None:
+            out.print(_compared(old, earlier, found))
     if draw:
         draw(found)
     return 130 if found.interrupted else 1 if found.outside else 0
@@ -124,6 +124,13 @@ def _earlier(path: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise click.ClickException(f"{path}: it is no document of this benchmark")
     return document
+
+
+def _compared(path: str | None, earlier: Mapping[str, Any], found: report.Report) -> RenderableType:
+    try:
+        return report.compare(earlier, found)
+    except ValueError as wrong:
+        raise click.ClickException(f"{path}: {wrong}") from None
 
 
 def _drawer(path: str) -> Callable[[report.Report], None]:
