@@ -655,3 +655,26 @@ def test_a_host_that_idna_cannot_take_has_no_address(host: str) -> None:
         explain_bind(PORT, host)
     with pytest.raises(socket.gaierror, match="not a host name"):
         can_bind(PORT, host)
+
+
+def test_a_server_whose_group_s_leader_has_ended_is_nobody_s_heir() -> None:
+    serve = (
+        "import socket, time\n"
+        f"s = socket.create_server(('127.0.0.1', {PORT}))\n"
+        "print('listening', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with (
+        subprocess.Popen(["sleep", "60"], process_group=0) as leader,
+        subprocess.Popen(
+            [sys.executable, "-c", serve], stdout=subprocess.PIPE, process_group=leader.pid
+        ) as server,
+    ):
+        leader.kill()
+        leader.wait()
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"listening\n"
+            assert explained().situation == "live-listener"
+        finally:
+            server.kill()

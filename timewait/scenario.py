@@ -103,7 +103,8 @@ class Connect:
     """So many further clients connect, one after the other; they are numbered from 1."""
 
     do: ClassVar = "connect"
-    clients: int = field(default=1, validator=[_whole, validators.ge(1)])
+    # A client takes a port of its address, so there can be no more.
+    clients: int = field(default=1, validator=[_whole, validators.ge(1), validators.le(65535)])
     reuse_address: bool = False
     reuse_port: bool = False
     reads: bool = True

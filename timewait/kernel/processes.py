@@ -27,8 +27,8 @@ _LINK: Final = re.compile(r"socket:\[(\d+)\]")
 class Process:
     """A process that has a socket open, as its descriptor `fd`.
 
-    `inherited` says that it looks like the heir of one that has ended: the
-    leader of its process group is gone, or init has adopted it.
+    `inherited` says that it looks like the heir of one that has ended: its
+    parent is not of the session it was born in, so somebody has adopted it.
     """
 
     pid: int
@@ -58,13 +58,22 @@ def owners(inodes: Iterable[int]) -> dict[int, list[Process]]:
 
 
 def _process(pid: int, fd: int) -> Process:
-    # stat(5): the name is in brackets and may hold any character; then state, ppid, pgrp,
-    # session.
+    name, parent, group, session = _family(pid)
+    # Whoever made it would be of its session, unless it began that session itself.
+    heir = pid not in (group, session) and (
+        _family(parent)[3] != session or (parent == 1 and not Path(f"/proc/{group}").exists())
+    )
+    return Process(pid, name, fd, heir)
+
+
+def _family(pid: int) -> tuple[str, int, int, int]:
+    """A process's name, parent, process group and session; zeros for the kernel's own 0."""
+    if not pid:
+        return "", 0, 0, 0
+    # stat(5): the name is in brackets and may hold any character; the state comes after it.
     left, _, right = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
     parent, group, session = (int(number) for number in right.split()[1:4])
-    adopted = parent == 1 and pid not in (group, session)
-    orphan = adopted or not Path(f"/proc/{group}").exists()
-    return Process(pid, left.partition("(")[2], fd, orphan)
+    return left.partition("(")[2], parent, group, session
 
 
 def user_name(uid: int) -> str:
