@@ -1,6 +1,7 @@
 """What tests share: an ordinary user, and a copy of the package that one can read."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import timewait
+
+# A shell's background job ignores Ctrl-C, and so would every command that is interrupted here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -139,7 +139,7 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool
     b._rx = b._rx + data if b._rx else data
     if not b._ack_due:
         b._ack_due = 1
-    b._last_text = now
+    b._last_text = b.heard = now
     b._rcv_mss = largest
     if b.t_ack == INF:
         b.t_ack = now + b._ato
