@@ -23,10 +23,10 @@ def wrong(outcome: Outcome) -> str | None:
 
 
 def played(path: Path, stack: str) -> Outcome:
-    """What becomes of a script; on the kernel, whose time is real, the best of three."""
+    """What becomes of a script; on the kernel, in real time, a late one plays again."""
     outcome = play(path, on=stack)
     for _ in range(2):
-        if outcome.outcome == "failed" and stack == "kernel":
+        if stack == "kernel" and "(tolerance " in outcome.why:
             outcome = play(path, on=stack)
     return outcome
 
