@@ -51,13 +51,17 @@ def test_the_server_can_be_restarted(tcp, tcp_port) -> None:
 
 def test_nothing_is_left_open(tcp, tcp_port) -> None:
     async def main() -> None:
+        busy: list[asyncio.StreamWriter] = []
+
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            busy.append(writer)
             await reader.read()  # until the client closes, and then: nothing
 
-        async with await asyncio.start_server(answer, sock=tcp_port.listen()):
-            _, writer = await asyncio.open_connection("127.0.0.1", tcp_port.number)
-            writer.close()
-            await tcp.settled()
-            tcp.assert_no_leak()
+        server = await asyncio.start_server(answer, sock=tcp_port.listen())
+        _, writer = await asyncio.open_connection("127.0.0.1", tcp_port.number)
+        writer.close()
+        await tcp.settled()
+        server.close()
+        tcp.assert_no_leak()
 
     asyncio.run(main())
