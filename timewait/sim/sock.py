@@ -323,7 +323,7 @@ class Sock:
         old = conn.state
         if conn.error or self.error:
             fail(self.take_error())
-        if self.shut & 2 and old is not State.SYN_SENT:
+        if self.shut & 2 and old is not State.SYN_SENT and old is not State.SYN_RECEIVED:
             fail(errno.EPIPE)
         try:
             taken = conn.send(data, self.clock.now)
