@@ -391,7 +391,8 @@ def report_timeout(c: Connection, _seg: None, now: float) -> None:
 
 def start_time_wait(c: Connection, _seg: Any, now: float) -> None:
     c.t_retransmit = c.t_ack = c.t_probe = c.t_keepalive = c.t_user = inf
-    c.last_challenge = -inf
+    if c.t_wait == inf:
+        c.last_challenge = -inf  # a new small socket; an orphan's FIN_WAIT_2 was one already
     c.t_wait = now + c.profile.parameters.time_wait
 
 
