@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def test_the_kernel_connects_to_nobody_and_its_syn_arrives_here(wire: Wire) -> N
         client.connect_ex(("192.0.2.1", 80))
         came = answer(wire)
     assert (came.dst, came.ports[1], came.flags) == ("192.0.2.1", 80, SYN)
+
+
+def test_a_packet_read_late_tells_when_it_was_sent(wire: Wire) -> None:
+    with wire.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as client:
+        before = time.monotonic()
+        client.connect_ex(("192.0.2.1", 80))
+        after = time.monotonic()
+        time.sleep(0.2)
+        assert answer(wire).flags == SYN
+    assert before - 0.01 < wire.sent_at < after + 0.01
 
 
 def test_a_segment_with_a_wrong_checksum_is_not_answered(wire: Wire) -> None:

@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 
-__all__ = ["address", "default_route", "link_up", "neighbour", "tun", "veth"]
+__all__ = ["address", "default_route", "link_up", "neighbour", "tap", "tun", "veth"]
 
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0
 IFF_TUN, IFF_NO_PI = 0x1, 0x1000
@@ -23,6 +23,8 @@ OFFLOAD = 0x1 | 0x2 | 0x4 | 0x8
 
 # Hardware addresses: the near end of a veth pair, and one that no device has.
 NEAR, FAR = b"\x02\x00\x00\x00\x00\x01", b"\x02\x00\x00\x00\x00\x63"
+
+SO_TIMESTAMPNS = 35
 
 RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWNEIGH = 16, 20, 24, 28
 NLM_REQUEST, NLM_ACK, NLM_CREATE, NLM_REPLACE = 0x1, 0x4, 0x400, 0x100
@@ -113,6 +115,17 @@ def veth(name: str, far: str) -> socket.socket:
     wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
     wire.setblocking(False)
     return wire
+
+
+def tap(name: str) -> socket.socket:
+    """A packet socket that sees what passes a device, and when (SO_TIMESTAMPNS), as IP packets."""
+    everything = 0x0003
+    seen = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
+    seen.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    seen.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+    seen.setblocking(False)
+    seen.bind((name, everything))
+    return seen
 
 
 def neighbour(name: str, host: str) -> None:

@@ -12,6 +12,8 @@ import io
 import os
 import select
 import socket
+import struct
+import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Final
@@ -21,6 +23,7 @@ from timewait.kernel.namespace import Namespace, sysctl
 
 __all__ = ["Wire", "WireError"]
 
+_STAMP: Final = struct.Struct("qq")  # struct timespec
 _ETHERTYPES: Final = {4: b"\x08\x00", 6: b"\x86\xdd"}
 
 
@@ -52,7 +55,9 @@ class Wire:
         offload: bool = True,
     ) -> None:
         self.name = "tun0"  # whatever it is: that is what public scripts call it
+        self.sent_at = 0.0
         self._file: io.FileIO | socket.socket | None = None
+        self._tap: socket.socket | None = None
         try:
             self.namespace = Namespace()
         except OSError as trouble:
@@ -61,6 +66,7 @@ class Wire:
             self.sysctl("net.ipv4.conf.all.rp_filter", "0")
             self._make(device, offload)
             self._link(local, remote, mtu)
+            self._tap = self.namespace.call(links.tap, self.name)
         except OSError as trouble:
             self.close()
             raise WireError(trouble.errno, f"no wire: {trouble.strerror}") from None
@@ -125,17 +131,36 @@ class Wire:
         os.write(self.fileno(), packet)
 
     def read(self) -> bytes | None:
-        """The next IP packet the kernel has sent, None where there is none."""
+        """The next IP packet the kernel has sent, None where there is none.
+
+        `sent_at` is then when the kernel sent it, in `time.monotonic`'s
+        seconds, however late it is read.
+        """
         while True:
             try:
                 packet = os.read(self.fileno(), 1 << 17)
             except BlockingIOError:
                 return None
-            if self.device == "tun":
-                return packet
-            # The far end also sees what we send, and other protocols.
-            if packet[12:14] in _ETHERTYPES.values() and packet[:6] == links.FAR:
-                return packet[14:]
+            if self.device == "veth":
+                # The far end also sees what we send, and other protocols.
+                if packet[12:14] not in _ETHERTYPES.values() or packet[:6] != links.FAR:
+                    continue
+                packet = packet[14:]
+            self.sent_at = self._stamp(packet)
+            return packet
+
+    def _stamp(self, packet: bytes) -> float:
+        """When the near device sent that packet, by the kernel's own clock."""
+        assert self._tap is not None
+        ahead = time.time_ns() - time.monotonic_ns()
+        while True:
+            try:
+                seen, extra, _, (_, _, kind, *_) = self._tap.recvmsg(1 << 17, 64)
+            except BlockingIOError:
+                return time.monotonic()
+            if kind == socket.PACKET_OUTGOING and seen == packet:
+                stamp: tuple[int, int] = _STAMP.unpack(extra[0][2])
+                return (stamp[0] * 1_000_000_000 + stamp[1] - ahead) / 1e9
 
     def wait(self, timeout: float | None) -> bool:
         """Whether a packet can be read, after at most `timeout` seconds."""
@@ -143,9 +168,10 @@ class Wire:
 
     def close(self) -> None:
         """End the namespace and everything in it; sockets handed out are the caller's."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in (self._file, self._tap):
+            if file is not None:
+                file.close()
+        self._file = self._tap = None
         self.namespace.close()
 
     def __enter__(self) -> Wire:

@@ -191,9 +191,8 @@ class KernelStack:
         if self._wake_r in ready:
             os.read(self._wake_r, 4096)
         if self.wire.fileno() in ready:
-            t = self.now()
             while (octets := self.wire.read()) is not None:
-                frame = decode(octets, t)
+                frame = decode(octets, self.wire.sent_at - self._started)
                 if frame is not None:
                     self._arrived.append(frame)
 
