@@ -92,20 +92,30 @@ def command(
             host, port = parse_address(address)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
-    # Being told to end is a way to end: the tracing instance is removed as after Ctrl-C.
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    told = _Told()
+    before = {
+        number: signal.signal(number, told)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as of a shell's background job
+    }
     try:
         if isolated:
             isolate()
             if observer == "auto":
                 observer = "sock_diag"  # the tracepoint tells of every namespace's sockets
-        return _watch(port, host, observer, as_json, seconds, program)
+        return _watch(port, host, observer, as_json, seconds, program, told)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Told:
+    """Whether Ctrl-C or SIGTERM has come: not an exception, which would cut a line short."""
+
+    to_end = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.to_end = True
 
 
 def _watch(
@@ -115,6 +125,7 @@ def _watch(
     as_json: bool,
     seconds: float | None,
     program: list[str],
+    told: _Told,
 ) -> int:
     feed = _Feed(host, as_json)
     process: subprocess.Popen[bytes] | None = None
@@ -128,7 +139,7 @@ def _watch(
 
         def over() -> bool:
             ended = process is not None and process.poll() is not None
-            return ended or (until is not None and time.monotonic() >= until)
+            return told.to_end or ended or (until is not None and time.monotonic() >= until)
 
         try:
             if as_json or process is not None or not sys.stdout.isatty():
@@ -137,8 +148,6 @@ def _watch(
                     time.sleep(_TICK)
             else:
                 _live(seen, feed, over)
-        except KeyboardInterrupt:
-            pass
         finally:
             status = _end(process)
     feed.print(seen)
