@@ -61,11 +61,15 @@ def rate(work: Callable[[int], object], n: int) -> float:
 
 
 def side_by_side(*works: tuple[Callable[[int], object], int], rounds: int = 5) -> tuple[float, ...]:
-    """The median rate of each `(work, n)`, run in turn A B A B after one warm-up each.
+    """The median rate of each `(work, n)`, run in turn A B B A after one warm-up each.
 
-    In turn, so that a machine that slows down slows all of them.
+    In turn, so that a machine that slows down slows all of them, and none comes always first.
     """
     for work, n in works:
         work(max(1, n // 10))
-    rates = [[rate(work, n) for work, n in works] for _ in range(rounds)]
+    rates = []
+    for number in range(rounds):
+        order = works if number % 2 == 0 else works[::-1]
+        row = [rate(work, n) for work, n in order]
+        rates.append(row if order is works else row[::-1])
     return tuple(sorted(column)[rounds // 2] for column in zip(*rates, strict=True))
