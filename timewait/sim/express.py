@@ -3,9 +3,14 @@
 Most of what a simulation does is to pass text over a loopback: both ends are
 ESTABLISHED, nothing is in flight, nobody watches, and no ACK is due at once.
 Then all that a segment would change is known, and is changed here without
-making one. It is `Connection`'s own work, in its own order, and the tests
-hold the two against each other, variable by variable; whatever is not this
-very case is refused, nothing having been touched, and goes the long way.
+making one (`pass_text`). It is `Connection`'s own work, in its own order, and
+the tests hold the two against each other, variable by variable; whatever is
+not this very case is refused, nothing having been touched, and goes the long
+way.
+
+Where two ends take turns at one instant, a question and its answer leave all
+but the sequence numbers as the last did. A `Volley` therefore only counts, and
+`settle` works out the variables when anybody looks at them.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from timewait.tcp.actions import acknowledged
 from timewait.tcp.connection import Connection
 from timewait.tcp.states import State
 
-__all__ = ["pass_text", "read_all"]
+__all__ = ["Volley", "pass_text", "read_all"]
 
 ESTABLISHED: Final = State.ESTABLISHED
 MASK: Final = 0xFFFFFFFF
@@ -155,3 +160,85 @@ def read_all(c: Connection) -> bytes | None:
         return None
     data, c._rx = c._rx, b""
     return data
+
+
+class Volley:
+    """Two connections that answer each other at one instant, each short text read before the next.
+
+    While it lasts, `snd_nxt`, `rcv_nxt`, `_rx` and the `_tx` of who sent last
+    are kept; all else of the two is out of date until `settle`.
+    """
+
+    __slots__ = ("limit", "now", "turn", "waits")
+
+    now: float
+    limit: int  # bytes of a text
+    turn: Connection  # whose text is next
+    waits: Connection
+
+    @classmethod
+    def begin(cls, a: Connection, b: Connection, now: float) -> Volley | None:
+        """The volley that `b`'s answer to `a` has begun; None if the next could differ from it.
+
+        `pass_text` has just passed both texts, and nothing has happened since.
+        """
+        for c in (a, b):
+            if (
+                c._last_text != now
+                or not c._pingpong
+                or c._quick
+                or (c is b and c._rx)
+                or c.srtt != 0.0
+                or c.rttvar != 0.0
+                or (c.rcv_adv - c.rcv_wup) & MASK != _whole(c)
+            ):
+                return None
+        a._tx = bytes((b.rcv_nxt - b.snd_wl1) & MASK)  # as long as what was acknowledged
+        volley = cls()
+        volley.now = now
+        volley.turn = a
+        volley.waits = b
+        # Never the segment that fills a window or a maximum, nor one that must be acknowledged.
+        volley.limit = min(
+            min(c.mss - 13, c.snd_wnd, c.snd_buf, c._rcv_mss, (c.rcv_buf >> 1) - 1) for c in (a, b)
+        )
+        return volley
+
+    def hit(self, sender: Connection | None, text: bytes) -> bool:
+        """Pass `text` on; False, and nothing done, if that would be no part of the volley."""
+        length = len(text)
+        if sender is None or sender is not self.turn or sender._rx or not 0 < length <= self.limit:
+            return False
+        receiver = self.waits
+        self.turn = receiver
+        self.waits = sender
+        sender._tx = receiver._rx = text
+        sender.snd_nxt = receiver.rcv_nxt = (sender.snd_nxt + length) & MASK
+        return True
+
+    def settle(self) -> None:
+        """Have all variables of both what they would be had each text gone by itself."""
+        now = self.now
+        a, b = self.turn, self.waits  # b has sent last, answering a
+        asked = (a.snd_nxt - len(a._tx)) & MASK
+        answered = (b.snd_nxt - len(b._tx)) & MASK
+        for c in (a, b):
+            c._small = c.snd_wl2 = c.snd_una = c.snd_nxt
+        b.snd_una = b.snd_wl2 = answered
+        a.snd_wl1, b.snd_wl1 = answered, asked
+        a.rcv_wup, b.rcv_wup = answered, b.rcv_nxt
+        for c in (a, b):
+            c.rcv_adv = (c.rcv_wup + _whole(c)) & MASK
+        a._tx = b""
+        a._rtt_seq = a.first_sent = None
+        a.t_retransmit = b.t_ack = INF
+        a._ack_due, b._ack_due = 1, 0
+        a.t_ack = now + a._ato
+        b._rtt_seq = b.snd_nxt
+        b._rtt_at = b.first_sent = now
+        b.t_retransmit = now + b.rto
+
+
+def _whole(c: Connection) -> int:
+    """The window that an empty receive buffer makes, in whole units of its scale."""
+    return min(-(-c.rcv_buf >> c.rcv_scale), 0xFFFF) << c.rcv_scale

@@ -629,6 +629,7 @@ class Host:
         for sock in self.sockets():
             sock.dead = True
             sock.clean = False
+            sock.end_volley()
             sock.notify()
         self.tcp.clear()
         self.listeners.clear()

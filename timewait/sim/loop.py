@@ -24,7 +24,6 @@ from heapq import heapify, heappop
 from typing import Any, Final, NoReturn, TypeVar
 from zlib import crc32
 
-from timewait.sim.express import read_all
 from timewait.sim.host import HERE, Host
 from timewait.sim.inside import LeavesSimulation, getaddrinfo, inside, leaves
 from timewait.sim.network import Network
@@ -172,20 +171,16 @@ class _Transport(_SelectorSocketTransport):  # type: ignore[misc]
 
     def _read_ready(self) -> None:
         sock = self._sock._sock
-        if self._plain and not self._conn_lost and sock is not None and not sock.dead:
-            conn = sock.conn
-            if conn is not None and 0 < len(conn._rx) <= self.max_size:
-                data = read_all(conn)
-                if data is not None:
-                    try:
-                        self._protocol.data_received(data)
-                    except (SystemExit, KeyboardInterrupt):
-                        raise
-                    except BaseException as error:
-                        self._fatal_error(
-                            error, "Fatal error: protocol.data_received() call failed."
-                        )
-                    return
+        if self._plain and sock is not None and not self._conn_lost:
+            data = sock.take(self.max_size)
+            if data is not None:
+                try:
+                    self._protocol.data_received(data)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self._fatal_error(error, "Fatal error: protocol.data_received() call failed.")
+                return
         self._read_ready_cb()
 
     def write(self, data: Any) -> None:
@@ -355,7 +350,7 @@ class SimLoop(asyncio.SelectorEventLoop):
             if key is not None:
                 events = key.events
                 reader, writer = key.data
-                if events & 1 and ((sock.conn is not None and sock.conn._rx) or sock.readable()):
+                if events & 1 and ((sock._conn and sock._conn._rx) or sock.readable()):
                     hot = True
                     if reader._cancelled:
                         self._remove_reader(key.fd)

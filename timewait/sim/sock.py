@@ -17,10 +17,10 @@ import os
 import socket
 from collections import deque
 from ipaddress import ip_address
-from selectors import SelectorKey
+from selectors import EVENT_READ, SelectorKey
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from timewait.sim.express import pass_text, read_all
+from timewait.sim.express import Volley, pass_text, read_all
 from timewait.sim.network import Key
 from timewait.sim.ports import ANY4, ANY6, is_v4
 from timewait.tcp.connection import Connection, SocketOptions
@@ -76,6 +76,7 @@ class Sock:
     """A socket as its kernel knows it."""
 
     __slots__ = (
+        "_conn",
         "accepted",
         "address",
         "backlog",
@@ -84,7 +85,6 @@ class Sock:
         "bound_port",
         "clean",
         "clock",
-        "conn",
         "connect_bound",
         "dead",
         "embryos",
@@ -120,6 +120,7 @@ class Sock:
         "uid",
         "user_timeout",
         "v6only",
+        "volley",
         "waker",
         "watch",
     )
@@ -138,7 +139,8 @@ class Sock:
         self.remote_port = 0
         self.key: Key | None = None
         self.peer_key: Key | None = None
-        self.conn: Connection | None = None
+        self._conn: Connection | None = None
+        self.volley: Volley | None = None
         self.phase = UNCONNECTED
         self.error = 0
         self.shut = 0  # bit 0: nothing more to read, bit 1: nothing more to send; without a conn
@@ -172,6 +174,24 @@ class Sock:
         self.watch: dict[Sock, None] | None = None
         self.selector_key: SelectorKey | None = None
         self.waker: float | None = None  # when the clock will look at the timers
+
+    @property
+    def conn(self) -> Connection | None:
+        """The protocol's part of it."""
+        if self.volley is not None:
+            self.end_volley()
+        return self._conn
+
+    @conn.setter
+    def conn(self, conn: Connection | None) -> None:
+        self._conn = conn
+
+    def end_volley(self) -> None:
+        """From here on everything goes by itself, until `pass_text` finds the next volley."""
+        if self.volley is not None:
+            assert self.peer is not None
+            self.volley.settle()
+            self.volley = self.peer.volley = None
 
     @property
     def state(self) -> State:
@@ -315,11 +335,11 @@ class Sock:
 
     def send(self, data: bytes) -> int:
         """send(2): bytes taken; EAGAIN if there is no room, EPIPE after the end."""
+        if self.peer is not None and self.pass_text(data):
+            return len(data)
         conn = self.conn
         if conn is None:
             fail(self.take_error() or errno.EPIPE)
-        if self.peer is not None and self.pass_text(data):
-            return len(data)
         old = conn.state
         if conn.error or self.error:
             fail(self.take_error())
@@ -343,14 +363,22 @@ class Sock:
         network = self.network
         if network.observers or network.faults:
             return False
+        now = self.clock.now
+        volley = self.volley
+        if volley is not None and volley.now == now and volley.hit(self._conn, data):
+            if peer.watch is not None:
+                peer.watch[peer] = None
+            return True
         conn, other = self.conn, peer.conn
         clean = self.clean and peer.clean
         if conn is None or other is None:
             return False
         if not clean and (self.error or self.shut or self.dead):
             return False
-        if not pass_text(conn, other, data, self.clock.now, clean):
+        if not pass_text(conn, other, data, now, clean):
             return False
+        if clean:
+            self.volley = peer.volley = Volley.begin(other, conn, now)
         self.clean = peer.clean = True
         if self.waker is None or conn.t_retransmit < self.waker:
             self._set_waker(conn.t_retransmit)
@@ -360,8 +388,25 @@ class Sock:
             peer.watch[peer] = None
         return True
 
+    def take(self, size: int) -> bytes | None:
+        """All there is to read, at most `size` bytes, the short way; None where that may not be."""
+        conn = self._conn
+        if conn is None or self.dead or not 0 < len(conn._rx) <= size:
+            return None
+        if self.volley is None:
+            return read_all(conn)
+        data, conn._rx = conn._rx, b""
+        key = self.selector_key
+        if key is not None and key.events == EVENT_READ:
+            assert self.watch is not None
+            self.watch.pop(self, None)  # sure not to be readable any more
+        return data
+
     def receive(self, size: int, peek: bool = False) -> bytes:
         """recv(2): b"" at the end; EAGAIN if nothing is there yet."""
+        text = None if peek else self.take(size)
+        if text is not None:
+            return text
         conn = self.conn
         if conn is None:
             if self.listening:
@@ -372,10 +417,6 @@ class Sock:
                 return b""
             fail(errno.ENOTCONN)
         if conn._rx:
-            if not peek and len(conn._rx) <= size:
-                text = read_all(conn)
-                if text is not None:
-                    return text
             old = conn.state
             data = conn.receive(size, self.clock.now, peek)
             self.after(old)
@@ -477,7 +518,7 @@ class Sock:
                 assert self.key is not None
                 self.host.moved(self.key, old, State.CLOSED, "DISCONNECT")
                 self.host.forget(self)
-        self.conn = None
+        self.conn = self.peer = None
         self.phase = UNCONNECTED
         if not self.bound_address:
             self.address = ANY4 if self.family == AF_INET else ANY6
