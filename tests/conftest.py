@@ -36,5 +36,5 @@ def nobody() -> tuple[str, ...]:
     become = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     tried = subprocess.run([*become, sys.executable, "-c", ""], capture_output=True, text=True)
     if tried.returncode:  # (a Python in somebody's home, whose library nobody else can read)
-        pytest.skip(f"an ordinary user cannot run {sys.executable}: {tried.stderr.strip()}")
+        pytest.skip(f"user nobody cannot run this Python: {tried.stderr.strip()}")
     return become

@@ -7,12 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -368,48 +368,37 @@ def test_bind_allowed_and_listen_refused(bound: Server) -> None:
     assert "bound as they are, get EADDRINUSE from listen()" in found.rule
 
 
-def as_user(program: str, tmp_path: Path, *arguments: object, uid: int = 65534) -> str:
-    """Run a program that needs only the package, as an ordinary user."""
-    import shutil
-
-    import timewait
-
-    home = tmp_path / "home"
-    shutil.copytree(
-        Path(timewait.__file__).parent,
-        home / "timewait",
-        ignore=shutil.ignore_patterns("__pycache__"),
-        dirs_exist_ok=True,
-    )
-    for path in (home, *home.parents[:4]):
-        path.chmod(0o755)
-    packages = Path(pytest.__file__).parents[1]
-    done = subprocess.run(
-        [
-            *("setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
-            *(sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)),
-        ],
-        env={"PYTHONPATH": f"{home}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.stderr == ""
-    return done.stdout
-
-
 EXPLAIN = """
-    import json, sys
-    from timewait.explain import explain_bind
-    print(json.dumps(explain_bind(int(sys.argv[1]), "127.0.0.1").to_json()))
+import json, sys
+from timewait.explain import explain_bind
+print(json.dumps(explain_bind(int(sys.argv[1]), "127.0.0.1").to_json()))
 """
 
 
-def test_privileged_port(tmp_path: Path) -> None:
+@pytest.fixture
+def explained_to_nobody(importable: Path, nobody: tuple[str, ...]) -> Callable[[int], Any]:
+    """What `explain_bind` tells an ordinary user of a port, as JSON."""
+
+    def ask(port: int) -> Any:
+        packages = Path(pytest.__file__).parents[1]
+        done = subprocess.run(
+            [*nobody, sys.executable, "-c", EXPLAIN, str(port)],
+            env={"PYTHONPATH": f"{importable}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.stderr == ""
+        return json.loads(done.stdout)
+
+    return ask
+
+
+def test_privileged_port(explained_to_nobody: Callable[[int], Any]) -> None:
     sysctl("net.ipv4.ip_unprivileged_port_start", 1024)
-    found = json.loads(as_user(EXPLAIN, tmp_path, 80))
+    found = explained_to_nobody(80)
     assert (found["situation"], found["errno"]) == ("privileged-port", "EACCES")
     assert set(found["bindable"].values()) == {False}
     assert "below 1024" in found["rule"]
@@ -417,10 +406,10 @@ def test_privileged_port(tmp_path: Path) -> None:
 
 
 def test_an_ordinary_user_is_told_of_a_holder_whose_process_is_hidden(
-    server: Server, tmp_path: Path
+    server: Server, explained_to_nobody: Callable[[int], Any]
 ) -> None:
     server()
-    found = json.loads(as_user(EXPLAIN, tmp_path, PORT))
+    found = explained_to_nobody(PORT)
     assert found["situation"] == "live-listener"
     (holder,) = found["holders"]
     assert (holder["pid"], holder["user"], holder["reuse_port"]) == (None, "root", None)

@@ -18,8 +18,6 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="needs root to be root and nobody in turn"
 )
 
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-
 
 def python(*prefix: str, home: Path, program: str) -> str:
     done = subprocess.run(
@@ -110,15 +108,17 @@ AS_ANYBODY = """
 """
 
 
-def test_anybody_has_a_namespace_by_a_helper(importable: Path) -> None:
-    assert python(*NOBODY, home=importable, program=AS_ANYBODY).splitlines() == [
+def test_anybody_has_a_namespace_by_a_helper(importable: Path, nobody: tuple[str, ...]) -> None:
+    assert python(*nobody, home=importable, program=AS_ANYBODY).splitlines() == [
         "user 3 1",
         "error came through",
         "only root can enter a network namespace and return",
     ]
 
 
-def test_the_helper_ends_when_its_owner_is_killed(importable: Path) -> None:
+def test_the_helper_ends_when_its_owner_is_killed(
+    importable: Path, nobody: tuple[str, ...]
+) -> None:
     program = """
         import os, signal
         from timewait.kernel.namespace import Namespace
@@ -126,7 +126,7 @@ def test_the_helper_ends_when_its_owner_is_killed(importable: Path) -> None:
         print(ns._helper.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    pid = int(python(*NOBODY, home=importable, program=program))
+    pid = int(python(*nobody, home=importable, program=program))
     for _ in range(500):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -138,8 +138,13 @@ def test_the_helper_ends_when_its_owner_is_killed(importable: Path) -> None:
     pytest.fail("the helper process lives on")
 
 
-@pytest.mark.parametrize("prefix", [(), NOBODY, ("unshare", "-Urn")])
-def test_a_process_isolates_itself(importable: Path, prefix: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("who", ["root", "nobody", "root of its own"])
+def test_a_process_isolates_itself(
+    importable: Path, who: str, request: pytest.FixtureRequest
+) -> None:
+    prefix = ("unshare", "-Urn") if who == "root of its own" else ()
+    if who == "nobody":
+        prefix = request.getfixturevalue("nobody")
     program = """
         import os, socket
         from timewait.kernel.namespace import isolate
@@ -150,21 +155,21 @@ def test_a_process_isolates_itself(importable: Path, prefix: tuple[str, ...]) ->
         socket.create_connection(("127.0.0.1", 80))
         print(how, os.getuid(), open("/proc/sys/net/ipv4/tcp_fin_timeout").read().strip())
     """
-    how = "user" if prefix == NOBODY else "root"
+    how = "user" if who == "nobody" else "root"
     assert python(*prefix, home=importable, program=program) == f"{how} 0 5"
 
 
-def test_an_isolated_process_may_keep_its_user(importable: Path) -> None:
+def test_an_isolated_process_may_keep_its_user(importable: Path, nobody: tuple[str, ...]) -> None:
     program = """
         import os
         from timewait.kernel.namespace import isolate
         isolate(uid=os.getuid())
         print(os.getuid(), os.getgid())
     """
-    assert python(*NOBODY, home=importable, program=program) == "65534 65534"
+    assert python(*nobody, home=importable, program=program) == "65534 65534"
 
 
-def test_a_process_with_threads_is_told_so(importable: Path) -> None:
+def test_a_process_with_threads_is_told_so(importable: Path, nobody: tuple[str, ...]) -> None:
     program = """
         import threading
         from timewait.kernel.namespace import isolate
@@ -176,7 +181,7 @@ def test_a_process_with_threads_is_told_so(importable: Path) -> None:
             print(error.strerror)
         done.set()
     """
-    assert "this process already has threads" in python(*NOBODY, home=importable, program=program)
+    assert "this process already has threads" in python(*nobody, home=importable, program=program)
 
 
 def test_disabled_user_namespaces_are_named(importable: Path) -> None:

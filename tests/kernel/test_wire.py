@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import timewait
 from timewait.kernel.wire import Wire, WireError
 from timewait.packetdrill.frames import Frame, decode, encode
 from timewait.tcp.segment import ACK, RST, SYN
@@ -81,12 +79,8 @@ def test_settings_are_the_namespaces_own(wire: Wire) -> None:
     assert Path("/proc/sys/net/ipv4/tcp_fin_timeout").read_text().strip() == outside
 
 
-def test_an_ordinary_user_has_a_wire_too(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("this is the ordinary user already")
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    shutil.copytree(Path(timewait.__file__).parent, tmp_path / "timewait")
+@pytest.mark.skipif(os.geteuid() != 0, reason="this is the ordinary user already")
+def test_an_ordinary_user_has_a_wire_too(importable: Path, nobody: tuple[str, ...]) -> None:
     program = """
         import socket
         from timewait.kernel.wire import Wire
@@ -99,11 +93,8 @@ def test_an_ordinary_user_has_a_wire_too(tmp_path: Path) -> None:
             client.close()
     """
     ran = subprocess.run(
-        [
-            *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
-            *(sys.executable, "-c", textwrap.dedent(program)),
-        ],
-        env={"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]},
+        [*nobody, sys.executable, "-c", textwrap.dedent(program)],
+        env={"PYTHONPATH": str(importable), "PATH": os.environ["PATH"]},
         cwd="/",
         capture_output=True,
         text=True,
