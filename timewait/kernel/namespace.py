@@ -152,7 +152,8 @@ class Namespace:
         """Have this thread in the namespace for a while (root only).
 
         What is made inside stays in the namespace; nothing may be awaited
-        inside. Raises `PermissionError` for anybody else.
+        inside. Threads begun inside are there too, one out of a pool may not
+        be (trio keeps its for the next run). Raises `PermissionError` for anybody else.
         """
         if self.how == "user":
             raise PermissionError(errno.EPERM, "only root can enter a network namespace and return")
