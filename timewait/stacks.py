@@ -49,9 +49,9 @@ class KernelStack:
     `observer` names observers, joined by "+": a table of the sockets,
     "sock_diag" or "psutil" (which has no timers, and serves where there is no
     sock_diag), and besides it "capture", which sees every segment, and
-    "tracepoint", which sees every transition, in every network namespace
-    alike. "auto" is the table and a capture, if that is permitted. `observer`
-    and `blind` say who really watches, and what nobody sees and why.
+    "tracepoint", which sees every transition. "auto" is the table and a
+    capture, if that is permitted. `observer` and `blind` say who really
+    watches, and what nobody sees and why.
 
     Raises `ScenarioError` for an observer that is unknown or not permitted.
     """

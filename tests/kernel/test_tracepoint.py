@@ -43,6 +43,16 @@ def private() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["by a program of ours", "by the kernel itself"])
+def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "bpf: Operation not permitted")
+
+    if "kernel" in request.param:
+        monkeypatch.setattr(tracepoint, "Recorder", refused)
+    return str(request.param)
+
+
 def pair(port: int, host: str = "127.0.0.1") -> tuple[socket.socket, socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
@@ -62,6 +72,7 @@ def course(events: list[Event], local: tuple[str, int]) -> list[State]:
     return [steps[0].old, *(e.new for e in steps)]
 
 
+@pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_an_orderly_close_is_seen_whole_and_ends_in_time_wait(host: str, port: int) -> None:
     began = time.monotonic()
@@ -91,6 +102,7 @@ def test_an_orderly_close_is_seen_whole_and_ends_in_time_wait(host: str, port: i
     assert not any(e.sampled for e in steps)
 
 
+@pytest.mark.usefixtures("recorded")
 def test_an_abort_is_closed_and_not_time_wait_and_the_reset_is_told(port: int) -> None:
     with Tracepoint([port]) as seen:
         server, client = pair(port)
@@ -190,11 +202,22 @@ def test_a_connect_that_is_read_before_its_next_event_has_its_port(
         ]
 
 
+@pytest.mark.usefixtures("recorded")
 def test_other_ports_are_not_seen(port: int) -> None:
     with Tracepoint([port]) as seen:
         for end in pair(port + 1):
             end.close()
         assert seen.read() == []
+
+
+def test_another_network_namespace_is_another_world(recorded: str, port: int) -> None:
+    with Tracepoint([port], resets=False) as seen:
+        with Namespace() as elsewhere, elsewhere.entered():
+            for end in pair(port):
+                end.close()
+        told = seen.read()
+        which = "which network namespace a socket is in"
+        assert (which in seen.blind) == bool(told) == ("kernel" in recorded)
 
 
 def churn(port: int, count: int, closes: Iterator[str]) -> None:
@@ -234,6 +257,7 @@ def kernel_counts() -> dict[str, int]:
     return counts
 
 
+@pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize(
     ("count", "pause"),
     [
@@ -243,17 +267,20 @@ def kernel_counts() -> dict[str, int]:
 )
 def test_every_transition_of_every_socket_is_seen(count: int, pause: float, port: int) -> None:
     events: list[Event] = []
-    with Tracepoint([port], buffer=64 << 20, resets=False) as seen:
-        with Namespace(sysctls={"net.ipv4.tcp_max_tw_buckets": 1_000_000}) as ns, ns.entered():
-            before = kernel_counts()
-            thread = threading.Thread(target=churn, args=(port, count, mixed(1)))
-            thread.start()
-            while thread.is_alive():
-                events += seen.read()
-                time.sleep(pause)
-            thread.join()
+    with (
+        Namespace(sysctls={"net.ipv4.tcp_max_tw_buckets": 1_000_000}) as ns,
+        ns.entered(),
+        Tracepoint([port], buffer=64 << 20, resets=False) as seen,
+    ):
+        before = kernel_counts()
+        thread = threading.Thread(target=churn, args=(port, count, mixed(1)))
+        thread.start()
+        while thread.is_alive():
             events += seen.read()
-            after = kernel_counts()
+            time.sleep(pause)
+        thread.join()
+        events += seen.read()
+        after = kernel_counts()
         assert seen.lost == 0
     moves = Counter((e.old, e.new) for e in events if isinstance(e, Transition))
     grew = {name: after[name] - before[name] for name in after}
@@ -270,6 +297,7 @@ def test_every_transition_of_every_socket_is_seen(count: int, pause: float, port
             assert one.new is following.old or following.old in (S.CLOSED, S.LISTEN)
 
 
+@pytest.mark.usefixtures("recorded")
 def test_an_overrun_is_counted_exactly(port: int) -> None:
     with (
         Tracepoint([port], buffer=64 << 20, resets=False) as all_seen,
@@ -285,6 +313,7 @@ def test_an_overrun_is_counted_exactly(port: int) -> None:
         assert "overran" in lost[0].why
 
 
+@pytest.mark.usefixtures("recorded")
 def test_readable_when_there_is_something_to_read(port: int) -> None:
     with Tracepoint([port], resets=False) as seen:
         assert select.select([seen], [], [], 0) == ([], [], [])

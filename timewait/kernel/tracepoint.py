@@ -3,7 +3,9 @@
 The kernel's tracepoints `sock:inet_sock_set_state` and `tcp:*` are recorded by
 the kernel itself into memory, filtered there by port, and read here as whole
 binary pages laid out as the kernel's own `format` files say. Nothing is
-missed, short of an overrun, which the kernel counts and so do we.
+missed, short of an overrun, which the kernel counts and so do we. Transitions,
+by far the most of it, are recorded by a program of ours on the same tracepoint
+(`timewait.kernel.recorder`) where the kernel takes it, at a third of the cost.
 
 Two things a tracepoint does not show are put right here. TIME_WAIT is a small
 socket of another kind: the kernel reports the full socket's end
@@ -27,6 +29,7 @@ import select
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -37,6 +40,8 @@ from typing import Any, Final, Self, TypeAlias
 from attrs import evolve
 
 from timewait.events import Address, Event, Lost, Note, Row, Transition
+from timewait.kernel import recorder
+from timewait.kernel.recorder import Recorder
 from timewait.kernel.sock_diag import SockDiag, address_text, host_text
 from timewait.tcp.states import State
 
@@ -55,6 +60,7 @@ _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
 _LOOKS_FOR_NAMES: Final = 50
+_RECORDED: Final = 0  # the kind of our own records; the kernel's numbers begin above
 _LOOKS: Final = 64  # at most so many orphans are looked at in one read
 
 _PAGE: Final = struct.Struct("=QQ")
@@ -80,15 +86,15 @@ class Tracepoint:
     a transition. `resets` adds a note for each RST sent or received and each
     retransmission. Needs root.
 
-    The kernel's tracepoints do not say which network namespace a socket is
-    in: sockets of the same port in another namespace are seen as well.
+    Transitions are those of the calling thread's network namespace; where
+    `blind` says so, and with resets and retransmissions always, sockets of the
+    same port in another namespace are seen as well.
 
     Raises `PermissionError` or `OSError` that says why it cannot be had.
     """
 
     name = "tracepoint"
     blind: tuple[str, ...] = (
-        "which network namespace a socket is in",
         "states of connections that the kernel has not accepted yet (request sockets)",
         "the moment TIME_WAIT ends (looked up in sock_diag when it is due)",
     )
@@ -107,7 +113,8 @@ class Tracepoint:
         self._pages: list[bytes] = []
         self._held: list[tuple[int, int, bytes, int]] = []
         self._unnamed: dict[int, int] = {}
-        self._overruns: dict[int, int] = {}
+        self._overruns: Counter[int] = Counter()
+        self._not_run = 0
         self._small: dict[tuple[Address, Address], State] = {}
         self._due: list[tuple[float, tuple[Address, Address]]] = []
         self._connecting: set[tuple[Address, Address]] = set()
@@ -115,6 +122,9 @@ class Tracepoint:
         self._reasons: dict[int, str] = {}
         self._handlers: dict[int, Callable[[float, bytes, int, list[Event]], None]] = {}
         self._enable: list[Path] = []
+        self._recorder: Recorder | None = None
+        self._written: list[bytes] = []
+        self._missed: Counter[str] = Counter()
         self._buffers: list[int] = []
         self._stats: list[int] = []
         self._epoll: select.epoll | None = None
@@ -148,6 +158,9 @@ class Tracepoint:
         """
         if self._epoll is None:
             self._epoll = self._resources.enter_context(select.epoll())
+            if self._recorder is not None:  # its ring rings no bell; the kernel's record does
+                self._filter(self._states)
+                (self._states / "enable").write_text("1")
             for fd in self._buffers:
                 self._epoll.register(fd, select.EPOLLIN)
         return self._epoll.fileno()
@@ -165,16 +178,17 @@ class Tracepoint:
                     pages.append(bytes(memoryview(page)[:size]))
             except BlockingIOError:
                 pass
+        if self._recorder is not None:
+            for processor, (records, lost) in self._recorder.read():
+                self._written.append(records)
+                self._missed[f"processor {processor}'s buffer overran"] += lost
 
     def read(self) -> list[Event]:
         """Everything that happened before this call and was not read yet, in order of time."""
         now = time.monotonic_ns()
         self.drain()
-        records, pages = self._held, self._pages
-        self._held, self._pages = [], []
-        for page in pages:
-            _parse(page, self._handlers, records)
-        records.sort(key=_when)
+        records, self._held = self._held, []
+        self._sort_out(records)
         # What came while the buffers were read, one after the other, would be out of order.
         while records and records[-1][0] > now:
             self._held.append(records.pop())
@@ -187,6 +201,18 @@ class Tracepoint:
         self._follow_small(now * 1e-9, events)
         return events
 
+    def _sort_out(self, records: list[tuple[int, int, bytes, int]]) -> None:
+        """Add what was drained, in order of time: when (ns), the kind, and where it is."""
+        pages, self._pages = self._pages, []
+        for page in pages:
+            _parse(page, self._handlers, records)
+        written, self._written = self._written, []
+        for each in written:
+            stamps = recorder.STAMP.iter_unpack(each)
+            places = range(0, len(each), recorder.STAMP.size)
+            records += [(ns, _RECORDED, each, at) for (ns,), at in zip(stamps, places, strict=True)]
+        records.sort(key=_when)
+
     # Setting up
 
     def _open(self, buffer: int, resets: bool) -> None:
@@ -198,15 +224,22 @@ class Tracepoint:
         home.mkdir()
         self._resources.callback(_remove, home)
         (home / "trace_clock").write_text("mono")
-        (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
         with suppress(FileNotFoundError):  # since Linux 5.0
             (home / "buffer_percent").write_text("0")
         self._page = bytearray(_subbuffer_size(home, root))
-        self._watch(
-            home / "events/sock/inet_sock_set_state",
-            f"skaddr oldstate newstate {_PORTS} protocol {_HOSTS}",
-            self._on_state,
-        )
+        self._states = home / "events/sock/inet_sock_set_state"
+        try:
+            self._recorder = Recorder(self._ports, buffer)
+        except OSError:  # the kernel's own record will do
+            self.blind += ("which network namespace a socket is in",)
+            fields = f"skaddr oldstate newstate {_PORTS} protocol {_HOSTS}"
+            self._state_kind, self._unpack_state = self._watch(self._states, fields, self._on_state)
+        else:
+            self._resources.callback(self._recorder.close)
+            self._state_kind, self._unpack_state = _RECORDED, recorder.RECORD.unpack_from
+            self._handlers[_RECORDED] = partial(self._on_state, self._unpack_state)
+            buffer >>= 2  # what is left to the kernel's is seldom
+        (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
         for name, fields, handler in (
             ("tcp_receive_reset", f"skaddr {_PORTS} {_HOSTS}", self._on_reset),
             ("tcp_retransmit_skb", f"skaddr {_PORTS} {_HOSTS}", self._on_retransmit),
@@ -222,17 +255,20 @@ class Tracepoint:
         for enable in self._enable:
             enable.write_text("1")
 
-    def _watch(self, event: Path, fields: str, handler: Callable[..., None]) -> None:
-        """Record this event and hand its fields to the handler."""
+    def _watch(self, event: Path, fields: str, handler: Callable[..., None]) -> tuple[int, Unpack]:
+        """Record this event and hand its fields to the handler; its number, and what unpacks it."""
         number, layout, ported, reasons = _format(event / "format", fields)
         self._reasons.update(reasons)
-        if ported and self._ports is not None:
+        if ported:
+            self._filter(event)
+        self._handlers[number] = partial(handler, layout.unpack_from)
+        self._enable.append(event / "enable")
+        return number, layout.unpack_from
+
+    def _filter(self, event: Path) -> None:
+        if self._ports is not None:
             condition = " || ".join(f"sport == {p} || dport == {p}" for p in sorted(self._ports))
             (event / "filter").write_text(condition or "sport == 0 && dport == 0")
-        self._handlers[number] = partial(handler, layout.unpack_from)
-        if not self._enable:
-            self._state_kind, self._unpack_state = number, layout.unpack_from
-        self._enable.append(event / "enable")
 
     def _open_buffers(self, home: Path) -> None:
         for cpu in sorted((home / "per_cpu").iterdir()):
@@ -248,13 +284,17 @@ class Tracepoint:
             text = os.pread(fd, 1000, 0).decode()
             numbers = dict(line.split(": ") for line in text.splitlines() if ": " in line)
             total = sum(int(numbers[n]) for n in ("overrun", "commit overrun", "dropped events"))
-            count = total - self._overruns.get(cpu, 0)
-            if count > 0:
-                self._overruns[cpu] = total
-                self.lost += count
-                self._connecting.clear()
-                at = time.monotonic() - self.start
-                events.append(Lost(at, self.name, count, f"processor {cpu}'s buffer overran"))
+            self._missed[f"processor {cpu}'s buffer overran"] += total - self._overruns[cpu]
+            self._overruns[cpu] = total
+        if self._recorder is not None:
+            total = self._recorder.not_run()
+            self._missed["made while another was being recorded"] += total - self._not_run
+            self._not_run = total
+        missed, self._missed = +self._missed, Counter()
+        for why, count in missed.items():
+            self.lost += count
+            self._connecting.clear()
+            events.append(Lost(time.monotonic() - self.start, self.name, count, why))
 
     # What the records mean
 
@@ -341,10 +381,8 @@ class Tracepoint:
 
     def _names_to_come(self) -> Iterator[tuple[int, Address]]:
         """The sockets of the events that are recorded and not read yet, with their own ends."""
-        pages, self._pages = self._pages, []
-        for page in pages:
-            _parse(page, self._handlers, self._held)
-        for _, kind, page, at in sorted(self._held, key=_when):
+        self._sort_out(self._held)
+        for _, kind, page, at in self._held:
             if kind == self._state_kind:
                 sock, _, _, sport, _, _, source, _ = self._unpack_state(page, at)
                 if sport:
