@@ -7,7 +7,7 @@ a script means, `on_kernel` and `on_model` are the two stacks it can mean it to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from timewait.packetdrill.runner import Outcome, TooLate, run
@@ -25,8 +25,12 @@ def play(
     on: str = "model",
     profile: str = "linux",
     defines: Mapping[str, str] | None = None,
+    options: Iterable[tuple[str, str]] = (),
 ) -> Outcome:
     """Run one script on "model" or "kernel" and say how it ended.
+
+    `defines` are names for `#ifdef` and words of the script, `options` (name,
+    value) what packetdrill's own command line takes, such as ("ip_version", "ipv6").
 
     On the kernel a run in which this process itself missed an event's time
     says nothing, and is repeated, up to three times in all.
@@ -36,7 +40,7 @@ def play(
     """
     text = Path(path).read_bytes().decode("utf-8", "replace")
     try:
-        script = parse(text, str(path), defines)
+        script = parse(text, str(path), defines, options)
         settings = Settings.of(script)
     except Unsupported as unsupported:
         return Outcome(str(path), "unsupported", unsupported.line, unsupported.what)

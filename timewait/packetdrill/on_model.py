@@ -13,16 +13,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from timewait.events import Row
-from timewait.packetdrill.calls import Calls, Interests, Result
+from timewait.packetdrill.calls import CONSTANTS, Calls, Interests, Result
 from timewait.packetdrill.frames import Frame
 from timewait.packetdrill.runner import Pending
 from timewait.packetdrill.script import Option, Unsupported
 from timewait.packetdrill.settings import Settings
 from timewait.sim.host import HERE, Host, Remnant
 from timewait.sim.network import Key, Link, Network
+from timewait.sim.sock import Sock
 from timewait.sim.socket import SimSocket
 from timewait.tcp.profiles import profile
 from timewait.tcp.segment import ACK, CWR, ECE, HALF, MASK, URG, Options, Segment
+from timewait.tcp.states import State
 from timewait.tcp.time_wait import TimeWait
 
 __all__ = ["ModelSocket", "ModelStack", "from_options", "to_options"]
@@ -41,7 +43,16 @@ _WITHOUT_EFFECT: Final = (
 
 
 class _Wait(Exception):
-    """A blocking call has to go on waiting; it is tried again when something has happened."""
+    """A blocking call has to go on waiting; it is tried again when something has happened.
+
+    `until` is when it would give up.
+    """
+
+    def __init__(self, until: float = math.inf) -> None:
+        self.until = until
+
+
+_LINGERS_IN: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 
 
 class ModelSocket:
@@ -51,12 +62,30 @@ class ModelSocket:
         inner.setblocking(False)
         self.inner = inner
         self.blocking = blocking
-        self._sent = 0
+        self._moved = b""  # what a call that still blocks has read or, in its length, sent
+        self._since: float | None = None  # when it began
+        # SO_RCVTIMEO and SO_SNDTIMEO, in seconds; 0 is for ever.
+        self._lingering: Sock | None = None  # closed, but close() has yet to return
+        self._until = 0.0
+        self._patience = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
-    def _would_block(self, trouble: BlockingIOError, flags: int = 0) -> Exception:
-        if self.blocking and not flags & socket.MSG_DONTWAIT:
-            return _Wait()
-        return trouble
+    @property
+    def family(self) -> int:
+        """AF_INET or AF_INET6."""
+        return self.inner.family
+
+    def _wait(self, trouble: OSError, side: int, flags: int = 0) -> Exception:
+        """What a call that cannot go on raises: `trouble` where it may not wait any longer."""
+        if not self.blocking or flags & socket.MSG_DONTWAIT:
+            return trouble
+        now = self.inner._open().clock.now
+        if self._since is None:
+            self._since = now
+        until = self._since + (self._patience[side] or math.inf)
+        if now < until:
+            return _Wait(until)
+        self._since = None
+        return OSError(trouble.errno, os.strerror(trouble.errno or 0))
 
     def bind(self, address: tuple[str, int]) -> None:
         """As socket.bind."""
@@ -71,7 +100,8 @@ class ModelSocket:
         try:
             taken, address = self.inner.accept()
         except BlockingIOError as trouble:
-            raise self._would_block(trouble) from None
+            raise self._wait(trouble, socket.SO_RCVTIMEO) from None
+        self._since = None
         return ModelSocket(taken, True), address
 
     def connect(self, address: tuple[str, int]) -> None:
@@ -79,36 +109,85 @@ class ModelSocket:
         try:
             self.inner.connect(address)
         except BlockingIOError as trouble:
-            raise self._would_block(trouble) from None
+            if self.blocking and trouble.errno == errno.EALREADY and self._since is None:
+                self._since = self.inner._open().clock.now
+            raise self._wait(trouble, socket.SO_SNDTIMEO) from None
+        self._since = None
+
+    def getsockname(self) -> Any:
+        """As socket.getsockname."""
+        return self.inner.getsockname()
+
+    def getpeername(self) -> Any:
+        """As socket.getpeername."""
+        return self.inner.getpeername()
 
     def send(self, data: bytes, flags: int = 0) -> int:
         """As socket.send; a blocking socket sends all."""
-        if flags & ~(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT):
-            raise OSError(errno.EOPNOTSUPP, "")
-        while self._sent < len(data) or not data:
+        harmless = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT | socket.MSG_EOR
+        if flags & ~harmless:
+            names = [name for name in ("MSG_OOB", "MSG_MORE") if flags & CONSTANTS[name]]
+            raise Unsupported(f"{names[0] if names else f'send() flags {flags:#x}'} on the model")
+        waits = self.blocking and not flags & socket.MSG_DONTWAIT
+        while len(self._moved) < len(data) or not data:
             try:
-                self._sent += self.inner.send(data[self._sent :])
+                sent = self.inner.send(data[len(self._moved) :])
+                self._moved += bytes(sent)
             except BlockingIOError as trouble:
-                if self._sent and not self.blocking:
+                if self._moved and not waits:
                     break
-                raise self._would_block(trouble, flags) from None
-            if not self.blocking or not data:
+                why = self._wait(trouble, socket.SO_SNDTIMEO, flags)
+                if self._moved and not isinstance(why, _Wait):
+                    break
+                raise why from None
+            except OSError:
+                if self._moved:
+                    break  # what was sent before counts; the error is the next call's
+                raise
+            if not waits or not data:
                 break
-        sent, self._sent = self._sent, 0
-        return sent
+        moved, self._moved, self._since = self._moved, b"", None
+        return len(moved)
 
     def sendto(self, data: bytes, flags: int, address: Any) -> int:
         """As socket.sendto."""
-        if flags & 0x20000000:  # MSG_FASTOPEN
-            raise OSError(errno.EOPNOTSUPP, "")
+        if flags & CONSTANTS["MSG_FASTOPEN"]:
+            raise Unsupported("MSG_FASTOPEN on the model")
         return self.send(data, flags)
 
+    def sendmsg(self, buffers: list[bytes], control: object, flags: int) -> int:
+        """As socket.sendmsg, of which the model knows no control messages."""
+        raise Unsupported("control messages on the model")
+
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """As socket.recv."""
+        """As socket.recv. On TCP, MSG_TRUNC only spares the copying."""
+        if flags & socket.MSG_OOB:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # there is never any
+        if flags & socket.MSG_ERRQUEUE:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # it is always empty
+        peek = flags & socket.MSG_PEEK
+        want = size
+        if flags & socket.MSG_WAITALL and not peek:
+            want = size - len(self._moved)
         try:
-            return self.inner.recv(size, flags)
+            data = self.inner.recv(want, peek) if size else b""
         except BlockingIOError as trouble:
-            raise self._would_block(trouble, flags) from None
+            why = self._wait(trouble, socket.SO_RCVTIMEO, flags)
+            if self._moved and not isinstance(why, _Wait):
+                data = b""
+            else:
+                raise why from None
+        except OSError:
+            if not self._moved:
+                raise
+            data = b""
+        if want != size or flags & socket.MSG_WAITALL:
+            self._moved += data
+            if data and len(self._moved) < size and self.blocking:
+                return self.recv(size, flags)
+            data, self._moved = self._moved, b""
+        self._since = None
+        return data
 
     def recvmsg(self, size: int, _: int, flags: int) -> tuple[bytes, list[Any], int, None]:
         """As socket.recvmsg."""
@@ -119,18 +198,41 @@ class ModelSocket:
         self.inner.shutdown(how)
 
     def close(self) -> None:
-        """As socket.close. Time that passes in it would pass in the script unseen."""
-        waits = self.inner._open().linger
-        self.inner.close()
-        if waits:
-            raise Unsupported("close() that waits for SO_LINGER on the model")
+        """As socket.close; it waits for SO_LINGER, in non-blocking mode too.
 
-    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        The waiting is the script's, not `Sock.lingers`', which would let time pass unseen.
+        """
+        sock = self.inner._sock
+        if sock is not None:
+            linger = sock.linger
+            if linger:
+                sock.linger = None
+            self.inner.close()
+            if not linger or sock.conn is None:
+                return
+            self._lingering, self._until = sock, sock.clock.now + linger
+        if self._lingering is not None:
+            conn, now = self._lingering.conn, self._lingering.clock.now
+            if conn is not None and conn.state in _LINGERS_IN and now < self._until:
+                raise _Wait(self._until)
+
+    def setsockopt(self, level: int, option: int, value: bytes | None, size: int = 0) -> None:
         """As socket.setsockopt."""
+        if level == socket.SOL_SOCKET and option in self._patience and value is not None:
+            if len(value) < 16:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            seconds, micros = struct.unpack_from("=qq", value)
+            if not 0 <= micros < 1_000_000:
+                raise OSError(errno.EDOM, os.strerror(errno.EDOM))
+            self._patience[option] = max(seconds + micros / 1e6, 0.0)
+            return
         self.inner.setsockopt(level, option, value)
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
         """As socket.getsockopt."""
+        if level == socket.SOL_SOCKET and option in self._patience:
+            seconds = self._patience[option]
+            return struct.pack("=qq", int(seconds), round(seconds % 1 * 1e6))[:size]
         got: bytes = self.inner.getsockopt(level, option, size)
         return got
 
@@ -207,7 +309,7 @@ class _ModelInterests(Interests):
 
 
 class _ModelCalls(Calls):
-    deadline: float | None = None
+    deadline: float | None = None  # when the poll() that waits gives up
     now: Callable[[], float]
 
     def interests(self) -> Interests:
@@ -226,7 +328,18 @@ class _ModelCalls(Calls):
         if self.deadline is not None and self.now() >= self.deadline:
             self.deadline = None
             return came
-        raise _Wait
+        raise _Wait(math.inf if self.deadline is None else self.deadline)
+
+    def with_octets(self, live: Any, name: str, octets: bytes) -> None:
+        family = int.from_bytes(octets[:2], "little")
+        if not octets:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        if name == "connect" and len(octets) >= 2 and family == socket.AF_UNSPEC:
+            live.inner._open().disconnect()
+            return
+        short = len(octets) < (24 if live.family == socket.AF_INET6 else 16)
+        number = errno.EINVAL if short else errno.EAFNOSUPPORT
+        raise OSError(number, os.strerror(number))
 
 
 class ModelStack:
@@ -261,6 +374,7 @@ class ModelStack:
         self.calls: Calls = calls
         self.arrived: deque[Frame] = deque()
         self._pending: list[Pending] = []
+        self._due: dict[int, float] = {}  # when the calls that wait give up
         self.beyond: set[str] = set()
 
     def __enter__(self) -> ModelStack:
@@ -293,8 +407,7 @@ class ModelStack:
     def _step(self, until: float) -> None:
         """Go to the next thing that is due, `until` at the latest, and try waiting calls again."""
         clock = self._network.clock
-        due = clock.next
-        clock.run_until(until if due is None else min(due, until))
+        clock.run_until(min(clock.next, until, *self._due.values()))
         self._network.drain()
         self._retry()
 
@@ -302,8 +415,10 @@ class ModelStack:
         for pending in list(self._pending):
             try:
                 pending.result = pending.do()
-            except _Wait:
+            except _Wait as wait:
+                self._due[id(pending)] = max(wait.until, self.now())
                 continue
+            self._due.pop(id(pending), None)
             pending.ended = self.now()
             self._pending.remove(pending)
 
@@ -312,8 +427,7 @@ class ModelStack:
         while self.now() < until:
             self._step(until)
         # What is due at that very instant comes before the script's own event.
-        due = self._network.clock.next
-        if due is not None and due <= until:
+        if self._network.clock.next <= until:
             self._step(until)
 
     # -- calls
@@ -330,8 +444,7 @@ class ModelStack:
         while pending.result is None:
             if self.now() >= deadline:
                 return False
-            poll = getattr(self.calls, "deadline", None)
-            self._step(min(deadline, poll) if poll is not None else deadline)
+            self._step(deadline)
         return True
 
     # -- packets
@@ -382,7 +495,7 @@ class ModelStack:
         """The next segment of the model's."""
         while not self.arrived:
             if self.now() >= deadline or (
-                self._network.clock.next is None and not self._pending and deadline > 3600
+                self._network.clock.next == math.inf and not self._pending and deadline > 3600
             ):
                 return None
             self._step(deadline)

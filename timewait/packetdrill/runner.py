@@ -235,7 +235,12 @@ class _Runner:
                 sysctls(event.action.text, event.line, self.folder)  # say at once what is not known
         self.stack.start()
         for event in self.script.events:
-            self.event(event)
+            kind = "packet" if isinstance(event.action, Packet) else "syscall"
+            try:
+                self.event(event)
+            except Failure:
+                if kind not in self.settings.non_fatal:
+                    raise
         self.await_call()
 
     # -- time
