@@ -373,9 +373,8 @@ class Calls:
 
     def _close(self, call: Call) -> Callable[[], Result]:
         def close() -> Result:
-            closed = self.socket(call)
+            self.socket(call).close()
             del self.fds[self.number(call.arguments[0])]
-            closed.close()
             return Result(0)
 
         return close

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from attrs import define, field
+
 from timewait.events import Row
 from timewait.packetdrill.calls import CONSTANTS, Calls, Interests, Result
 from timewait.packetdrill.frames import Frame
@@ -23,7 +25,7 @@ from timewait.sim.network import Key, Link, Network
 from timewait.sim.sock import Sock
 from timewait.sim.socket import SimSocket
 from timewait.tcp.profiles import profile
-from timewait.tcp.segment import ACK, CWR, ECE, HALF, MASK, URG, Options, Segment
+from timewait.tcp.segment import ACK, CWR, ECE, FIN, HALF, MASK, RST, SYN, URG, Options, Segment
 from timewait.tcp.states import State
 from timewait.tcp.time_wait import TimeWait
 
@@ -52,6 +54,8 @@ class _Wait(Exception):
         self.until = until
 
 
+# Where tcp_disconnect() has nothing to reset.
+_NO_RESET: Final = (State.CLOSED, State.CLOSING, State.LAST_ACK, State.TIME_WAIT)
 _LINGERS_IN: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 
 
@@ -335,11 +339,68 @@ class _ModelCalls(Calls):
         if not octets:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
         if name == "connect" and len(octets) >= 2 and family == socket.AF_UNSPEC:
-            live.inner._open().disconnect()
+            sock = live.inner._open()
+            if sock.listening:
+                sock.shutdown(socket.SHUT_RD)
+                return
+            reset = sock.state not in _NO_RESET
+            sock.disconnect()
+            if reset:
+                sock.error = errno.ECONNRESET
             return
         short = len(octets) < (24 if live.family == socket.AF_INET6 else 16)
         number = errno.EINVAL if short else errno.EAFNOSUPPORT
         raise OSError(number, os.strerror(number))
+
+
+@define
+class _Tally:
+    """What passed of one connection, for `struct tcp_info` and for what the model lacks."""
+
+    segs_in: int = 0
+    segs_out: int = 0
+    data_in: int = 0
+    data_out: int = 0
+    bytes_sent: int = 0
+    bytes_again: int = 0
+    segs_again: int = 0
+    highest: int = 0  # the number after everything sent so far
+    flight: dict[int, int] = field(factory=dict)  # segments not acknowledged: number, end
+    again: set[int] = field(factory=set)  # those of them that were sent again
+    last_out: float = 0.0
+    last_in: float = 0.0
+    last_ack: float = 0.0
+
+    def sent(self, segment: Segment, now: float) -> bool:
+        """A segment leaves; whether its text or FIN or SYN was sent before."""
+        self.segs_out += 1
+        if not segment.length:
+            return False
+        end = (segment.seq + segment.length) & MASK
+        self.bytes_sent += len(segment.data)
+        self.data_out += bool(segment.data)
+        self.last_out = now
+        again = self.segs_out > 1 and bool((segment.seq - self.highest) & HALF)
+        if again:
+            self.bytes_again += len(segment.data)
+            self.segs_again += 1
+            self.again.add(segment.seq)
+        if self.segs_out == 1 or (self.highest - end) & HALF:
+            self.highest = end
+        self.flight[segment.seq] = end
+        return again
+
+    def came(self, segment: Segment, now: float) -> None:
+        """A segment arrives."""
+        self.segs_in += 1
+        if segment.data:
+            self.data_in += 1
+            self.last_in = now
+        if segment.flags & ACK:
+            self.last_ack = now
+            for seq in [s for s, end in self.flight.items() if not (segment.ack - end) & HALF]:
+                del self.flight[seq]
+                self.again.discard(seq)
 
 
 class ModelStack:
@@ -373,6 +434,7 @@ class ModelStack:
         calls.now = self.now
         self.calls: Calls = calls
         self.arrived: deque[Frame] = deque()
+        self._tallies: dict[Key, _Tally] = {}
         self._pending: list[Pending] = []
         self._due: dict[int, float] = {}  # when the calls that wait give up
         self.beyond: set[str] = set()
@@ -386,7 +448,9 @@ class ModelStack:
 
     def socket(self, family: int, kind: int, protocol: int) -> ModelSocket:
         """A modelled socket of the stack under test."""
-        if protocol not in (0, socket.IPPROTO_TCP) or kind & 15 != socket.SOCK_STREAM:
+        if protocol not in (0, {1: socket.IPPROTO_TCP, 2: socket.IPPROTO_UDP}[kind & 15]):
+            raise OSError(errno.EPROTONOSUPPORT, os.strerror(errno.EPROTONOSUPPORT))
+        if kind & 15 != socket.SOCK_STREAM:
             raise Unsupported("UDP on the model")
         token = HERE.set(self._host)
         try:
@@ -451,12 +515,15 @@ class ModelStack:
 
     def inject(self, frame: Frame) -> None:
         """Have a segment arrive."""
+        if frame.protocol == "icmp":
+            self._icmp(frame)
+            return
         if frame.protocol != "tcp":
             raise Unsupported(f"{frame.protocol.upper()} on the model")
         if frame.flags & URG or frame.urgent:
             raise Unsupported("urgent data on the model")
         if any(option.kind == 5 for option in frame.options):
-            self.beyond.add("SACK blocks")
+            self.beyond.add("recovery by SACK")
         if any(option.kind in (34, 254) for option in frame.options):
             self.beyond.add("TCP Fast Open")
         if frame.tos & 3 or frame.flags & (ECE | CWR):
@@ -470,11 +537,46 @@ class ModelStack:
             to_options(frame.options),
         )
         key: Key = (frame.dst, frame.ports[1], frame.src, frame.ports[0])
+        if segment.flags & (SYN | ACK) == SYN:
+            self._tallies[key] = _Tally()
+        tally = self._tallies.setdefault(key, _Tally())
+        repeated = segment.flags & (ACK | SYN | FIN | RST) == ACK and not segment.data
+        if repeated and any(seq == segment.ack for seq in tally.flight) and len(tally.flight) > 1:
+            self.beyond.add("fast retransmission")
+        tally.came(segment, self.now())
         self._network.send(self._far, key, segment)
         self._network.drain()
         self._retry()
 
+    def _icmp(self, frame: Frame) -> None:
+        """An ICMP error about a segment of ours (`tcp_v4_err`, `tcp_v6_err`)."""
+        start = 40 if ":" in frame.dst else 20
+        inner = frame.body[4 + start :]
+        if frame.body[4 + (6 if start == 40 else 9)] != socket.IPPROTO_TCP or len(inner) < 8:
+            raise Unsupported("ICMP about other than TCP on the model")
+        port, to, seq = struct.unpack_from("!HHI", inner)
+        meaning = _icmp_error(frame.icmp, start == 40)
+        if meaning == "MTU":
+            self.beyond.add("path MTU discovery")
+        elif isinstance(meaning, int):
+            # The datagram returned is one of ours: its destination is where the error is about.
+            raw = frame.body[4 + start - 2 * ((start == 40 and 16) or 4) : 4 + start]
+            family = socket.AF_INET6 if start == 40 else socket.AF_INET
+            half = len(raw) // 2
+            local, remote = (socket.inet_ntop(family, raw[at : at + half]) for at in (0, half))
+            self._host.unreachable((local, port, remote, to), seq, meaning, frame.icmp[1])
+        self._network.drain()
+        self._retry()
+
     def _take(self, key: Key, segment: Segment) -> None:
+        local: Key = (key[2], key[3], key[0], key[1])
+        tally = self._tallies.setdefault(local, _Tally())
+        again = tally.sent(segment, self.now())
+        if again and len(tally.flight) > 1:
+            self.beyond.add("loss recovery")
+        mss = max(536, max((end - seq) & MASK for seq, end in (*tally.flight.items(), (0, 0))))
+        if sum((end - seq) & MASK for seq, end in tally.flight.items()) > 10 * mss:
+            self.beyond.add("congestion control")
         self.arrived.append(
             Frame(
                 key[2],
@@ -576,11 +678,93 @@ class ModelStack:
         if not isinstance(live, ModelSocket):
             return {}
         sock = live.inner._open()
-        found = {"tcpi_state": sock.linux_state(), "tcpi_ca_state": 0}
-        if sock.conn is not None:
-            found["tcpi_retransmits"] = found["tcpi_backoff"] = sock.conn.retransmits
-            found["tcpi_rto"] = round(sock.conn.rto * 1e6)
-        return found
+        found = {"tcpi_state": sock.linux_state()}
+        conn = sock.conn
+        if conn is None or sock.key is None:
+            return found
+        tally = self._tallies.setdefault(sock.key, _Tally())
+        micro = 1_000_000
+        status, now = conn.status(), self.now()
+        probing = conn.t_probe != math.inf
+        established = conn.state not in (State.SYN_SENT, State.SYN_RECEIVED)
+        # Our SYN counts as one of the octets that were acknowledged only where we were active.
+        acked = (conn.snd_una - conn.iss - conn.passive) & MASK if conn.snd_una != conn.iss else 0
+        received = (conn.rcv_nxt - conn.irs - 1) & MASK if conn.irs else 0
+        if not tally.segs_again or tally.again:
+            # When a recovery is over is congestion control's to say, and so not the model's.
+            found["tcpi_ca_state"] = 4 if tally.again else 0
+        return found | {
+            "tcpi_retransmits": 0 if probing else conn.retransmits,
+            "tcpi_probes": conn.retransmits if probing else 0,
+            "tcpi_backoff": conn.retransmits,
+            "tcpi_options": (
+                (established and conn.timestamps)
+                | (established and conn.sack) << 1
+                | (established and bool(conn.rcv_scale or conn.snd_scale)) << 2
+            ),
+            "tcpi_snd_wscale": conn.snd_scale,
+            "tcpi_rcv_wscale": conn.rcv_scale,
+            "tcpi_rto": round(conn.rto * micro),
+            "tcpi_ato": round(conn._ato * micro),
+            "tcpi_snd_mss": conn.mss - 12 * conn.timestamps,
+            "tcpi_rcv_mss": conn._rcv_mss,
+            "tcpi_advmss": conn.adv_mss - 12 * (established and conn.timestamps),
+            "tcpi_pmtu": self._host.mtu,
+            "tcpi_unacked": len(tally.flight),
+            "tcpi_sacked": 0,
+            "tcpi_lost": 0,
+            "tcpi_retrans": len(tally.again),
+            "tcpi_total_retrans": tally.segs_again,
+            "tcpi_fackets": 0,
+            "tcpi_reordering": 3,
+            "tcpi_rtt": round((conn.srtt or 0.0) * micro),
+            "tcpi_bytes_acked": acked,
+            "tcpi_bytes_received": received - (conn.fin_received and received > 0),
+            "tcpi_bytes_sent": tally.bytes_sent,
+            "tcpi_bytes_retrans": tally.bytes_again,
+            "tcpi_notsent_bytes": status.unsent,
+            "tcpi_segs_out": tally.segs_out,
+            "tcpi_segs_in": tally.segs_in,
+            "tcpi_data_segs_out": tally.data_out,
+            "tcpi_data_segs_in": tally.data_in,
+            "tcpi_snd_wnd": conn.snd_wnd,
+            "tcpi_rcv_wnd": status.rcv_wnd,
+            "tcpi_last_data_sent": int((now - tally.last_out) * 1000),
+            "tcpi_last_data_recv": int((now - tally.last_in) * 1000),
+            "tcpi_last_ack_recv": int((now - tally.last_ack) * 1000),
+            "tcpi_dsack_dups": 0,
+            "tcpi_delivered_ce": 0,
+        }
+
+
+_ICMP_ERRORS: Final = {
+    # icmp_err_convert, by the code of "destination unreachable"
+    0: errno.ENETUNREACH, 1: errno.EHOSTUNREACH, 2: errno.ENOPROTOOPT, 3: errno.ECONNREFUSED,
+    5: errno.EOPNOTSUPP, 6: errno.ENETUNREACH, 7: errno.EHOSTDOWN, 8: errno.ENONET,
+    9: errno.ENETUNREACH, 10: errno.EHOSTUNREACH, 11: errno.ENETUNREACH, 12: errno.EHOSTUNREACH,
+    13: errno.EHOSTUNREACH, 14: errno.EHOSTUNREACH, 15: errno.EHOSTUNREACH,
+}  # fmt: skip
+_ICMP6_ERRORS: Final = {
+    # icmpv6_err_convert
+    0: errno.ENETUNREACH, 1: errno.EACCES, 2: errno.EHOSTUNREACH, 3: errno.EHOSTUNREACH,
+    4: errno.ECONNREFUSED, 5: errno.EACCES, 6: errno.EACCES,
+}  # fmt: skip
+
+
+def _icmp_error(icmp: tuple[int, int], six: bool) -> int | str | None:
+    """The errno that an ICMP message means to TCP, "MTU", or None for one it ignores."""
+    kind, code = icmp
+    if six:
+        if kind == 2:
+            return "MTU"
+        if kind == 1:
+            return _ICMP6_ERRORS.get(code, errno.EPROTO)
+        return {3: errno.EHOSTUNREACH, 4: errno.EPROTO}.get(kind)
+    if (kind, code) == (3, 4):
+        return "MTU"
+    if kind == 3:
+        return _ICMP_ERRORS.get(code)
+    return {11: errno.EHOSTUNREACH, 12: errno.EPROTO}.get(kind)
 
 
 def to_options(options: tuple[Option, ...]) -> Options | None:
@@ -617,4 +801,7 @@ def from_options(segment: Segment) -> tuple[Option, ...]:
         found += [nop, nop, Option(4)]
     if given.window_scale is not None:
         found += [nop, Option(3, bytes([given.window_scale]))]
+    if given.sack:
+        edges = [edge for block in given.sack for edge in block]
+        found += [nop, nop, Option(5, struct.pack(f"!{len(edges)}I", *edges))]
     return tuple(found)

@@ -297,10 +297,11 @@ class Host:
         assert sock.key is not None
         iss, self.next_iss = self.next_iss, None
         headers = 40 if is_v4(sock.remote) else 60
+        mss = _LOOPBACK_MSS if self.is_local(sock.remote) else self.mtu - headers
         conn = Connection(
             self.profile,
             iss=self._draw_iss(sock.key) if iss is None else iss,
-            mss=_LOOPBACK_MSS if self.is_local(sock.remote) else self.mtu - headers,
+            mss=min(mss, sock.user_mss or mss),
             timestamps=self.timestamps,
             outbox=self.out,
         )
@@ -468,6 +469,7 @@ class Host:
         sock.peer_key = (key[2], key[3], key[0], key[1])
         sock.parent = listener
         sock.rcvbuf, sock.sndbuf = listener.rcvbuf, listener.sndbuf  # the SYN,ACK's window
+        sock.user_mss = listener.user_mss
         conn = sock.conn = self.connection(sock)
         sock.size_buffers()
         now = self.network.clock.now
@@ -500,6 +502,31 @@ class Host:
             reset = Segment(seq=0, ack=seq_add(segment.seq, segment.length), flags=RST | ACK)
         self.counters["OutRsts"] += 1
         self.network.send(self, (key[2], key[3], key[0], key[1]), reset)
+
+    def unreachable(self, key: Key, seq: int, number: int, code: int = 0) -> None:
+        """ICMP says that a segment of ours did not arrive (`tcp_v4_err`, `tcp_v6_err`).
+
+        `seq` is that segment's, `number` the errno it means. What is being
+        opened fails with it; on what is open it is only told if the connection
+        times out, since it may pass.
+        """
+        sock = self.tcp.get(key)
+        if not isinstance(sock, Sock) or sock.conn is None:
+            return
+        conn = sock.conn
+        if (seq - conn.snd_una) & 0xFFFFFFFF > (conn.snd_nxt - conn.snd_una) & 0xFFFFFFFF:
+            return
+        if conn.state is State.SYN_SENT or (conn.state is State.SYN_RECEIVED and not sock.parent):
+            sock.refused(number)
+        elif conn.state is State.SYN_RECEIVED:
+            # tcp_req_err: a request is dropped for what no other route could mend.
+            if number in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EPROTO) and seq == conn.iss:
+                assert sock.parent is not None
+                sock.parent.embryos.pop(sock, None)
+                self.forget(sock)
+                sock.conn = None
+        else:
+            sock.soft_error = number
 
     # States.
 

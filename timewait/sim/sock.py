@@ -43,6 +43,7 @@ _KEEP: Final = (7200.0, 75.0, 9)
 _NO_OPTIONS: Final = SocketOptions()
 _LOOPBACK_BROADCAST: Final = "127.255.255.255"
 _SOMAXCONN: Final = 4096
+_LEAST_MSS: Final = 88  # TCP_MIN_MSS
 _RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
 _POLLIN, _POLLOUT, _POLLERR, _POLLHUP, _POLLRDHUP = 0x1, 0x4, 0x8, 0x10, 0x2000
@@ -116,8 +117,10 @@ class Sock:
         "selector_key",
         "shut",
         "sndbuf",
+        "soft_error",
         "sport",
         "uid",
+        "user_mss",
         "user_timeout",
         "v6only",
         "volley",
@@ -143,6 +146,7 @@ class Sock:
         self.volley: Volley | None = None
         self.phase = UNCONNECTED
         self.error = 0
+        self.soft_error = 0  # what ICMP said: it may explain why nothing arrives
         self.shut = 0  # bit 0: nothing more to read, bit 1: nothing more to send; without a conn
         self.listening = False
         self.backlog = 0
@@ -163,6 +167,7 @@ class Sock:
         self.keepalive = False
         self.keep: tuple[float, float, int] = _KEEP  # idle, interval, probes
         self.no_delay = False
+        self.user_mss = 0
         self.user_timeout = 0
         self.rcvbuf: int | None = None
         self.sndbuf: int | None = None
@@ -526,6 +531,20 @@ class Sock:
         self.shut = 0
         self.network.drain()
 
+    def refused(self, number: int) -> None:
+        """ICMP ends what is being opened (`tcp_done`): no segment tells the peer."""
+        conn = self.conn
+        assert conn is not None
+        assert self.key is not None
+        old = conn.state
+        conn.become(State.CLOSED)
+        conn.t_retransmit = conn.t_user = INF
+        conn.write_shut = True
+        conn.error = number
+        self.host.moved(self.key, old, State.CLOSED, "UNREACHABLE")
+        self.host.changed(self, old, State.CLOSED)
+        self.notify()
+
     def take_error(self) -> int:
         """SO_ERROR: what went wrong, told once."""
         conn = self.conn
@@ -612,6 +631,10 @@ class Sock:
                 fail(errno.EINVAL)  # a number is too short for a struct linger
             case socket.IPPROTO_TCP, socket.TCP_NODELAY:
                 self.no_delay = bool(value)
+            case socket.IPPROTO_TCP, socket.TCP_MAXSEG:
+                if value and not _LEAST_MSS <= value <= 32767:
+                    fail(errno.EINVAL)
+                self.user_mss = value
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:
                 self.linger2 = None if value == 0 else -1 if value < 0 else min(value, 120)
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
@@ -662,7 +685,8 @@ class Sock:
         """getsockopt(2) of a number; ENOPROTOOPT for what is not modelled."""
         match level, option:
             case socket.SOL_SOCKET, socket.SO_ERROR:
-                number = self.take_error()
+                number = self.take_error() or self.soft_error
+                self.soft_error = 0
                 self.notify()
                 return number
             case socket.SOL_SOCKET, socket.SO_TYPE:
@@ -691,6 +715,11 @@ class Sock:
                 return int(self.keep[1])
             case socket.IPPROTO_TCP, socket.TCP_KEEPCNT:
                 return self.keep[2]
+            case socket.IPPROTO_TCP, socket.TCP_MAXSEG:
+                conn = self.conn
+                if conn is None or self.listening:
+                    return self.user_mss or 536
+                return conn.mss - 12 * conn.timestamps
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:
                 return 60 if self.linger2 is None else self.linger2
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
@@ -783,6 +812,8 @@ class Sock:
             return
         old = conn.state
         conn.expire(now)
+        if self.soft_error and conn.error == errno.ETIMEDOUT:
+            conn.error = self.soft_error  # tcp_write_err
         self.after(old)
         if old is State.FIN_WAIT_2 and conn.orphaned:
             self.host.orphaned(self)

@@ -68,7 +68,11 @@ def _emit_syn(c: Connection, flags: int, now: float) -> None:
         if not c.rcv_scale:
             scale = None
     sack = c.sack if answer else parameters.sack
-    if c.timestamps:
+    timestamps = c.timestamps
+    if answer and not c.passive and parameters.linux_checks:
+        # tcp_send_synack repeats the SYN of a simultaneous open, with all that it offered.
+        scale, sack, timestamps = parameters.window_scale, parameters.sack, c.offers_timestamps
+    if timestamps:
         options = Options(c.adv_mss, scale, sack, tsval(c, now), c.ts_recent)
     else:
         options = _syn_options(c.adv_mss, scale, sack)
@@ -213,6 +217,8 @@ def send_text(c: Connection, _seg: Any, now: float) -> None:
 def _effective_mss(c: Connection) -> int:
     """The text a segment may carry: less its options, and at most half the peer's window."""
     mss = c.mss - 12 if c.timestamps else c.mss
+    if c._sacking is not None:
+        mss -= 4 + 8 * min(len(c._sacking[0]), 3 if c.timestamps else 4)
     most = c.max_wnd >> 1 if c.max_wnd > 536 else c.max_wnd
     return mss if mss <= most or not most else max(most, 48)
 
@@ -326,9 +332,20 @@ def ack_unacceptable(c: Connection, seg: Segment, now: float) -> None:
     if text or c._ack_due == 2:
         if text and seg.seq != c.rcv_nxt and c.state is not TIME_WAIT:
             quicken(c)
+            tell_repeated(c, seg.seq, (seg.seq + seg.length) & MASK)
         emit(c, ACK, now)
     elif _may_challenge(c, now):
         emit(c, ACK, now)
+
+
+def tell_repeated(c: Connection, left: int, right: int) -> None:
+    """Text left of RCV.NXT came again: let the next segment say so (tcp_dsack_set)."""
+    if not c.sack or not c.profile.parameters.linux_checks or not (left - c.rcv_nxt) & HALF:
+        return
+    if (c.rcv_nxt - right) & HALF:
+        right = c.rcv_nxt
+    blocks, repeated = c._sacking or ((), False)
+    c._sacking = (((left, right), *blocks[repeated:]), True)
 
 
 def challenge_ack(c: Connection, seg: Segment, now: float) -> None:
@@ -367,6 +384,7 @@ def forget(c: Connection, _seg: Any, now: float) -> None:
     c._tx = b""
     c._fin = 0
     c._out_of_order = ()
+    c._sacking = None
     c.write_shut = True
 
 
@@ -612,22 +630,28 @@ def emit(c: Connection, flags: int, now: float, seq: int | None = None, data: by
         seq = c.snd_nxt
         if (c.snd_una + c.snd_wnd - seq) & HALF:
             seq = _within_window(c)
-    c.out.append(
-        Segment(
-            seq,
-            nxt,
-            flags,
-            window,
-            data,
-            Options(None, None, False, tsval(c, now), c.ts_recent) if c.timestamps else None,
-        )
-    )
+    options = Options(None, None, False, tsval(c, now), c.ts_recent) if c.timestamps else None
+    if c._sacking is not None:
+        options = _with_sack(c, options)
+    c.out.append(Segment(seq, nxt, flags, window, data, options))
     c.rcv_wup = nxt
     c.t_ack = inf
     if c._ack_due:
         c._ack_due = 0
         if c._quick:
             c._quick -= 1
+
+
+def _with_sack(c: Connection, options: Options | None) -> Options:
+    """The options with the blocks that arrived out of order (RFC 2018 §4), as many as fit."""
+    assert c._sacking is not None
+    blocks, repeated = c._sacking
+    options = Options() if options is None else options
+    options.sack = blocks[: 3 if c.timestamps else 4]
+    if repeated:
+        blocks = blocks[1:]  # what came twice is told once (RFC 2883 §4)
+        c._sacking = (blocks, False) if blocks else None
+    return options
 
 
 def _window_to_tell(c: Connection, nxt: int, scale: int) -> int:

@@ -15,7 +15,14 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING, Final
 
-from timewait.tcp.actions import acknowledged, challenge_ack, probe_answered, quicken, tsval
+from timewait.tcp.actions import (
+    acknowledged,
+    challenge_ack,
+    probe_answered,
+    quicken,
+    tell_repeated,
+    tsval,
+)
 from timewait.tcp.segment import ACK, FIN, HALF, MASK, RST, SYN, URG, Segment
 from timewait.tcp.states import (
     CLOSE_WAIT,
@@ -465,6 +472,7 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: flo
     room = (c.rcv_adv - nxt) & MASK
     if offset & HALF:
         past = MASK + 1 - offset
+        tell_repeated(c, seq, (seq + len(data) + fin) & MASK)
         if past > len(data) or (past == len(data) and not fin):
             c._ack_due = 2
             quicken(c)  # all of it was here before
@@ -477,6 +485,8 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: flo
         if offset >= room:
             return False
         data, fin = data[: room - offset], False
+    if offset and c.sack:
+        _note_block(c, seq, (seq + len(data) + fin) & MASK)
     waiting = {*c._out_of_order, (seq, data, fin)}
     pieces = sorted(waiting, key=lambda piece: ((piece[0] - nxt) & MASK, -len(piece[1])))
     while pieces:
@@ -490,10 +500,40 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: flo
                 _accept(c, data[past:], now)
             if fin:
                 c._out_of_order = ()
+                c._sacking = None
                 c.rcv_nxt = (c.rcv_nxt + 1) & MASK
                 return True
     c._out_of_order = tuple(pieces)
+    if c._sacking is not None:
+        # tcp_sack_remove: what is in order now needs no telling, unless it came twice.
+        blocks, repeated = c._sacking
+        left = blocks[:repeated] + tuple(
+            block for block in blocks[repeated:] if pieces and (c.rcv_nxt - block[0]) & HALF
+        )
+        c._sacking = (left, repeated) if left else None
     return False
+
+
+def _note_block(c: Connection, left: int, right: int) -> None:
+    """Text out of order: its block comes first, with those it touches (RFC 2018 §4)."""
+    blocks, repeated = c._sacking or ((), False)
+    if c.profile.parameters.linux_checks:
+        for seq, data, fin in c._out_of_order:
+            # tcp_data_queue_ofo: what waits already came twice (RFC 2883 §4.2).
+            end = (seq + len(data) + fin) & MASK
+            if (left - end) & HALF and (seq - right) & HALF:
+                first = left if (seq - left) & HALF else seq
+                last = right if (right - end) & HALF else end
+                blocks, repeated = ((first, last), *blocks[repeated:]), True
+                break
+    apart = []
+    for block in blocks[repeated:]:
+        if (right - block[0]) & HALF or (block[1] - left) & HALF:
+            apart.append(block)
+            continue
+        left = block[0] if (block[0] - left) & HALF else left
+        right = block[1] if (right - block[1]) & HALF else right
+    c._sacking = ((*blocks[:repeated], (left, right), *apart[:3]), repeated)
 
 
 def _accept(c: Connection, data: bytes, now: float) -> None:

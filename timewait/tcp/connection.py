@@ -197,6 +197,7 @@ class Connection:
         "_rtt_at",
         "_rtt_seq",
         "_rx",
+        "_sacking",
         "_small",
         "_tx",
         "adv_mss",
@@ -209,6 +210,7 @@ class Connection:
         "last_challenge",
         "max_wnd",
         "mss",
+        "offers_timestamps",
         "on_transition",
         "options",
         "orphaned",
@@ -286,6 +288,7 @@ class Connection:
         self.snd_buf = snd_buf
         self.snd_scale = self.rcv_scale = 0
         self.timestamps: bool = parameters.timestamps if timestamps is None else timestamps
+        self.offers_timestamps = self.timestamps  # whatever the peer's SYN says of it
         self.sack = False
         self.ts_recent = self.ts_offset = 0
         self.options = _DEFAULT
@@ -293,6 +296,9 @@ class Connection:
         self._eof_read = False
         self._fin = 0  # 1: queued behind the text, 2: sent
         self._out_of_order: tuple[tuple[int, bytes, bool], ...] = ()
+        # What the next segments' SACK option tells: blocks, the latest first, and whether the
+        # first is text that came twice.
+        self._sacking: tuple[tuple[tuple[int, int], ...], bool] | None = None
         self._recover: int | None = None
         self._probed = not parameters.tail_loss_probe
         self._rtt_seq: int | None = None
