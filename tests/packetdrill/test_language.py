@@ -390,13 +390,129 @@ def test_the_commands_json_and_status(tmp_path: Path) -> None:
     assert missing.stderr.count("\n") == 1
 
 
-def test_a_close_that_lingers_is_beyond_the_model(tmp_path: Path) -> None:
-    path = tmp_path / "lingers.pkt"
-    path.write_text(
-        "0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3\n"
-        "+0 setsockopt(3, SOL_SOCKET, SO_LINGER, {onoff=1, linger=5}, 8) = 0\n"
-        "+0 close(3) = 0\n"
+DEFINED = """\
+#define SIZE 1000
+#define SOCKET socket(..., SOCK_STREAM, IPPROTO_TCP)
+# define nothing: this is a comment, and so is the next line
+# else it would not be
+#if defined(WIDE)
+0 SOCKET = 5
+#elif !defined(NARROW)
+0 SOCKET = 4
+#else
+0 SOCKET = 3
+#endif
++0 setsockopt(3, SOL_TCP, TCP_MAXSEG, [SIZE], 4) = 0
++0 > S 0:SIZE(SIZE) <mss SIZE>
+"""
+
+
+def test_a_definition_stands_for_any_words() -> None:
+    made, option, sent = parse(DEFINED, defines={"NARROW": ""}).events
+    assert isinstance(made.action, Call)
+    assert (made.line, made.action.name, made.action.result) == (10, "socket", 3)
+    assert isinstance(option.action, Call)
+    assert option.action.arguments[3] == (1000,)
+    assert isinstance(sent.action, Packet)
+    assert (sent.action.length, sent.action.options) == (1000, (Option(2, b"\x03\xe8"),))
+    assert [e.line for e in parse(DEFINED).events] == [8, 12, 13]
+    assert [e.line for e in parse(DEFINED, defines={"WIDE": ""}).events] == [6, 12, 13]
+
+
+def test_definitions_that_grow_are_refused() -> None:
+    text = "#define A B B\n#define B A A A\n0 close(A) = 0"
+    with pytest.raises(Unsupported):
+        parse(text)
+    wide = "\n".join(f"#define A{n} A{n + 1} A{n + 1}" for n in range(40))
+    with pytest.raises(Unsupported, match="without end"):
+        parse(wide + "\n0 close(A0) = 0")
+
+
+def test_the_counters_of_accurate_ecn() -> None:
+    assert packet("> . 1:1(0) ack 1 <ECN e1b 1 ceb 2 e0b 3,nop>").options == (
+        Option(174, bytes([0, 0, 1, 0, 0, 2, 0, 0, 3])),
+        Option(1),
     )
-    outcome = play(path, on="model")
-    assert outcome.outcome == "unsupported"
-    assert "SO_LINGER" in outcome.why
+    assert packet("> . 1:1(0) ack 1 <ECN e0b 5>").options == (Option(172, bytes([0, 0, 5])),)
+
+
+def test_addresses_as_strace_writes_them() -> None:
+    read = call(
+        "connect(3, {sa_family=AF_INET6, sin6_port=htons(80), sin6_flowinfo=htonl(0), "
+        'inet_pton(AF_INET6, "fd00::1", &sin6_addr), sin6_scope_id=0}, 28) = 0'
+    )
+    assert isinstance(read.arguments[1], Struct)
+    assert read.arguments[1].get("") == "fd00::1"
+
+
+def test_code_in_more_than_one_line() -> None:
+    info = {"tcpi_unacked": 3}
+    indented = "\n      assert tcpi_unacked == 3\n      # and\n      print tcpi_unacked, 'x'\n"
+    assert check(indented, info, {}, 1) is None
+    assert check("assert tcpi_unacked == 3\n   assert tcpi_unacked & ~1 == 2", info, {}, 1) is None
+    assert check("assert 1 << tcpi_unacked == 8 and int(2.5) == 2", info, {}, 1) is None
+
+
+def test_packetdrills_own_options_come_from_the_command_line_too(tmp_path: Path) -> None:
+    script = tmp_path / "six.pkt"
+    script.write_text(
+        "--ip_version=ipv4\n0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3\n"
+        "+0 getsockopt(3, SOL_SOCKET, SO_DOMAIN, [AF_INET6], [4]) = 0\n"
+    )
+    command = [sys.executable, "-m", "timewait", "packetdrill"]
+    assert subprocess.run([*command, script], capture_output=True, check=False).returncode == 1
+    six = [*command, "--ip_version=ipv6", "--tolerance_usecs=10000", script]
+    assert subprocess.run(six, capture_output=True, check=False).returncode == 0
+    for wrong in (["--ip_versoin=ipv6", script], ["-x", script], ["--mtu=1500"], [tmp_path / "no"]):
+        ran = subprocess.run([*command, *wrong], capture_output=True, text=True, check=False)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert ran.stderr.count("\n") == 1
+
+
+def test_a_failure_that_is_not_fatal(tmp_path: Path) -> None:
+    path = tmp_path / "goes-on.pkt"
+    text = (
+        "0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3\n"
+        "+0 listen(3, 1) = -1 EPERM\n"
+        "+0 close(3) = {}\n"
+    )
+    path.write_text("--non_fatal=syscall\n" + text.format("-1 EBADF"))
+    assert play(path).outcome == "passed"
+    path.write_text("--non_fatal=packet\n" + text.format(0))
+    assert (play(path).outcome, play(path).line) == ("failed", 3)
+
+
+@pytest.mark.parametrize(
+    ("events", "why"),
+    [
+        ("+0 < F. 1:1(0) ack 1 win 257\n+0 > . 1:1(0) ack 9 win 1", "failed"),
+        ("+0 write(4, ..., 30000) = 30000\n+0 > P. 1:10001(10000) ack 1", "congestion control"),
+        ("+0 < SEW 1:1(0) win 257\n+0 > SE. 0:0(0) ack 1", "ECN"),
+        ("+0 < U. 1:11(10) ack 1 win 257 urg 3\n+0 > . 1:1(0) ack 12", "urgent data"),
+        (
+            "+0 write(4, ..., 2000) = 2000\n+0 > P. 1:2001(2000) ack 1\n"
+            "+.01 < . 1:1(0) ack 1 win 257 <nop,nop,sack 1001:2001>\n+0 > . 1:1001(1000) ack 1",
+            "recovery by SACK",
+        ),
+        ("+0 < udp (10)", "UDP"),
+    ],
+)
+def test_what_the_model_has_not_is_no_failure_of_a_stack(
+    events: str, why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "beyond.pkt"
+    path.write_text(OPENED + events + "\n")
+    outcome = play(path)
+    assert outcome.outcome == ("failed" if why == "failed" else "unsupported")
+    assert why == "failed" or why in outcome.why
+
+
+OPENED = """\
+0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3
++0 bind(3, ..., ...) = 0
++0 listen(3, 1) = 0
++0 < S 0:0(0) win 32792 <mss 1000,sackOK,nop,nop,nop,wscale 7>
++0 > S. 0:0(0) ack 1 <...>
++.01 < . 1:1(0) ack 1 win 257
++0 accept(3, ..., ...) = 4
+"""

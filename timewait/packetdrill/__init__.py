@@ -32,8 +32,9 @@ def play(
     `defines` are names for `#ifdef` and words of the script, `options` (name,
     value) what packetdrill's own command line takes, such as ("ip_version", "ipv6").
 
-    On the kernel a run in which this process itself missed an event's time
-    says nothing, and is repeated, up to three times in all.
+    On the kernel a run in which this process missed an event's time, or saw
+    one of the kernel's at a wrong time, may only say that the machine was busy:
+    it is repeated, up to three times in all.
 
     Raises `OSError` where the file cannot be read, or (on the kernel) there can
     be no wire.
@@ -54,12 +55,13 @@ def play(
 
     from timewait.packetdrill.on_kernel import KernelStack, undisturbed
 
-    late: TooLate | None = None
     for _ in range(_TRIES):
         try:
             with undisturbed(), KernelStack(settings) as stack:
-                return run(script, stack, settings)
+                outcome = run(script, stack, settings)
         except TooLate as missed:
-            late = missed
-    assert late is not None
-    return Outcome(str(path), "failed", late.line, str(late))
+            outcome = Outcome(str(path), "failed", missed.line, str(missed))
+            continue
+        if not outcome.untimely:
+            break
+    return outcome

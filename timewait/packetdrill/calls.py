@@ -164,6 +164,7 @@ class Calls:
     # What the runner must know: who listens and who connects where.
     listening: dict[int, int] = field(factory=dict)
     ports: dict[int, int] = field(factory=dict)
+    connected: dict[int, tuple[str, int]] = field(factory=dict)
     line: int = 0
     # When the script began on the machine's own clock, and how far off a time may be.
     began: float = 0.0
@@ -357,7 +358,9 @@ class Calls:
             if octets is not None:
                 self.with_octets(live, "connect", octets)
             else:
-                live.connect(self.address(call.arguments[1], (self.remote, self.connect_port)))
+                where = self.address(call.arguments[1], (self.remote, self.connect_port))
+                self.connected[self.number(call.arguments[0])] = where
+                live.connect(where)
             return Result(0)
 
         return connect

@@ -56,6 +56,7 @@ class _Wait(Exception):
 
 # Where tcp_disconnect() has nothing to reset.
 _NO_RESET: Final = (State.CLOSED, State.CLOSING, State.LAST_ACK, State.TIME_WAIT)
+_EDGE: Final = 1 << 31  # EPOLLET
 _LINGERS_IN: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 
 
@@ -263,6 +264,12 @@ class ModelSocket:
             return 0
         raise OSError(errno.EOPNOTSUPP, "")
 
+    def news(self) -> object:
+        """What differs whenever an edge-triggered epoll would have something to tell."""
+        sock = self.inner._open()
+        conn = sock.conn
+        return self.events(), len(sock.accepted), None if conn is None else conn.rcv_nxt
+
     def events(self) -> int:
         """What poll(2) would report (`tcp_poll`)."""
         sock = self.inner._open()
@@ -289,14 +296,21 @@ class ModelSocket:
         return events
 
 
+@define
+class _Interest:
+    """What an epoll instance watches one socket for; `seen` is what it told last."""
+
+    events: int
+    data: int
+    seen: object = None
+
+
 class _ModelInterests(Interests):
     def __init__(self, calls: _ModelCalls) -> None:
         self._calls = calls
-        self._of: dict[ModelSocket, tuple[int, int]] = {}
+        self._of: dict[ModelSocket, _Interest] = {}
 
     def change(self, operation: int, live: Any, events: int, data: int) -> None:
-        if events & (select.EPOLLET | select.EPOLLONESHOT):
-            raise Unsupported("edge-triggered epoll on the model")
         if operation == 1 and live in self._of:
             raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
         if operation != 1 and live not in self._of:
@@ -304,12 +318,23 @@ class _ModelInterests(Interests):
         if operation == 2:
             del self._of[live]
         else:
-            self._of[live] = (events, data)
+            self._of[live] = _Interest(events, data)
 
     def wait(self, timeout: int) -> list[tuple[int, int]]:
-        watched = list(self._of.items())
-        came = self._calls.poll([(live, events) for live, (events, _) in watched], timeout)
-        return [(got, data) for got, (_, (_, data)) in zip(came, watched, strict=True) if got]
+        told = [
+            (live, interest)
+            for live, interest in self._of.items()
+            if interest.events and not (interest.events & _EDGE and interest.seen == live.news())
+        ]
+        came = self._calls.poll([(live, i.events & 0xFFFF) for live, i in told], timeout)
+        ready = []
+        for got, (live, interest) in zip(came, told, strict=True):
+            if got:
+                ready.append((got, interest.data))
+                interest.seen = live.news()
+                if interest.events & select.EPOLLONESHOT:
+                    interest.events = 0  # until EPOLL_CTL_MOD
+        return ready
 
 
 class _ModelCalls(Calls):
@@ -550,21 +575,23 @@ class ModelStack:
 
     def _icmp(self, frame: Frame) -> None:
         """An ICMP error about a segment of ours (`tcp_v4_err`, `tcp_v6_err`)."""
-        start = 40 if ":" in frame.dst else 20
-        inner = frame.body[4 + start :]
-        if frame.body[4 + (6 if start == 40 else 9)] != socket.IPPROTO_TCP or len(inner) < 8:
+        six = ":" in frame.dst
+        head, inner = frame.body[4 : 44 if six else 24], frame.body[44 if six else 24 :]
+        if head[6 if six else 9] != socket.IPPROTO_TCP:
             raise Unsupported("ICMP about other than TCP on the model")
-        port, to, seq = struct.unpack_from("!HHI", inner)
-        meaning = _icmp_error(frame.icmp, start == 40)
+        meaning = _icmp_error(frame.icmp, six)
         if meaning == "MTU":
             self.beyond.add("path MTU discovery")
         elif isinstance(meaning, int):
-            # The datagram returned is one of ours: its destination is where the error is about.
-            raw = frame.body[4 + start - 2 * ((start == 40 and 16) or 4) : 4 + start]
-            family = socket.AF_INET6 if start == 40 else socket.AF_INET
-            half = len(raw) // 2
-            local, remote = (socket.inet_ntop(family, raw[at : at + half]) for at in (0, half))
-            self._host.unreachable((local, port, remote, to), seq, meaning, frame.icmp[1])
+            family, size = (socket.AF_INET6, 16) if six else (socket.AF_INET, 4)
+            local = socket.inet_ntop(family, head[-2 * size : -size])
+            remote = socket.inet_ntop(family, head[-size:])
+            port, to, seq = struct.unpack_from("!HHI", inner)
+            # tcp_v6_err goes by icmpv6_err_convert's word, tcp_v4_err by the kinds themselves.
+            final = meaning in (errno.EACCES, errno.ECONNREFUSED, errno.EPROTO)
+            if not six:
+                final = frame.icmp in ((3, 0), (3, 1)) or frame.icmp[0] in (11, 12)
+            self._host.unreachable((local, port, remote, to), seq, meaning, final=final)
         self._network.drain()
         self._retry()
 

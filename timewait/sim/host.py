@@ -503,12 +503,12 @@ class Host:
         self.counters["OutRsts"] += 1
         self.network.send(self, (key[2], key[3], key[0], key[1]), reset)
 
-    def unreachable(self, key: Key, seq: int, number: int, code: int = 0) -> None:
+    def unreachable(self, key: Key, seq: int, number: int, *, final: bool = True) -> None:
         """ICMP says that a segment of ours did not arrive (`tcp_v4_err`, `tcp_v6_err`).
 
-        `seq` is that segment's, `number` the errno it means. What is being
-        opened fails with it; on what is open it is only told if the connection
-        times out, since it may pass.
+        `seq` is that segment's, `number` the errno it means. A connect() fails
+        with it; a half-open connection is forgotten where it is `final`; on what
+        is open it is only told if that times out, since it may pass.
         """
         sock = self.tcp.get(key)
         if not isinstance(sock, Sock) or sock.conn is None:
@@ -519,8 +519,7 @@ class Host:
         if conn.state is State.SYN_SENT or (conn.state is State.SYN_RECEIVED and not sock.parent):
             sock.refused(number)
         elif conn.state is State.SYN_RECEIVED:
-            # tcp_req_err: a request is dropped for what no other route could mend.
-            if number in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EPROTO) and seq == conn.iss:
+            if final and seq == conn.iss:  # tcp_req_err
                 assert sock.parent is not None
                 sock.parent.embryos.pop(sock, None)
                 self.forget(sock)

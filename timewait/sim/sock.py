@@ -25,7 +25,7 @@ from timewait.sim.network import Key
 from timewait.sim.ports import ANY4, ANY6, is_v4
 from timewait.tcp.connection import Connection, SocketOptions
 from timewait.tcp.segment import ACK, RST, SYN, Segment
-from timewait.tcp.states import State
+from timewait.tcp.states import State, Timer
 
 if TYPE_CHECKING:
     from timewait.sim.host import Host
@@ -119,6 +119,7 @@ class Sock:
         "sndbuf",
         "soft_error",
         "sport",
+        "syn_retries",
         "uid",
         "user_mss",
         "user_timeout",
@@ -167,6 +168,7 @@ class Sock:
         self.keepalive = False
         self.keep: tuple[float, float, int] = _KEEP  # idle, interval, probes
         self.no_delay = False
+        self.syn_retries = 0  # TCP_SYNCNT; 0: the host's own
         self.user_mss = 0
         self.user_timeout = 0
         self.rcvbuf: int | None = None
@@ -635,6 +637,15 @@ class Sock:
                 if value and not _LEAST_MSS <= value <= 32767:
                     fail(errno.EINVAL)
                 self.user_mss = value
+            case socket.IPPROTO_TCP, socket.TCP_SYNCNT:
+                if not 1 <= value <= 127:
+                    fail(errno.EINVAL)
+                self.syn_retries = value
+            case socket.IPPROTO_TCP, socket.TCP_QUICKACK if self.conn is not None:
+                # __tcp_sock_set_quickack: an ACK that waits goes out at once.
+                self.conn._pingpong = not value
+                if value and self.conn.t_ack != INF:
+                    self.conn.timeout(Timer.DELAYED_ACK, self.clock.now)
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:
                 self.linger2 = None if value == 0 else -1 if value < 0 else min(value, 120)
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
@@ -720,6 +731,10 @@ class Sock:
                 if conn is None or self.listening:
                     return self.user_mss or 536
                 return conn.mss - 12 * conn.timestamps
+            case socket.IPPROTO_TCP, socket.TCP_SYNCNT:
+                return self.syn_retries or self.host.profile.parameters.syn_retries
+            case socket.IPPROTO_TCP, socket.TCP_QUICKACK:
+                return int(self.conn is None or not self.conn._pingpong)
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:
                 return 60 if self.linger2 is None else self.linger2
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
@@ -811,6 +826,10 @@ class Sock:
             self._set_waker(deadline)
             return
         old = conn.state
+        if self.syn_retries and old is State.SYN_SENT:
+            most = self.syn_retries + self.host.profile.parameters.syn_linear
+            if conn.retransmits >= most and conn.t_retransmit <= now:
+                conn.t_user, conn.t_retransmit = now, INF  # given up sooner than the host would
         conn.expire(now)
         if self.soft_error and conn.error == errno.ETIMEDOUT:
             conn.error = self.soft_error  # tcp_write_err
