@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -422,6 +423,31 @@ def test_a_failing_seed_is_printed_with_its_replay(suite: Run) -> None:
     result.stdout.fnmatch_lines([f"E*tcp_sim: failed with seed 7; replay: {replay}"])
     assert suite(code, "--tcp-sim-seed=7").ret == pytest.ExitCode.TESTS_FAILED
     assert suite(code, "--tcp-sim-seed=6").ret == pytest.ExitCode.OK
+
+
+def test_the_replay_is_right_where_pytest_was_started(
+    suite: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite("")  # for its ini file
+    folder = pytester.mkdir("some tests")
+    (folder / "test_seeds.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('what', ['a b', \"it's\"])\n"
+        "@pytest.mark.tcp_sim(seeds=9)\n"
+        "def test_it(what, tcp_sim): assert tcp_sim.seed != 5\n"
+    )
+    monkeypatch.chdir(folder)
+    plugin = ("-p", "timewait.pytest_plugin")
+    result = pytester.runpytest_inprocess(*plugin)
+    result.assert_outcomes(failed=2)
+    replays = [line for line in result.outlines if "replay: " in line]
+    for line in replays:
+        command = shlex.split(line.partition("replay: ")[2])
+        assert command[0] == "pytest"
+        again = pytester.runpytest_inprocess(*plugin, *command[1:])
+        again.assert_outcomes(failed=1)
+        again.stdout.fnmatch_lines(["*tcp_sim: failed with seed 5; *"])
+    assert len(replays) == 2
 
 
 def test_the_ini_file_sets_the_seeds(suite: Run) -> None:

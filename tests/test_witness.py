@@ -7,6 +7,7 @@ import errno
 import gc
 import os
 import socket
+import socketserver
 import ssl
 import struct
 import subprocess
@@ -412,9 +413,13 @@ def test_a_duplicate_that_python_does_not_know(seen: Witness, port: HeldPort) ->
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("table", ["sock_diag", "psutil"])
 def test_a_server_that_forks_is_not_blamed_for_its_parents_close(
-    seen: Witness, port: HeldPort
+    request: pytest.FixtureRequest, table: str, port: HeldPort
 ) -> None:
+    if table == "psutil":
+        request.getfixturevalue("without_sock_diag")
+    seen = request.getfixturevalue("seen")
     pair = Pair(port)
     pid = os.fork()
     if pid == 0:
@@ -432,6 +437,27 @@ def test_a_server_that_forks_is_not_blamed_for_its_parents_close(
     pair.close("client", "listener")
     seen.assert_closed_by("client", port)
     assert seen.connections[0].time_wait == "client"
+
+
+class Greeting(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        self.wfile.write(b"hello")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_pythons_forking_server(seen: Witness) -> None:
+    with socketserver.ForkingTCPServer(("127.0.0.1", 0), Greeting) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        for _ in range(3):
+            with socket.create_connection(server.server_address) as client:
+                assert client.makefile("rb").read() == b"hello"
+        server.shutdown()
+    assert seen.settle()
+    assert [each.closed_by for each in seen.connections] == ["server"] * 3
+    assert [each.time_wait for each in seen.connections] == ["server"] * 3
+    seen.assert_no_leak()
+    seen.assert_no_reset()
 
 
 def test_the_same_addresses_connected_twice(seen: Witness, port: HeldPort) -> None:
@@ -515,6 +541,26 @@ def test_psutil_sees_a_childs_sockets(port: HeldPort) -> None:
         with pytest.raises(AssertionError, match=rf"CLOSE_WAIT .*\(pid {child.pid}\)"):
             seen.assert_no_leak()
         child.communicate("\n")
+
+
+@pytest.mark.usefixtures("without_sock_diag")
+def test_psutil_that_may_not_list_all_lists_this_process_tree(
+    port: HeldPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psutil = pytest.importorskip("psutil")
+
+    def denied(**_: object) -> None:  # as macOS does to all but root
+        raise psutil.AccessDenied
+
+    monkeypatch.setattr(psutil, "net_connections", denied)
+    with Witness() as seen:
+        pair = Pair(port)
+        pair.client.close()
+        (leak,) = seen.leaks
+        assert (leak.side, leak.state, leak.pid) == ("server", State.CLOSE_WAIT, os.getpid())
+        pair.close("server", "listener")
+        seen.assert_closed_by("client", port)
+    assert "sockets of other processes, and TIME_WAIT, where psutil lists only ours" in seen.blind
 
 
 @pytest.mark.usefixtures("without_sock_diag")

@@ -162,7 +162,8 @@ def _prepare(
     elif simulated:
         # A plain function in its place, so that plugins that run coroutines let it be.
         seeds, made_of = _simulation(collector.config, marks)
-        setattr(collector.obj, name, _on_the_simulation(body, seeds, made_of))  # type: ignore[attr-defined]
+        file = os.path.relpath(collector.path, collector.config.invocation_params.dir)
+        setattr(collector.obj, name, _on_the_simulation(body, file, seeds, made_of))  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -327,7 +328,7 @@ def _simulation(
 
 
 def _on_the_simulation(
-    body: FunctionType, seeds: list[int], made_of: dict[str, Any]
+    body: FunctionType, file: str, seeds: list[int], made_of: dict[str, Any]
 ) -> Callable[..., None]:
     """A plain function that runs the body once a seed on the simulated loop."""
 
@@ -346,8 +347,8 @@ def _on_the_simulation(
             try:
                 sim.run(main, seed=seed, **made_of)
             except Exception as failure:
-                test = os.environ.get("PYTEST_CURRENT_TEST", body.__name__).rpartition(" (")[0]
-                again = f"pytest {shlex.quote(test)} --tcp-sim-seed={seed}"
+                test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0].partition("::")[2]
+                again = f"pytest {shlex.quote(f'{file}::{test}')} --tcp-sim-seed={seed}"
                 failure.add_note(f"tcp_sim: failed with seed {seed}; replay: {again}")
                 raise
 

@@ -24,9 +24,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from operator import attrgetter
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from timewait.connections import LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Called, Event, Row, RunStarted, Snapshot, Transition
@@ -187,7 +188,13 @@ class Witness(Connections):
             seen.entry, seen.pid = entry, os.getpid()
             if entry.ends and entry.ends[-1].state not in (State.CLOSED, None):
                 seen.move(entry.ends[-1].state, entry.ends[-1].t)
-            if self._diag is None or (entry.side == "server" and not entry.ends and seen.state):
+            if self._diag is None:
+                if entry.ends and _children(os.getpid()):
+                    for left in self._list(key[0][1]):
+                        if (left.local, left.remote) == key:
+                            self._reconsider(seen, entry, left)
+                return
+            if entry.side == "server" and not entry.ends and seen.state:
                 return  # (an accepted connection was looked at when its client connected)
             for way in (key, key[::-1]):
                 try:
@@ -195,14 +202,18 @@ class Witness(Connections):
                 except (OSError, ValueError):
                     continue
                 if row is not None:
-                    if way == key and row.inode and entry.ends and entry.ends[-1].call == "close":
-                        # Another descriptor, a forked child's say, has it: nothing was ended.
-                        entry.ends.pop()
-                        seen.pid = self._owner(row.inode) or seen.pid
+                    if way == key:
+                        self._reconsider(seen, entry, row)
                     self._note(way, row, now)
                 elif way in self._seen:
                     self._seen[way].row = None
                     self._seen[way].move(None, now)
+
+    def _reconsider(self, seen: Seen, entry: Entry, row: Row) -> None:
+        """Strike a close() off after which another descriptor, a forked child's say, is left."""
+        if row.inode and entry.ends and entry.ends[-1].call == "close":
+            entry.ends.pop()
+            seen.pid = self._owner(row.inode) or seen.pid
 
     def _poll(self) -> None:
         """Look now and then while calls are made that no ledger notes: children's, uvloop's."""
@@ -241,6 +252,7 @@ class Witness(Connections):
         if self._diag is None:
             blind.append("timers and queues: psutil shows states only")
             blind.append("states at the moment of a call, but for what the call itself tells")
+            blind.append("sockets of other processes, and TIME_WAIT, where psutil lists only ours")
         if len(self._children) > 1:
             blind.append(
                 f"what child processes did between two looks, {_PERIOD * 1000:.0f} ms apart"
@@ -351,19 +363,33 @@ def table() -> Callable[[int | None], list[Row]]:
         ) from None
 
     def states(port: int | None) -> list[Row]:
-        own = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+        tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        own = {process.pid for process in tree}
+        try:
+            found = [(conn, conn.pid) for conn in psutil.net_connections(kind="tcp")]
+        except psutil.AccessDenied:  # as macOS does to all but root
+            found = []
+            for process in tree:
+                with suppress(psutil.Error):
+                    found += [(conn, process.pid) for conn in _connections_of(process)]
         return [
             Row(
                 (conn.laddr[0], conn.laddr[1]),
                 (conn.raddr[0], conn.raddr[1]) if conn.raddr else ("0.0.0.0", 0),
                 State.parse(conn.status),
-                inode=conn.pid if conn.pid in own else 0,  # it has no better name there
+                inode=pid if pid in own else 0,  # it has no better name there
             )
-            for conn in psutil.net_connections(kind="tcp")
+            for conn, pid in found
             if conn.laddr and port in (None, conn.laddr[1], conn.raddr[1] if conn.raddr else None)
         ]
 
     return states
+
+
+def _connections_of(process: Any) -> list[Any]:
+    listed = getattr(process, "net_connections", None) or process.connections  # before psutil 6
+    connections: list[Any] = listed(kind="tcp")
+    return connections
 
 
 def _children(pid: int) -> list[int]:
@@ -373,8 +399,18 @@ def _children(pid: int) -> list[int]:
             with open(f"/proc/{pid}/task/{task}/children") as listed:
                 children += map(int, listed.read().split())
     except OSError:
-        pass
+        if not sys.platform.startswith("linux"):
+            return _children_by_psutil(pid)
     return children
+
+
+def _children_by_psutil(pid: int) -> list[int]:
+    import psutil
+
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.Error:
+        return []
 
 
 def descendants(pid: int) -> list[int]:
