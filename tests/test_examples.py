@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,29 @@ def test_unittest() -> None:
     done = python("unittest", "examples.unittest_shutdown")
     assert done.returncode == 0, done.stderr
     assert "Ran 2 tests" in done.stderr
+
+
+def test_nose2() -> None:
+    pytest.importorskip("nose2")
+    done = python("nose2", "-s", "examples", "unittest_shutdown")
+    assert done.returncode == 0, done.stderr
+    assert "Ran 2 tests" in done.stderr
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_robot_framework(side: str, tmp_path: Path) -> None:
+    pytest.importorskip("robot")
+    shutil.copy(ROOT / "examples/TcpKeywords.py", tmp_path)
+    suite = (ROOT / "examples/shutdown.robot").read_text()
+    assert suite.count("    client\n") == 1
+    (tmp_path / "shutdown.robot").write_text(suite.replace("    client\n", f"    {side}\n"))
+    quiet = ("--output", "NONE", "--log", "NONE", "--report", "NONE")
+    done = python("robot", *quiet, "--pythonpath", str(ROOT), str(tmp_path / "shutdown.robot"))
+    if side == "client":
+        assert "1 test, 1 passed, 0 failed" in done.stdout
+    else:
+        assert "1 test, 0 passed, 1 failed" in done.stdout
+        assert "closed first by the client (FIN): the client called close" in done.stdout
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no private network namespace: {why_not()}")
