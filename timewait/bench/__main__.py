@@ -7,6 +7,7 @@ import json
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,11 +18,14 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from timewait.bench import report
-from timewait.bench.closes import COURSES, FAMILIES, Trial, one_way
+from timewait.bench.closes import COURSES, FAMILIES, Trial, closes
+from timewait.bench.compare import compare
 from timewait.bench.ends import KINDS, available
 from timewait.bench.ports import binds, churn
 from timewait.kernel.namespace import isolate
 from timewait.report import console
+
+_A_WAIT = 63.0  # seconds that a TIME_WAIT is waited for, its timer's step included
 
 
 @click.command(
@@ -36,7 +40,9 @@ from timewait.report import console
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), help="Only this kind.")
 @click.option("--connections", type=click.IntRange(1, 10_000), default=1000, show_default=True,
               metavar="N", help="So many open at once, beside 1 and 100.")  # fmt: skip
-@click.option("--quick", is_flag=True, help="Fewer rounds, IPv4 only: under 10 seconds.")
+@click.option("--quick", is_flag=True, help="IPv4 only, 1 and 20 connections: under 10 seconds.")
+@click.option("--seconds", type=click.FloatRange(1, 3600), metavar="S",
+              help="Measure for so long: the longer, the surer. [default: 90; 7 with --quick]")  # fmt: skip
 @click.option(
     "--wait", is_flag=True, help="Really wait for each port: about a minute, all at once."
 )
@@ -53,6 +59,7 @@ def command(
     kinds: tuple[str, ...],
     connections: int,
     quick: bool,
+    seconds: float | None,
     wait: bool,
     here: bool,
     as_json: bool,
@@ -60,6 +67,8 @@ def command(
     old: str | None,
 ) -> int:
     """Run the benchmark and print what it found."""
+    began = time.monotonic()
+    pace: list[list[float]] = []
     earlier = None if old is None else _earlier(old)
     draw = _drawer(plot) if plot else None
     missing = [name for name in kinds if KINDS[name] not in available()]
@@ -67,41 +76,36 @@ def command(
         raise click.ClickException(f"{missing[0]} is not installed here")
     courses = only or tuple(COURSES)
     chosen = [kind for kind in available() if not kinds or kind.name in kinds]
-    sizes = {1: 3, 20: 1} if quick else {1: 15, 100: 1} | {connections: 1}
-    passes = 2
+    sizes = {1: 3, 20: 1} if quick else {1: 10, 100: 1} | {connections: 1}
     families = ["ipv4"] if quick or not _has_ipv6() else [*FAMILIES]
     own = report.settings()
     isolated = not here and _isolate(own)
     _allow_descriptors(2 * max(sizes) + 64)
     gc.freeze()  # what is there by now need not be looked at between the trials
-    pace = [one_way()]
-    found = report.Report(
-        report.machine(), report.settings(), isolated, round(pace[0], 7), waited=wait
-    )
+    found = report.Report(report.machine(), report.settings(), isolated, waited=wait)
     if earlier is not None:
         _compared(old, earlier, found)  # nobody waits for a run to hear that it is no document
+    # What is most telling comes first, should the time not suffice for all.
     trials = [
         Trial(kind, COURSES[name], family, size, rounds)
+        for size, rounds in sizes.items()
+        for family in families
         for kind in chosen
         for name in courses
-        for family in families
-        for size, rounds in sizes.items()
     ]
-    work = passes * sum(trial.rounds + 2 for trial in trials) + 2 * len(courses)
-    with _bar(work + (0 if only else 4)) as tick:
+    lasts = seconds or (7.0 if quick else 90.0)
+    with _bar(lasts + (_A_WAIT if wait else 0.0)) as tick:
         try:
-            for _ in range(passes):
-                for trial in trials:
-                    pace.append(one_way(50))
-                    trial.run(tick)
             binds(courses, wait=wait, tick=tick, record=found.binds.append)
             if not only:
                 with suppress(PermissionError):
-                    found.churns += churn(500 if quick else 4000, 1.2 if quick else 3.0, tick)
+                    found.churns += churn(500 if quick else 1000, 1.2 if quick else 3.0, tick)
+            now = time.monotonic()
+            waited = now - began if wait else 0.0
+            closes(trials, max(began + waited + lasts, now + lasts / 4), tick, pace)
         except KeyboardInterrupt:
             found.interrupted = True
-    found.noise = report.noise(pace)
-    found.closes = [close for trial in trials if (close := trial.outcome(found.one_way))]
+    found.look_at(trials, pace)
     if as_json:
         click.echo(json.dumps(found.to_json()))
     else:
@@ -128,7 +132,7 @@ def _earlier(path: str) -> dict[str, Any]:
 
 def _compared(path: str | None, earlier: Mapping[str, Any], found: report.Report) -> RenderableType:
     try:
-        return report.compare(earlier, found)
+        return compare(earlier, found)
     except ValueError as wrong:
         raise click.ClickException(f"{path}: {wrong}") from None
 
@@ -173,7 +177,7 @@ def _allow_descriptors(wanted: int) -> None:
 
 
 @contextmanager
-def _bar(work: int) -> Iterator[Callable[[], None]]:
+def _bar(seconds: float) -> Iterator[Callable[[], None]]:
     """A progress bar on standard error, where that is a terminal."""
     bar = Progress(
         TextColumn("{task.description}"),
@@ -186,12 +190,14 @@ def _bar(work: int) -> Iterator[Callable[[], None]]:
         auto_refresh=False,  # a thread of its own would disturb what is measured
     )
     with bar:
-        task = bar.add_task("closing connections", total=work)
+        task = bar.add_task("closing connections", total=seconds)
+        began = time.monotonic()
 
         def tick() -> None:
-            bar.advance(task)
+            bar.update(task, completed=min(time.monotonic() - began, seconds))
             bar.refresh()
 
+        tick()
         yield tick
 
 

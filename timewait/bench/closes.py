@@ -13,35 +13,57 @@ import gc
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Final
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from timewait.bench import Stat
 from timewait.bench.ends import RESET, End, Kind, Pair, bare, reset_on_close, streams
+from timewait.check import check
 from timewait.events import Row, SegmentSeen, Transition
 from timewait.kernel.capture import Capture
 from timewait.kernel.sock_diag import SockDiag
 from timewait.run import Side
 from timewait.sim import Network
 from timewait.sim import run as simulate
+from timewait.tcp.profiles import profile
 from timewait.tcp.states import State
 
-__all__ = ["COURSES", "FAMILIES", "Close", "Foretold", "Trial", "counters", "foretell", "one_way"]
+__all__ = [
+    "COURSES",
+    "FAMILIES",
+    "TIMES",
+    "Close",
+    "Foretold",
+    "Pace",
+    "Trial",
+    "closes",
+    "counters",
+    "foretell",
+    "one_way",
+]
 
 FAMILIES: Final = {"ipv4": (socket.AF_INET, "127.0.0.1"), "ipv6": (socket.AF_INET6, "::1")}
+
+TIMES: Final = {
+    "returned": "call returns",
+    "told": "peer is told",
+    "last_segment": "last segment",
+    "settled": "settled",
+}
 
 _PASSING: Final = frozenset({State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK, State.SYN_RECEIVED})
 _OPEN: Final = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT_2})
 _TIME_WAIT_AND_MORE: Final = 130.0  # seconds, an orphan's FIN_WAIT_2 before it included
 _PATIENCE: Final = 5.0  # seconds for a close to settle
-_TIMED: Final = 50  # of the connections open at once, so many are timed
-_WATCHED: Final = 5  # and so many by a capture
+_WARMING: Final = 2  # connections closed before any is timed
+_WATCHED: Final = 5  # connections open while a capture sees them
 _TEXT: Final = 100  # bytes sent where a course sends any
 DELAYED_ACK: Final = 0.5  # seconds that an ACK may be delayed at most (RFC 9293 §3.8.6.3)
 
@@ -83,11 +105,15 @@ class Watch:
 
 @frozen
 class Course:
-    """A way to close: `act` does it to one connection; after it, `left` ends are still open."""
+    """A way to close: `act` does it to one connection; after it, `left` ends are still open.
+
+    Of the connections that are open at once, so many are `timed`.
+    """
 
     name: str
     act: Callable[[Watch, End, End], Awaitable[None]]
     left: int = 0
+    timed: int = 50
 
 
 async def _server_first(watch: Watch, server: End, client: End) -> None:
@@ -139,7 +165,7 @@ COURSES: Final = {
         Course("half-close", _half_close),
         Course("abort", _abort),
         Course("unread-data", _unread),
-        Course("orphan", _orphan, left=1),
+        Course("orphan", _orphan, left=1, timed=5),  # each waits for a timer
     )
 }
 
@@ -148,9 +174,10 @@ COURSES: Final = {
 class Foretold:
     """What the model says of one close: times in seconds, and who holds TIME_WAIT.
 
-    `holders` are all that it allows (either end may be the first of two that
-    close at once), `moves` who entered which state when, to the end of
-    TIME_WAIT.
+    `allowed` is the least and the most that it allows for each of the times,
+    `holders` are all whom it allows to hold TIME_WAIT (either end may be the
+    first of two that close at once), `moves` who entered which state when, to
+    the end of TIME_WAIT.
     """
 
     returned: float
@@ -159,11 +186,7 @@ class Foretold:
     settled: float
     holders: tuple[Side | None, ...]
     moves: tuple[tuple[float, Side, str], ...]
-
-    def allows(self, holder: Side | None, settled: Stat | None) -> bool:
-        """Whether what was measured is allowed; an ACK may be delayed, and no longer than that."""
-        late = settled is None or settled.median > self.settled + DELAYED_ACK
-        return holder in self.holders and not late
+    allowed: dict[str, tuple[float, float]] = field(factory=dict)
 
 
 @frozen
@@ -188,13 +211,33 @@ class Close:
     last_segment: Stat | None
     settled: Stat | None
     model: Foretold
-    inside: bool
+    fault: str | None = None
     counters: dict[str, int] = field(factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Which one it is, as people read it."""
+        return _name(self.course, self.kind, self.family, self.connections)
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """What is not as the model allows: "holder", "segments", or the name of a time."""
+        wrong = [] if self.holder in self.model.holders else ["holder"]
+        wrong += ["segments"] if self.fault else []
+        for name, (least, most) in self.model.allowed.items():
+            time: Stat | None = getattr(self, name)
+            if time is not None and not least <= time.median <= most:
+                wrong.append(name)
+        return tuple(wrong)
 
     @property
     def marked(self) -> bool:
         """Whether something disturbed it: retransmissions, an overflowing queue."""
         return any(self.counters.values())
+
+
+def _name(course: str, kind: str, family: str, connections: int) -> str:
+    return f"{course} with {kind} over {family}, {connections} open"
 
 
 def counters() -> Counter[str]:
@@ -227,15 +270,50 @@ def one_way(count: int = 500) -> float:
     return median(taken)
 
 
+@frozen
+class Pace:
+    """How long a segment takes here, in seconds: at the least, as a rule, at a bad moment.
+
+    `turn` is what a program may take for its part in a close: as it waits for
+    nothing, less than a tick of the kernel's clock, by which timers run.
+    """
+
+    least: float
+    usual: float
+    most: float
+    turn: float
+
+
 @lru_cache(maxsize=64)
-def foretell(course: Course, delay: float, reads_ahead: bool = False) -> Foretold:
-    """What the model says of the course where a segment takes `delay` seconds.
+def foretell(course: Course, pace: Pace, reads_ahead: bool = False) -> Foretold:
+    """What the model says of the course where segments take as long as `pace` tells.
 
     The very same course, done by a program of bare sockets on the simulated
-    loop; or, for libraries that read ahead of their program, of streams.
+    loop; or, for libraries that read ahead of their program, of streams. What
+    is allowed lies between segments that take the least time and are
+    acknowledged at once, and segments that take the most and are acknowledged
+    as late as RFC 9293 §3.8.6.3 lets them be.
     """
+    usual = _on_the_model(course, pace.usual, reads_ahead)
+    soonest = _on_the_model(course, pace.least, reads_ahead, delayed_ack=0.0)
+    latest = _on_the_model(course, pace.most, reads_ahead, delayed_ack=DELAYED_ACK)
+    allowed = {
+        name: (getattr(soonest, name), getattr(latest, name) + pace.turn)
+        for name in TIMES
+        if getattr(usual, name) is not None
+    }
+    return evolve(usual, allowed=allowed)
+
+
+def _on_the_model(
+    course: Course, delay: float, reads_ahead: bool, *, delayed_ack: float | None = None
+) -> Foretold:
     network = Network()
-    network.host("machine")
+    linux = profile("linux")
+    if delayed_ack is not None:
+        acks = evolve(linux.parameters, first_ack_delay=delayed_ack, delayed_ack=delayed_ack)
+        linux = evolve(linux, parameters=acks)
+    network.host("machine", profile=linux)
     network.delay("any", delay, times=None)
     watch = Watch(partial(asyncio.sleep, delay))
 
@@ -267,7 +345,7 @@ def foretell(course: Course, delay: float, reads_ahead: bool = False) -> Foretol
     return Foretold(
         watch.returned - watch.began,
         None if watch.told is None else watch.told - watch.began,
-        max(t for t in segments if t < _PATIENCE) + delay,
+        max(t for t in segments if t < _PATIENCE),
         max(t for t, _, _ in moves if t < _PATIENCE),
         holders,
         tuple((t, side, state.name) for t, side, state in moves),
@@ -301,7 +379,8 @@ class Trial:
     """One course as programs of one kind do it, with so many connections open at once.
 
     They are closed one after the other. `run` makes a pass of so many
-    `rounds`, `outcome` is what all passes found.
+    `rounds`, `listen` has a few more seen by a capture, `outcome` is what all
+    of them found.
     """
 
     kind: Kind
@@ -309,27 +388,55 @@ class Trial:
     family: str
     connections: int
     rounds: int
+    quickest: float | None = field(default=None, init=False)
     _passes: list[list[_Sample]] = field(factory=list, init=False)
-    _last: list[list[float]] = field(factory=list, init=False)
+    _last: list[float] = field(factory=list, init=False)
+    _fault: str | None = field(default=None, init=False)
     _counters: Counter[str] = field(factory=Counter, init=False)
 
-    def run(self, tick: Callable[[], object] = lambda: None) -> None:
-        """Make a pass; `tick` is called after each of its `rounds` + 2 rounds.
+    @property
+    def name(self) -> str:
+        """Which one it is, as people read it."""
+        return _name(self.course.name, self.kind.name, self.family, self.connections)
 
-        A round of a few connections before them warms up and is not counted,
-        and one after them is watched by a capture where that is permitted.
-        """
+    def run(self) -> None:
+        """Make a pass. A round of a few connections before it warms up and is not counted."""
         before = counters()
         with SockDiag() as diag, _quiet():
-            self._rounds(min(self.connections, _WATCHED), 1, diag, tick)
-            counted = self._rounds(self.connections, self.rounds, diag, tick)
-            self._counters += counters() - before
-            self._last.append(self._last_segments(diag))
-        self._passes.append([sample for each in counted for sample in each])
-        tick()
+            self._rounds(min(self.connections, _WARMING), 1, diag)
+            samples = self._rounds(self.connections, self.rounds, diag)
+        self._counters += counters() - before
+        self._passes.append(samples)
 
-    def outcome(self, delay: float) -> Close | None:
-        """What was found, beside what the model says with `delay`; None before the first pass."""
+    def listen(self, capture: Capture) -> None:
+        """Time the last segments, check all of them, and find the `quickest` answer to one.
+
+        That is the least time in which any segment was answered by another:
+        nothing that takes a segment's way can take less.
+        """
+        with SockDiag() as diag:
+            samples = self._rounds(min(self.connections, _WATCHED), 1, diag)
+        segments = [event for event in capture.read() if isinstance(event, SegmentSeen)]
+        seen: dict[frozenset[int], list[SegmentSeen]] = {}
+        for segment in segments:
+            seen.setdefault(frozenset({segment.src[1], segment.dst[1]}), []).append(segment)
+        for sample in samples:
+            until = [e.t for e in seen.get(frozenset(sample.ports), []) if e.t <= sample.settled]
+            if until:
+                self._last.append(max(until) - sample.watch.began)
+        answers = [
+            later.t - earlier.t
+            for each in seen.values()
+            for earlier, later in pairwise(each)
+            if earlier.src != later.src
+        ]
+        self.quickest = min(answers, default=None)
+        verdict = check(segments)
+        if not verdict:
+            self._fault = str(verdict.explain().splitlines()[0])
+
+    def outcome(self, pace: Pace) -> Close | None:
+        """What was found, beside what the model says at this pace; None before the first pass."""
         samples = [sample for each in self._passes for sample in each]
         if not samples:
             return None
@@ -340,7 +447,7 @@ class Trial:
 
         how = Counter(sample.watch.how for sample in samples).most_common(1)[0][0]
         reads_ahead = self.course.name == "unread-data" and how == "FIN"
-        model = foretell(self.course, delay, reads_ahead)
+        model = foretell(self.course, pace, reads_ahead)
         holder = _holder(sample.states for sample in samples)
         settled = stat(lambda sample: sample.settled - sample.watch.began)
         waiting = sum(state is State.TIME_WAIT for sample in samples for state in sample.states)
@@ -354,24 +461,18 @@ class Trial:
             waiting / len(samples),
             stat(lambda s: s.watch.returned - s.watch.began),
             stat(lambda s: None if s.watch.told is None else s.watch.told - s.watch.began),
-            Stat.of(*self._last),
+            Stat.of(self._last),
             settled,
             model,
-            model.allows(holder, settled),
+            self._fault,
             dict(self._counters),
         )
 
-    def _rounds(
-        self,
-        count: int,
-        rounds: int,
-        diag: SockDiag,
-        tick: Callable[[], object] = lambda: None,
-    ) -> list[list[_Sample]]:
-        """In each round open `count` connections and close them; at most `_TIMED` samples."""
+    def _rounds(self, count: int, rounds: int, diag: SockDiag) -> list[_Sample]:
+        """In each round open `count` connections and close them; time some."""
         family, host = FAMILIES[self.family]
 
-        async def main() -> list[list[_Sample]]:
+        async def main() -> list[_Sample]:
             done = []
             for _ in range(rounds):
                 listener = socket.socket(family)
@@ -382,15 +483,14 @@ class Trial:
                     listener.close()
                     raise
                 async with self.kind.open(listener, count) as pairs:
-                    timed = pairs[:_TIMED]
-                    done.append([await self._sample(pair, diag) for pair in timed])
-                    for server, client in pairs[_TIMED:]:
+                    timed = pairs[: self.course.timed]
+                    done += [await self._sample(pair, diag) for pair in timed]
+                    for server, client in pairs[self.course.timed :]:
                         reset_on_close(server)
                         reset_on_close(client)
-                tick()
             return done
 
-        done: list[list[_Sample]] = self.kind.run(main)
+        done: list[_Sample] = self.kind.run(main)
         return done
 
     async def _sample(self, pair: Pair, diag: SockDiag) -> _Sample:
@@ -414,23 +514,41 @@ class Trial:
             await client.close()
         return _Sample(watch, settled, states, (here[1], there[1]))
 
-    def _last_segments(self, diag: SockDiag) -> list[float]:
-        """The time to each close's last segment, by a capture; [] where none is permitted."""
-        try:
-            capture = Capture(start=0.0, buffer=1 << 20)
-        except OSError:
-            return []
-        with capture:
-            (samples,) = self._rounds(min(self.connections, _WATCHED), 1, diag)
-            seen: dict[frozenset[int], list[float]] = {}
-            for event in capture.read():
-                if isinstance(event, SegmentSeen):
-                    seen.setdefault(frozenset({event.src[1], event.dst[1]}), []).append(event.t)
-        return [
-            max(times) - sample.watch.began
-            for sample in samples
-            if (times := [t for t in seen.get(frozenset(sample.ports), []) if t <= sample.settled])
-        ]
+
+def closes(
+    trials: Sequence[Trial],
+    until: float,
+    tick: Callable[[], object],
+    pace: list[list[float]],
+) -> None:
+    """Pass after pass over the trials, as long as the monotonic clock is not at `until`.
+
+    After the first one their segments are looked at, where capturing is
+    permitted. Only the first pass, if any, is left unfinished. `pace` gets for
+    each pass what a byte took over loopback before each trial, in seconds.
+    """
+
+    def all_of_them(act: Callable[[Trial], object]) -> bool:
+        for trial in trials:
+            if time.monotonic() >= until:
+                return False
+            act(trial)
+            tick()
+        return True
+
+    def run(trial: Trial) -> None:
+        pace[-1].append(one_way(50))
+        trial.run()
+
+    taken = 0.0
+    while time.monotonic() + taken < until:
+        began = time.monotonic()
+        pace.append([])
+        whole = all_of_them(run)
+        taken = time.monotonic() - began
+        if whole and len(pace) == 1:
+            with suppress(PermissionError), Capture(start=0.0, buffer=1 << 20) as capture:
+                all_of_them(partial(Trial.listen, capture=capture))
 
 
 def _state(row: Row | None) -> State | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +17,14 @@ from rich.text import Text
 
 import timewait
 from timewait.bench import Stat
-from timewait.bench.closes import COURSES, Close
+from timewait.bench.closes import COURSES, TIMES, Close, Pace, Trial
 from timewait.bench.ports import Bind, Churn, Outcome
 from timewait.kernel.namespace import sysctl
 from timewait.kernel.ticks import tick
 
-__all__ = ["SETTINGS", "Report", "compare", "machine", "noise", "settings"]
+__all__ = ["SCHEMA", "SETTINGS", "Report", "machine", "seconds", "settings"]
+
+SCHEMA: Final = 2
 
 SETTINGS: Final = (
     "net.ipv4.ip_local_port_range",
@@ -33,13 +34,6 @@ SETTINGS: Final = (
     "net.ipv4.tcp_timestamps",
     "net.ipv4.tcp_tw_reuse",
 )
-_FEW: Final = 5  # measurements that say nothing about noise
-TIMES: Final = {
-    "returned": "call returns",
-    "told": "peer is told",
-    "last_segment": "last segment",
-    "settled": "settled",
-}
 
 
 def machine() -> dict[str, Any]:
@@ -72,30 +66,51 @@ def settings() -> dict[str, str]:
 class Report:
     """All that a benchmark found; `isolated` is whether it had a network namespace of its own.
 
-    `one_way` is the seconds that a byte takes over loopback here, which is
-    what a segment takes in the model's figures; `noise` how many times longer
-    it took at a bad moment of the run than at a good one (95 % to 5 %).
+    `pace` is what a byte takes over loopback here and `quickest` the least
+    time in which any segment was answered by another, in seconds. `left_out`
+    are the closes for which there was no time.
     """
 
     machine: dict[str, Any]
     settings: dict[str, str]
     isolated: bool
-    one_way: float
-    noise: float = 1.0
+    pace: Stat | None = None
+    quickest: float | None = None
     waited: bool = False
     interrupted: bool = False
     closes: list[Close] = field(factory=list)
+    left_out: list[str] = field(factory=list)
     binds: list[Bind] = field(factory=list)
     churns: list[Churn] = field(factory=list)
-    schema: int = 1
+    schema: int = SCHEMA
+
+    def look_at(self, trials: Sequence[Trial], pace: Sequence[Sequence[float]]) -> None:
+        """Take what the trials found, and hold it against the model at this machine's pace."""
+        self.pace = Stat.of(*pace)
+        if self.pace is None:
+            return
+        self.quickest = min((t.quickest for t in trials if t.quickest is not None), default=None)
+        here = Pace(
+            self.quickest or 0.0, self.pace.median, self.pace.quantiles[20], tick() * self.noise
+        )
+        for trial in trials:
+            close = trial.outcome(here)
+            if close:
+                self.closes.append(close)
+            else:
+                self.left_out.append(trial.name)
+
+    @property
+    def noise(self) -> float:
+        """How many times longer a byte took at a bad moment (95 %) than at a good one (5 %)."""
+        return self.pace.quantiles[19] / self.pace.quantiles[1] if self.pace else 1.0
 
     @property
     def outside(self) -> list[str]:
         """The figures that are not what the model allows, in words."""
         return [
-            *(f"{_name(close)}: {close.holder or 'nobody'} holds TIME_WAIT, "
-              f"settled after {_time(close.settled)}"
-              for close in self.closes if not close.inside),
+            *(f"{close.name}: {_wrong(close, what)}"
+              for close in self.closes for what in close.outside),
             *(f"{bind.course}, bind: {bind.fault}" for bind in self.binds if bind.fault),
             *(f"tcp_tw_reuse={churn.tw_reuse}: {churn.connections} connections before the ports "
               f"ran out, {churn.model_connections} on the model"
@@ -106,7 +121,7 @@ class Report:
         """As the document that docs/bench-schema.json describes."""
         plain: dict[str, Any] = Converter().unstructure(self)
         for close, found in zip(plain["closes"], self.closes, strict=True):
-            close["marked"] = found.marked
+            close["marked"], close["outside"] = found.marked, list(found.outside)
         for each, bind in zip(plain["binds"], self.binds, strict=True):
             each["inside"] = bind.inside
         for each, churn in zip(plain["churns"], self.churns, strict=True):
@@ -144,9 +159,12 @@ class Report:
             if self.isolated
             else "in this machine's own network namespace",
             ", ".join(f"{n.removeprefix('net.ipv4.')} {v}" for n, v in self.settings.items()),
-            f"a byte takes {_seconds(self.one_way)} over loopback, and so does a segment in the "
-            "model's figures",
         ]
+        if self.pace:
+            lines.append(
+                f"a byte takes {seconds(self.pace.median)} over loopback, "
+                "and so does a segment in the model's figures"
+            )
         return Text("\n".join(line.replace("\t", "-") for line in lines), "dim")
 
     def _foot(self) -> Text:
@@ -158,16 +176,31 @@ class Report:
         lines += [f"outside what the model allows: {each}" for each in self.outside]
         if not lines and (self.closes or self.binds or self.churns):
             lines.append("every figure lies inside what the model allows")
+        if self.left_out:
+            lines.append(f"no time was left for {_some(self.left_out)}")
         if self.interrupted:
             lines.append("interrupted: this is what there was")
         return Text("\n" + "\n".join(lines), "bold red" if self.outside else "green")
 
 
-def _name(close: Close) -> str:
-    return f"{close.course} with {close.kind} over {close.family}, {close.connections} open"
+def _wrong(close: Close, what: str) -> str:
+    """What is outside, in words."""
+    if what == "holder":
+        return f"{close.holder or 'nobody'} holds TIME_WAIT"
+    if what == "segments":
+        return close.fault or ""
+    stat: Stat = getattr(close, what)
+    least, most = close.model.allowed[what]
+    return f"{TIMES[what]} {seconds(stat.median)}, not {seconds(least)} to {seconds(most)}"
 
 
-def _seconds(value: float) -> str:
+def _some(names: list[str]) -> str:
+    if len(names) < 4:
+        return "; ".join(names)
+    return f"{len(names)} closes: {names[0]}; ...; {names[-1]}"
+
+
+def seconds(value: float) -> str:
     """A time as people read it, in three figures."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if value >= size:
@@ -176,7 +209,7 @@ def _seconds(value: float) -> str:
 
 
 def _time(stat: Stat | None) -> str:
-    return _seconds(stat.median) if stat else "-"
+    return seconds(stat.median) if stat else "-"
 
 
 def _grid(*columns: str) -> Table:
@@ -198,10 +231,10 @@ def _closes_of(closes: list[Close], *, model: bool = False) -> list[RenderableTy
             told = close.model
             holder = "/".join(each or "-" for each in told.holders)
             cells = [
-                _seconds(told.returned),
-                "-" if told.told is None else f"{close.how} {_seconds(told.told)}",
-                _seconds(told.last_segment),
-                _seconds(told.settled),
+                seconds(told.returned),
+                "-" if told.told is None else f"{close.how} {seconds(told.told)}",
+                seconds(told.last_segment),
+                seconds(told.settled),
                 "",
                 holder if len(told.holders) == 1 else "either or both",
             ]
@@ -216,7 +249,7 @@ def _closes_of(closes: list[Close], *, model: bool = False) -> list[RenderableTy
                 close.holder or "-",
             ]
         *rest, last = cells
-        style = "" if close.inside or model else "bold red"
+        style = "bold red" if close.outside and not model else ""
         mark = " !" if close.marked and not model else ""
         table.add_row(close.course + mark, *rest, Text(last, style))
     who = "The model" if model else f"{first.kind}, {first.connections} open, IPv4"
@@ -277,59 +310,3 @@ def _churns(churns: list[Churn]) -> list[RenderableType]:
         f"Connections to one place, {ports} ports (for ever: this machine's {machine})",
         table,
     )
-
-
-def noise(pace: list[float]) -> float:
-    """How many times longer the same thing took at a bad moment (95 %) than at a good (5 %)."""
-    steps = Stat.of(pace)
-    return steps.quantiles[19] / steps.quantiles[1] if steps else 1.0
-
-
-def compare(old: Mapping[str, Any], new: Report) -> RenderableType:
-    """What changed since an earlier document, where noise does not explain it.
-
-    Two medians differ where their notches do not overlap (see `Stat`), and
-    where they are further apart than the machine itself was at its good and
-    bad moments in either run. Raises `ValueError` where the earlier document
-    is none of ours.
-    """
-    before = dict(_figures(old))
-    factor = max(float(old.get("noise", 1.0)), new.noise)
-    after = dict(_figures(json.loads(json.dumps(new.to_json()))))
-    table = _grid("", "then", "now", "change")
-    same = 0
-    for name, now in after.items():
-        then = before.get(name)
-        if then is None:
-            continue
-        few = min(now.count, then.count) < _FEW or not now.median or not then.median
-        ratio = 1.0 if few else now.median / then.median
-        if not now.differs(then) or max(ratio, 1 / ratio) <= factor:
-            same += 1
-            continue
-        change = (ratio - 1) * 100
-        style = "red" if change > 0 else "green"
-        table.add_row(
-            name, _seconds(then.median), _seconds(now.median), Text(f"{change:+.0f}%", style)
-        )
-    lines = [f"{same} figures are as they were, within the noise (a factor of {factor:.2f})"]
-    missing = len(after.keys() ^ before.keys())
-    if missing:
-        lines.append(f"{missing} are in one of the two only")
-    if old.get("machine") != new.machine:
-        lines.append("another machine, kernel or Python: the figures are not of a kind")
-    foot = Text("\n" + "\n".join(lines), "dim")
-    return Group(*_titled("Changed since then", table), foot) if table.row_count else foot
-
-
-def _figures(document: Mapping[str, Any]) -> Iterator[tuple[str, Stat]]:
-    try:
-        if document["schema"] != 1:
-            raise ValueError(f"its schema is {document['schema']}, not 1")
-        for close in document["closes"]:
-            where = f"{close['course']} {close['kind']} {close['family']} {close['connections']}"
-            for time, words in TIMES.items():
-                if close[time]:
-                    yield f"{where}: {words}", Stat(**close[time])
-    except (KeyError, TypeError) as wrong:
-        raise ValueError(f"it is no document of this benchmark ({wrong})") from None
