@@ -42,7 +42,7 @@ _A_WAIT = 63.0  # seconds that a TIME_WAIT is waited for, its timer's step inclu
               metavar="N", help="So many open at once, beside 1 and 100.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="IPv4 only, 1 and 20 connections: under 10 seconds.")
 @click.option("--seconds", type=click.FloatRange(1, 3600), metavar="S",
-              help="Measure for so long: the longer, the surer. [default: 90; 7 with --quick]")  # fmt: skip
+              help="About so long: the longer, the surer.  [default: 60; --quick: 7]")  # fmt: skip
 @click.option(
     "--wait", is_flag=True, help="Really wait for each port: about a minute, all at once."
 )
@@ -93,13 +93,13 @@ def command(
         for kind in chosen
         for name in courses
     ]
-    lasts = seconds or (7.0 if quick else 90.0)
+    lasts = seconds or (7.0 if quick else 60.0)
     with _bar(lasts + (_A_WAIT if wait else 0.0)) as tick:
         try:
             binds(courses, wait=wait, tick=tick, record=found.binds.append)
             if not only:
                 with suppress(PermissionError):
-                    found.churns += churn(500 if quick else 1000, 1.2 if quick else 3.0, tick)
+                    found.churns += churn(500, 1.2 if quick else 3.2, tick)
             now = time.monotonic()
             waited = now - began if wait else 0.0
             closes(trials, max(began + waited + lasts, now + lasts / 4), tick, pace)

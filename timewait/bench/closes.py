@@ -13,10 +13,10 @@ import gc
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -62,6 +62,7 @@ _PASSING: Final = frozenset({State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK, St
 _OPEN: Final = frozenset({State.ESTABLISHED, State.CLOSE_WAIT, State.FIN_WAIT_2})
 _TIME_WAIT_AND_MORE: Final = 130.0  # seconds, an orphan's FIN_WAIT_2 before it included
 _PATIENCE: Final = 5.0  # seconds for a close to settle
+_TIMED: Final = 50  # connections that are closed in a round of many
 _WARMING: Final = 2  # connections closed before any is timed
 _WATCHED: Final = 5  # connections open while a capture sees them
 _TEXT: Final = 100  # bytes sent where a course sends any
@@ -113,7 +114,7 @@ class Course:
     name: str
     act: Callable[[Watch, End, End], Awaitable[None]]
     left: int = 0
-    timed: int = 50
+    timed: int = _TIMED
 
 
 async def _server_first(watch: Watch, server: End, client: End) -> None:
@@ -380,7 +381,8 @@ class Trial:
 
     They are closed one after the other. `run` makes a pass of so many
     `rounds`, `listen` has a few more seen by a capture, `outcome` is what all
-    of them found.
+    of them found. Both are done beside a `crowd` of connections that stay
+    open, so that not all need be opened for each course anew.
     """
 
     kind: Kind
@@ -399,23 +401,30 @@ class Trial:
         """Which one it is, as people read it."""
         return _name(self.course.name, self.kind.name, self.family, self.connections)
 
-    def run(self) -> None:
-        """Make a pass. A round of a few connections before it warms up and is not counted."""
+    @property
+    def crowd(self) -> int:
+        """How many connections stay open, beside those that are timed."""
+        return max(0, self.connections - _TIMED)
+
+    async def run(self) -> None:
+        """Make a pass. A few connections before it warm up and are not counted."""
         before = counters()
-        with SockDiag() as diag, _quiet():
-            self._rounds(min(self.connections, _WARMING), 1, diag)
-            samples = self._rounds(self.connections, self.rounds, diag)
+        with SockDiag() as diag:
+            await self._rounds(min(self.connections, _WARMING), 1, diag)
+            samples = await self._rounds(self.connections - self.crowd, self.rounds, diag)
         self._counters += counters() - before
         self._passes.append(samples)
 
-    def listen(self, capture: Capture) -> None:
+    async def listen(self, capture: Capture) -> None:
         """Time the last segments, check all of them, and find the `quickest` answer to one.
 
         That is the least time in which any segment was answered by another:
         nothing that takes a segment's way can take less.
         """
+        capture.read()
+        count = min(self.connections, _WATCHED)
         with SockDiag() as diag:
-            samples = self._rounds(min(self.connections, _WATCHED), 1, diag)
+            samples = await self._rounds(count, _WATCHED // count, diag)
         segments = [event for event in capture.read() if isinstance(event, SegmentSeen)]
         seen: dict[frozenset[int], list[SegmentSeen]] = {}
         for segment in segments:
@@ -468,29 +477,14 @@ class Trial:
             dict(self._counters),
         )
 
-    def _rounds(self, count: int, rounds: int, diag: SockDiag) -> list[_Sample]:
-        """In each round open `count` connections and close them; time some."""
-        family, host = FAMILIES[self.family]
-
-        async def main() -> list[_Sample]:
-            done = []
-            for _ in range(rounds):
-                listener = socket.socket(family)
-                try:
-                    listener.bind((host, 0))
-                    listener.listen(1024)
-                except BaseException:
-                    listener.close()
-                    raise
-                async with self.kind.open(listener, count) as pairs:
-                    timed = pairs[: self.course.timed]
-                    done += [await self._sample(pair, diag) for pair in timed]
-                    for server, client in pairs[self.course.timed :]:
-                        reset_on_close(server)
-                        reset_on_close(client)
-            return done
-
-        done: list[_Sample] = self.kind.run(main)
+    async def _rounds(self, count: int, rounds: int, diag: SockDiag) -> list[_Sample]:
+        """In each round open `count` connections and close them, timing as many as the course."""
+        done = []
+        for _ in range(rounds):
+            async with _opened(self, count) as pairs:
+                timed = pairs[: self.course.timed]
+                done += [await self._sample(pair, diag) for pair in timed]
+                _forget(pairs[self.course.timed :])
         return done
 
     async def _sample(self, pair: Pair, diag: SockDiag) -> _Sample:
@@ -515,8 +509,29 @@ class Trial:
         return _Sample(watch, settled, states, (here[1], there[1]))
 
 
+@asynccontextmanager
+async def _opened(trial: Trial, count: int) -> AsyncIterator[list[Pair]]:
+    family, host = FAMILIES[trial.family]
+    listener = socket.socket(family)
+    try:
+        listener.bind((host, 0))
+        listener.listen(1024)
+    except BaseException:
+        listener.close()
+        raise
+    async with trial.kind.open(listener, count) as pairs:
+        yield pairs
+
+
+def _forget(pairs: Iterable[Pair]) -> None:
+    """Have them leave nothing behind when they are closed."""
+    for pair in pairs:
+        for end in pair:
+            reset_on_close(end)
+
+
 def closes(
-    trials: Sequence[Trial],
+    trials: Iterable[Trial],
     until: float,
     tick: Callable[[], object],
     pace: list[list[float]],
@@ -527,18 +542,16 @@ def closes(
     permitted. Only the first pass, if any, is left unfinished. `pace` gets for
     each pass what a byte took over loopback before each trial, in seconds.
     """
+    beside = [
+        [*group] for _, group in groupby(trials, lambda t: (t.kind.name, t.family, t.connections))
+    ]
 
-    def all_of_them(act: Callable[[Trial], object]) -> bool:
-        for trial in trials:
-            if time.monotonic() >= until:
-                return False
-            act(trial)
-            tick()
-        return True
+    def all_of_them(act: Callable[[Trial], Awaitable[None]]) -> bool:
+        return all(_beside_a_crowd(group, act, until, tick) for group in beside)
 
-    def run(trial: Trial) -> None:
+    async def run(trial: Trial) -> None:
         pace[-1].append(one_way(50))
-        trial.run()
+        await trial.run()
 
     taken = 0.0
     while time.monotonic() + taken < until:
@@ -547,8 +560,31 @@ def closes(
         whole = all_of_them(run)
         taken = time.monotonic() - began
         if whole and len(pace) == 1:
-            with suppress(PermissionError), Capture(start=0.0, buffer=1 << 20) as capture:
+            with suppress(PermissionError), Capture(start=0.0) as capture:
                 all_of_them(partial(Trial.listen, capture=capture))
+
+
+def _beside_a_crowd(
+    trials: Sequence[Trial],
+    act: Callable[[Trial], Awaitable[None]],
+    until: float,
+    tick: Callable[[], object],
+) -> bool:
+    """Act on trials of one kind, family and size; whether there was time for all of them."""
+    first = trials[0]
+
+    async def main() -> bool:
+        async with _opened(first, first.crowd) as crowd:
+            _forget(crowd)
+            for trial in trials:
+                if time.monotonic() >= until:
+                    return False
+                await act(trial)
+                tick()
+        return True
+
+    with _quiet():
+        return bool(first.kind.run(main))
 
 
 def _state(row: Row | None) -> State | None:
