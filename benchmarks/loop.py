@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -35,81 +36,130 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, n: int
     await writer.wait_closed()
 
 
-async def round_trips(n: int) -> None:
-    server = await asyncio.start_server(echo, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    await ask(*await asyncio.open_connection("127.0.0.1", port), n)
+async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+# Where the same program runs: each world listens in its own way, and tells where it does.
+
+Address = tuple[str, int]
+Listen = Callable[[Any], Awaitable[tuple[asyncio.Server, Address]]]
+
+
+async def round_trips(n: int, listen: Listen) -> None:
+    server, address = await listen(echo)
+    await ask(*await asyncio.open_connection(*address), n)
     server.close()
     await asyncio.sleep(0.001)  # the echoing task ends by itself
 
 
-def on_kernel(n: int) -> None:
-    asyncio.run(round_trips(n))
+async def lifecycles(n: int, listen: Listen) -> None:
+    server, address = await listen(hang_up)
+    for _ in range(n):
+        reader, writer = await asyncio.open_connection(*address)
+        assert not await reader.read()
+        writer.close()
+    server.close()
+    await asyncio.sleep(0.001)
 
 
-def on_model(n: int) -> None:
-    sim.run(round_trips(n))
+async def on_loopback(handle: Any) -> tuple[asyncio.Server, Address]:
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()
 
 
-def with_solipsism() -> Callable[[int], None] | None:
-    try:
-        solipsism: Any = import_module("async_solipsism")
-    except ImportError:
-        return None
-
-    async def main(n: int) -> None:
-        listener = solipsism.ListenSocket(("::1", 1234))
-        server = await asyncio.start_server(echo, sock=listener)
-        await ask(*await asyncio.open_connection("::1", 1234), n)
-        server.close()
-        await asyncio.sleep(0.001)
-
-    def run(n: int) -> None:
-        with asyncio.Runner(loop_factory=solipsism.EventLoop) as runner:
-            runner.run(main(n))
-
-    return run
+async def on_solipsism(handle: Any) -> tuple[asyncio.Server, Address]:
+    address = ("::1", 1234)
+    listener = import_module("async_solipsism").ListenSocket(address)
+    return await asyncio.start_server(handle, sock=listener), address
 
 
-def with_uvloop() -> Callable[[int], None] | None:
-    factory = _factory("uvloop", "new_event_loop")
-    return None if factory is None else _runner(factory, round_trips)
+async def on_simloop(handle: Any) -> tuple[asyncio.Server, Address]:
+    network: Any = asyncio.get_running_loop().net  # type: ignore[attr-defined]
+    server = network.host("server").create_task(asyncio.start_server(handle, port=1234))
+    return await server, ("server", 1234)
 
 
-def _factory(package: str, name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        factory: Callable[[], asyncio.AbstractEventLoop] = getattr(import_module(package), name)
-    except ImportError:
-        return None
+Factory = Callable[[], asyncio.AbstractEventLoop]
+
+
+def _solipsism() -> Factory:
+    factory: Factory = import_module("async_solipsism").EventLoop
     return factory
 
 
-def _looptime() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        looptime: Any = import_module("looptime")
-    except ImportError:
-        return None
-    kind = looptime.make_event_loop_class(asyncio.SelectorEventLoop)
+def _simloop() -> Factory:
+    loop_class: Any = import_module("simloop").SimLoop
+
+    async def nothing(timeout: float | None = None) -> None:
+        pass
+
+    def factory() -> asyncio.AbstractEventLoop:
+        loop: asyncio.AbstractEventLoop = loop_class()
+        # What asyncio.Runner asks for at its end and simloop refuses.
+        loop.shutdown_asyncgens = loop.shutdown_default_executor = nothing  # type: ignore[assignment,method-assign]
+        return loop
+
+    return factory
+
+
+def _looptime() -> Factory:
+    kind: Any = import_module("looptime").make_event_loop_class(asyncio.SelectorEventLoop)
     return lambda: kind(start=0)  # type: ignore[no-any-return]
 
 
-def _runner(
-    factory: Callable[[], asyncio.AbstractEventLoop], work: Callable[[int], Any]
-) -> Callable[[int], None]:
-    def run(n: int) -> None:
+def _uvloop() -> Factory:
+    factory: Factory = import_module("uvloop").new_event_loop
+    return factory
+
+
+# Each with what it is to be known by in a row, and how it listens.
+KERNEL = ("asyncio, on the kernel's loopback", lambda: asyncio.new_event_loop, on_loopback)
+UVLOOP = ("uvloop, on the kernel's loopback", _uvloop, on_loopback)
+SOLIPSISM = ("async-solipsism", _solipsism, on_solipsism)
+SIMLOOP = ("simloop", _simloop, on_simloop)
+LOOPTIME = ("looptime, on the kernel's loopback", _looptime, on_loopback)
+
+World = tuple[str, Callable[[], Factory], Listen]
+
+
+def beside(
+    what: str,
+    program: Callable[[int, Listen], Coroutine[Any, Any, None]],
+    world: World,
+    target: float | None,
+    n: int,
+    rounds: int,
+) -> Figure:
+    """The program on the simulated loop, and on the loop of a peer."""
+    name, made, listen = world
+    try:
+        factory = made()
+    except ImportError:
+        ours = side_by_side((lambda n: sim.run(program(n, on_loopback)), n), rounds=rounds)[0]
+        older = name == "simloop" and sys.version_info < (3, 12)
+        return Figure(what, ours, "/s", name, None, target,
+                      note="simloop needs Python 3.12" if older else "")  # fmt: skip
+
+    def theirs(n: int) -> None:
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(work(n))
+            runner.run(program(n, listen))
 
-    return run
+    def ours_on(n: int) -> None:
+        sim.run(program(n, on_loopback))
+
+    ours, rate = side_by_side((ours_on, n), (theirs, n), rounds=rounds)
+    return Figure(what, ours, "/s", name, rate, target)
 
 
-async def sleeps(n: int) -> None:
+async def sleeps(n: int, listen: Listen) -> None:
     for _ in range(n):
         await asyncio.sleep(1)
 
 
-async def timers(n: int, unit: float = 1.0) -> None:
+async def timers(n: int, listen: Listen) -> None:
     loop = asyncio.get_running_loop()
+    unit = 1e-6  # seconds: some of these loops really wait
     over = loop.create_future()
     for number in range(n):
         loop.call_later(number * 7919 % n * unit, int)
@@ -120,44 +170,20 @@ async def timers(n: int, unit: float = 1.0) -> None:
 def measure(quick: bool) -> Iterator[Figure]:
     # Many short rounds: what else the machine does meets both alike.
     n, rounds = (1_000, 7) if quick else (4_000, 25)
-    ours, kernel = side_by_side((on_model, n), (on_kernel, n), rounds=rounds)
-    yield Figure("asyncio streams echo, round trips", ours, "1/s",
-                 "the same on the kernel's loopback", kernel, 2.0)  # fmt: skip
-
-    solipsism = with_solipsism()
-    if solipsism is None:
-        yield Figure("asyncio streams echo, round trips", ours, "1/s", "async-solipsism",
-                     None, 1.0, note="not installed")  # fmt: skip
-    else:
-        ours, theirs = side_by_side((on_model, n), (solipsism, n), rounds=rounds)
-        yield Figure("asyncio streams echo, round trips", ours, "1/s", "async-solipsism",
-                     theirs, 1.0, note="which has no TCP")  # fmt: skip
-
-    for name, theirs_on in (("uvloop, on the kernel's loopback", with_uvloop()),):
-        rate = None
-        if theirs_on is not None:
-            ours, rate = side_by_side((on_model, n), (theirs_on, n), rounds=rounds)
-        yield Figure("asyncio streams echo, round trips", ours, "1/s", name, rate)
-    yield Figure("asyncio streams echo, round trips", ours, "1/s", "simloop", None,
-                 note="simloop needs Python 3.12: not measured")  # fmt: skip
-
-    for what, work in (("sleeps of a second", sleeps), ("timers, all at once", timers)):
-        for name, factory in (
-            ("async-solipsism", _factory("async_solipsism", "EventLoop")),
-            ("looptime", _looptime()),
-        ):
-            rate = None
-            if factory is not None:
-                ours, rate = side_by_side(
-                    (lambda n, work=work: sim.run(work(n)), n),  # type: ignore[misc]
-                    (_runner(factory, work), n),
-                )
-            yield Figure(what, ours, "1/s", name, rate, 1.0)
-        if work is timers:
-            ours, rate = side_by_side(
-                (lambda n: sim.run(timers(n)), n), (lambda n: asyncio.run(timers(n, 1e-6)), n)
-            )
-            yield Figure(what, ours, "1/s", "asyncio, which really waits a moment", rate)
+    what = "asyncio streams echo, round trips"
+    yield beside(what, round_trips, KERNEL, 2.0, n, rounds)
+    yield beside(what, round_trips, UVLOOP, None, n, rounds)
+    for world in (SOLIPSISM, SIMLOOP, LOOPTIME):
+        yield beside(what, round_trips, world, 1.0, n, rounds)
+    what = "asyncio streams, connections opened and closed"
+    for world, target in ((KERNEL, None), (UVLOOP, None), (SOLIPSISM, None), (SIMLOOP, None)):
+        yield beside(what, lifecycles, world, target, n // 10, rounds)
+    for world in (SOLIPSISM, SIMLOOP, LOOPTIME):
+        yield beside("sleeps of a second", sleeps, world, 1.0, n, rounds)
+    for world in (SOLIPSISM, SIMLOOP, LOOPTIME):
+        yield beside("timers, all at once", timers, world, 1.0, n, rounds)
+    for world in (KERNEL, UVLOOP):
+        yield beside("timers, all at once", timers, world, None, n, rounds)
 
     hours = 1_000 if quick else 10_000
     yield Figure("hours of an idle-timeout server, one client an hour", hours / idle(hours), "h/s",
