@@ -38,8 +38,8 @@ _A_WAIT = 63.0  # seconds that a TIME_WAIT is waited for, its timer's step inclu
 )
 @click.option("--only", multiple=True, type=click.Choice([*COURSES]), help="Only this course.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), help="Only this kind.")
-@click.option("--connections", type=click.IntRange(1, 10_000), default=1000, show_default=True,
-              metavar="N", help="So many open at once, beside 1 and 100.")  # fmt: skip
+@click.option("-n", "--connections", type=click.IntRange(1, 10_000), default=1000, metavar="N",
+              help="So many open at once, beside 1 and 100.  [default: 1000]")  # fmt: skip
 @click.option("--quick", is_flag=True, help="IPv4 only, 1 and 20 connections: under 10 seconds.")
 @click.option("--seconds", type=click.FloatRange(1, 3600), metavar="S",
               help="About so long: the longer, the surer.  [default: 60; --quick: 7]")  # fmt: skip

@@ -1,22 +1,87 @@
-"""What has changed between two benchmarks, noise considered."""
+"""What has changed between two benchmarks, noise considered.
+
+What disturbs a machine lasts longer than a close and shorter than a pass, so
+the medians of the passes, not the single closes, are what can be counted as
+independent. Their logarithms scatter alike whatever is timed; how much, all
+figures of both documents tell together.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from math import exp, log, sqrt
+from statistics import NormalDist, fmean, median, variance
+from typing import Any, Final
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from timewait.bench import Stat
 from timewait.bench.closes import TIMES
-from timewait.bench.report import SCHEMA, Report
+from timewait.bench.report import SCHEMA, Report, grid, seconds, titled
 
 __all__ = ["compare"]
 
+_ALARMS: Final = 0.05  # how often any figure at all may be said to have changed by mistake
+
 
 def compare(old: Mapping[str, Any], new: Report) -> RenderableType:
-    return Text("")
+    """What changed since an earlier document, where noise does not explain it.
+
+    Two figures differ where the means of their passes' logarithms do, by
+    Student's test and Bonferroni's correction for how many are compared: one
+    comparison in twenty of benchmarks that are alike has anything to tell.
+    The variance is the figure's own or that of all of them, whichever is
+    greater. Raises `ValueError` where the earlier document is none of ours.
+    """
+    before = dict(_figures(old))
+    after = dict(_figures(json.loads(json.dumps(new.to_json()))))
+    both = [name for name in after if name in before]
+    pairs = {name: (_logs(before[name]), _logs(after[name])) for name in both}
+    pairs = {name: pair for name, pair in pairs.items() if min(map(len, pair)) > 1}
+    table = grid("", "then", "now", "change")
+    steps = []
+    if pairs:
+        variances = {name: fmean(map(variance, pair)) for name, pair in pairs.items()}
+        usual = fmean(variances.values())
+        freedom = sum(len(then) + len(now) - 2 for then, now in pairs.values())
+        sure = _student(1 - _ALARMS / len(pairs) / 2, freedom)
+        for name, (then, now) in pairs.items():
+            step = sure * sqrt(max(variances[name], usual) * (1 / len(then) + 1 / len(now)))
+            change = fmean(now) - fmean(then)
+            steps.append(step)
+            if abs(change) > step:
+                _tell(table, name, before[name], after[name], change)
+    lines = [
+        f"{len(pairs) - table.row_count} figures are as they were, within the noise"
+        + (f" (as a rule a factor of {exp(median(steps)):.2f})" if steps else "")
+    ]
+    if few := len(both) - len(pairs):
+        lines.append(f"{few} were measured in a single pass and are not compared")
+    if missing := len(after.keys() ^ before.keys()):
+        lines.append(f"{missing} are in one of the two only")
+    if old.get("machine") != new.machine:
+        lines.append("another machine, kernel or Python: the figures are not of a kind")
+    foot = Text("\n" + "\n".join(lines), "dim")
+    return Group(*titled("Changed since then", table), foot) if table.row_count else foot
+
+
+def _tell(table: Table, name: str, then: Stat, now: Stat, change: float) -> None:
+    share = (exp(change) - 1) * 100
+    style = "red" if share > 0 else "green"
+    table.add_row(name, seconds(then.median), seconds(now.median), Text(f"{share:+.0f}%", style))
+
+
+def _logs(stat: Stat) -> list[float]:
+    return [log(middle) for middle in stat.passes if middle > 0]
+
+
+def _student(probability: float, freedom: int) -> float:
+    """Student's quantile, from the normal one (Abramowitz and Stegun, 26.7.5, two terms)."""
+    z = NormalDist().inv_cdf(probability)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _figures(document: Mapping[str, Any]) -> Iterator[tuple[str, Stat]]:
@@ -28,5 +93,5 @@ def _figures(document: Mapping[str, Any]) -> Iterator[tuple[str, Stat]]:
             for time, words in TIMES.items():
                 if close[time]:
                     yield f"{where}: {words}", Stat(**close[time])
-    except (KeyError, TypeError) as wrong:
+    except (KeyError, TypeError, AttributeError) as wrong:
         raise ValueError(f"it is no document of this benchmark ({wrong})") from None

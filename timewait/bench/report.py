@@ -22,7 +22,7 @@ from timewait.bench.ports import Bind, Churn, Outcome
 from timewait.kernel.namespace import sysctl
 from timewait.kernel.ticks import tick
 
-__all__ = ["SCHEMA", "SETTINGS", "Report", "machine", "seconds", "settings"]
+__all__ = ["SCHEMA", "SETTINGS", "Report", "grid", "machine", "seconds", "settings", "titled"]
 
 SCHEMA: Final = 2
 
@@ -133,13 +133,14 @@ class Report:
         parts: list[RenderableType] = [self._head()]
         shown = [c for c in self.closes if c.connections == self.shown and c.family == "ipv4"]
         if shown:
-            parts += _closes_of([c for c in shown if c.kind == shown[0].kind], model=True)
+            parts += _model([c for c in shown if c.kind == shown[0].kind])
         for kind in dict.fromkeys(close.kind for close in shown):
             parts += _closes_of([close for close in shown if close.kind == kind])
         if self.binds:
             parts += _binds(self.binds, self.waited)
         if len({(close.connections, close.family) for close in self.closes}) > 1:
-            parts += _sizes(self.closes)
+            for kind in dict.fromkeys(close.kind for close in self.closes):
+                parts += _sizes([close for close in self.closes if close.kind == kind])
         if self.churns:
             parts += _churns(self.churns)
         return Group(*parts, self._foot())
@@ -212,53 +213,72 @@ def _time(stat: Stat | None) -> str:
     return seconds(stat.median) if stat else "-"
 
 
-def _grid(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
+def grid(*columns: str, gap: int = 2) -> Table:
+    """An empty table: the first column holds names, the others figures."""
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
 
 
-def _titled(title: str, table: Table) -> list[RenderableType]:
+def titled(title: str, table: Table) -> list[RenderableType]:
+    """The table under its title."""
     return [Text(f"\n{title}", "bold"), table]
 
 
-def _closes_of(closes: list[Close], *, model: bool = False) -> list[RenderableType]:
-    first = closes[0]
-    table = _grid("", "returns", "peer is told", "last segment", "settled", "±", "TIME_WAIT")
+def _model(closes: list[Close]) -> list[RenderableType]:
+    """What the model foretells, and between what bounds it allows a figure to lie."""
+    foretold = grid("", "returns", "peer is told", "last segment", "settled", "TIME_WAIT")
+    allowed = grid("", "returns", "peer is told", "last segment", "settled")
     for close in closes:
-        if model:
-            told = close.model
-            holder = "/".join(each or "-" for each in told.holders)
-            cells = [
-                seconds(told.returned),
-                "-" if told.told is None else f"{close.how} {seconds(told.told)}",
-                seconds(told.last_segment),
-                seconds(told.settled),
-                "",
-                holder if len(told.holders) == 1 else "either or both",
-            ]
-        else:
-            settled = close.settled
-            cells = [
-                _time(close.returned),
-                f"{close.how} {_time(close.told)}" if close.told else "-",
-                _time(close.last_segment),
-                _time(settled),
-                f"{settled.spread * 100:.0f}%" if settled else "",
-                close.holder or "-",
-            ]
-        *rest, last = cells
-        style = "bold red" if close.outside and not model else ""
-        mark = " !" if close.marked and not model else ""
-        table.add_row(close.course + mark, *rest, Text(last, style))
-    who = "The model" if model else f"{first.kind}, {first.connections} open, IPv4"
-    return _titled(f"{who}: from the close call until", table)
+        model = close.model
+        holder = "/".join(each or "-" for each in model.holders)
+        foretold.add_row(
+            close.course,
+            seconds(model.returned),
+            "-" if model.told is None else f"{close.how} {seconds(model.told)}",
+            seconds(model.last_segment),
+            seconds(model.settled),
+            holder if len(model.holders) == 1 else "either or both",
+        )
+        allowed.add_row(close.course, *(_between(model.allowed.get(name)) for name in TIMES))
+    return [
+        *titled("The model: from the close call until", foretold),
+        *titled("The model allows: from the close call until", allowed),
+    ]
+
+
+def _between(bounds: tuple[float, float] | None) -> str:
+    if bounds is None:
+        return "-"
+    least, most = bounds
+    return f"{seconds(least)}-{seconds(most)}"
+
+
+def _closes_of(closes: list[Close]) -> list[RenderableType]:
+    first = closes[0]
+    table = grid(
+        "", "returns", "peer is told", "last segment", "settled", "±", "/model", "TIME_WAIT", gap=1
+    )
+    for close in closes:
+        settled = close.settled
+        mark = " !" if close.marked else ""
+        table.add_row(
+            close.course + mark,
+            _time(close.returned),
+            f"{close.how} {_time(close.told)}" if close.told else "-",
+            _time(close.last_segment),
+            _time(settled),
+            f"{settled.spread * 100:.0f}%" if settled else "",
+            f"{settled.median / close.model.settled:.3g}" if settled else "",
+            Text(close.holder or "-", "bold red" if close.outside else ""),
+        )
+    return titled(f"{first.kind}, {first.connections} open, IPv4: from the close call until", table)
 
 
 def _binds(binds: list[Bind], waited: bool) -> list[RenderableType]:
     how = "waited for" if waited else "by the kernel's own timer"
-    table = _grid("", "kernel", "model", "ratio", "with SO_REUSEADDR", "model")
+    table = grid("", "kernel", "model", "ratio", "with SO_REUSEADDR", "model")
     by_course = {(bind.course, bind.reuse_address): bind for bind in binds}
     for course in COURSES:
         plain, reusing = by_course.get((course, False)), by_course.get((course, True))
@@ -271,7 +291,7 @@ def _binds(binds: list[Bind], waited: bool) -> list[RenderableType]:
                 _blocked(reusing.kernel) if reusing else "-",
                 _blocked(reusing.model) if reusing else "-",
             )
-    return _titled(f"The port cannot be bound again for ({how})", table)
+    return titled(f"The port cannot be bound again for ({how})", table)
 
 
 def _blocked(outcome: Outcome) -> str:
@@ -283,18 +303,17 @@ def _blocked(outcome: Outcome) -> str:
 def _sizes(closes: list[Close]) -> list[RenderableType]:
     sizes = sorted({close.connections for close in closes})
     families = sorted({close.family for close in closes})
-    kind = closes[0].kind
-    table = _grid("", *(f"{size} {family}" for family in families for size in sizes))
-    found = {(c.course, c.family, c.connections): c for c in closes if c.kind == kind}
+    table = grid("", *(f"{size} {family}" for family in families for size in sizes))
+    found = {(c.course, c.family, c.connections): c for c in closes}
     for course in COURSES:
         cells = [found.get((course, family, size)) for family in families for size in sizes]
         if any(cells):
             table.add_row(course, *(_time(cell.settled) if cell else "-" for cell in cells))
-    return _titled(f"{kind}: settled, by how many connections are open", table)
+    return titled(f"{closes[0].kind}: settled, by how many connections are open", table)
 
 
 def _churns(churns: list[Churn]) -> list[RenderableType]:
-    table = _grid("tcp_tw_reuse", "ran out after", "model", "rate", "then", "model", "for ever")
+    table = grid("tcp_tw_reuse", "ran out after", "model", "rate", "then", "model", "for ever")
     for churn in churns:
         table.add_row(
             str(churn.tw_reuse),
@@ -306,7 +325,7 @@ def _churns(churns: list[Churn]) -> list[RenderableType]:
             f"{churn.for_ever:,.0f}/s",
         )
     ports, machine = churns[0].ports, churns[0].machine_ports
-    return _titled(
+    return titled(
         f"Connections to one place, {ports} ports (for ever: this machine's {machine})",
         table,
     )
