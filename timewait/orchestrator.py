@@ -384,14 +384,16 @@ class Orchestrator:
             reuse_port=was.reuse_port if step.reuse_port is None else step.reuse_port,
         )
         began = self.stack.now()
-        failed, free_after = self._try_to_listen(), self._free_after()
+        failed = self._try_to_listen()
+        looked = self.stack.now()  # on a busy machine a good while later
+        left = self._free_after() if failed else 0.0
         self._record(
             events.Restart(
                 began,
                 failed is None,
                 _errno_name(failed) if failed else None,
                 str(failed.filename) if failed else None,
-                free_after if failed else 0.0,
+                left and left + looked - began,
             )
         )
 

@@ -48,7 +48,7 @@ def test_what_no_tcp_sends(
     from_b: bool, flags: int, seq: int, ack: int, length: int, why: str
 ) -> None:
     with pytest.raises(Contradiction, match=why) as caught:
-        opened().take(from_b, flags, seq, ack, length, 0.3)
+        opened().take(from_b, flags, seq, ack, length, 0.25)
     assert "RFC 9293" in caught.value.rule
 
 

@@ -59,7 +59,7 @@ _TIMER_STEP: Final = 0.05
 _WHEEL: Final = 2.2
 _CLOCKS: Final = 0.05  # how far two observers' clocks and looks may be apart
 _BEHIND_BY: Final = 0.005  # after so long a tracepoint has reported what segments show
-_LOOKED_UP: Final = 0.5  # a table is read at most so long after the attempt to bind
+_LOOKED_UP: Final = 1.0  # reading a table, twice, may take so long where processors are wanted
 _DIVERGENCES_KEPT: Final = 1000
 
 
@@ -376,7 +376,7 @@ class Checker:
             and sequence is not None
             and sequence.is_new(end == 1, event.seq)
         ):
-            connection = self._used_again(connection)
+            connection = self._used_again(connection, ex.RST_DUE if sequence.whole else 0, end)
             sequence = connection.sequence
         if sequence is None:
             here = _same_host(*connection.ends)
@@ -385,12 +385,20 @@ class Checker:
                 exact,
                 here and not exact,
                 (self._profiles[0].parameters.rto_min, self._profiles[1].parameters.rto_min),
+                (
+                    self._profiles[0].parameters.linux_checks,
+                    self._profiles[1].parameters.linux_checks,
+                ),
             )
             if event.flags & (SYN | ACK | RST | FIN) == SYN and not connection.history:
                 # A SYN is the beginning, unless what follows says otherwise.
                 connection.number = self._model.start(connection.mode | ex.SEGMENTS)
                 connection.presumed = not self._from_start
             self._sources.add("segments")
+        if not sequence.exact and sequence.is_copy(
+            end == 1, event.flags, event.seq, event.ack, event.length, event.t
+        ):
+            return
         connection.segments.append(event)
         if len(connection.segments) > _KEPT:
             del connection.segments[: _KEPT // 2]
@@ -402,7 +410,15 @@ class Checker:
         if not connection.lossy:
             connection.mode |= ex.SEGMENTS
         try:
-            kind = sequence.take(end == 1, event.flags, event.seq, event.ack, event.length, event.t)
+            kind = sequence.take(
+                end == 1,
+                event.flags,
+                event.seq,
+                event.ack,
+                event.length,
+                event.t,
+                event.window,
+            )
         except Contradiction as wrong:
             self._diverge(connection, event, str(wrong), wrong.rule)
             return
@@ -412,6 +428,8 @@ class Checker:
             kind |= DROPPED
         if connection.lossy or (event.flags & RST and not seen and not self._from_start):
             return  # What it is about, or answers, may have been missed.
+        if not event.flags & RST and sequence.is_overtaken(end == 1, kind, event.t):
+            return
         self._advance(connection, kind, event)
         if kind & (SYN | ACK) == SYN | ACK and connection.divergence is None:
             # The answer to a SYN that was seen: nothing went before it.
@@ -560,7 +578,7 @@ class Checker:
                         expire.append(connection.expires[end])
                     elif not connection.facts >> 8 * end & ex.MAY_BE_OVER:
                         return
-        # It was looked up a while after the attempt, which is the event's time.
+        # Timed before the table was read; the looks that it is held against, after.
         if expire and not -_LOOKED_UP < free - max(expire) < _CLOCKS:
             self._wrong_bind(
                 event,
@@ -637,13 +655,16 @@ class Checker:
         self._ends[ends[1], ends[0]] = (connection, 1)
         return self._ends[local, remote]
 
-    def _used_again(self, connection: Connection) -> Connection:
-        """The connection that now begins between the same addresses, if the old one may be over."""
+    def _used_again(self, connection: Connection, due: int = 0, end: int = 0) -> Connection:
+        """The connection that now begins between the same addresses, if the old one may be over.
+
+        `due` is what `end` cannot still have to send, since it would have been seen.
+        """
         self._settle(connection)
         if connection.divergence is not None:
             number = self._model.anywhere(connection.mode)
             sequence = None
-        elif connection.stuck or not self._may_be_over(connection.number):
+        elif connection.stuck or not self._may_be_over(connection.number, due, end):
             return connection
         else:
             number = connection.number
@@ -671,9 +692,12 @@ class Checker:
         self._ends[b, a] = (successor, 1)
         return successor
 
-    def _may_be_over(self, number: int) -> bool:
+    def _may_be_over(self, number: int, due: int = 0, end: int = 0) -> bool:
         over = (ex.CLOSED, ex.TIME_WAIT)
-        return any(a & 15 in over and b & 15 in over for a, b in self._model.members(number))
+        return any(
+            pair[0] & 15 in over and pair[1] & 15 in over and not pair[end] & due
+            for pair in self._model.members(number)
+        )
 
     def _look(
         self, connection: Connection, end: int, state: State, event: Event, row: Row | None = None
@@ -1062,15 +1086,16 @@ class Checker:
 
 
 # What was worked out once serves every later check of the same two tables.
-_MODELS: dict[tuple[int, int], Explanations] = {}
+_MODELS: dict[tuple[int, int, tuple[bool, bool]], Explanations] = {}
 
 
 def _model(server: Profile, client: Profile) -> Explanations:
-    key = (id(server.table), id(client.table))
+    embryos = (server.parameters.linux_checks, client.parameters.linux_checks)
+    key = (id(server.table), id(client.table), embryos)
     if key not in _MODELS:
         if len(_MODELS) >= 32:
             _MODELS.clear()
-        _MODELS[key] = Explanations(server.table, client.table)
+        _MODELS[key] = Explanations(server.table, client.table, embryos)
     return _MODELS[key]
 
 

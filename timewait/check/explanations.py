@@ -35,6 +35,8 @@ from timewait.check.sequence import (
     RST_AT,
     RST_BEFORE,
     RST_CERTAIN,
+    RST_OWN,
+    RST_REPLY,
     TEXT,
 )
 from timewait.tcp.segment import ACK, FIN, RST, SYN
@@ -69,6 +71,7 @@ W_TEXT: Final = 1 << 22
 W_RST: Final = 1 << 23
 W_RST_BEFORE: Final = 1 << 45  # a RST at its receiver's RCV.NXT - 1
 W_RST_CERTAIN: Final = 1 << 46  # a RST, whose place is certain, has still to be delivered
+REPLY_DUE: Final = 1 << 47  # and that RST is an answer
 WIRE: Final = 0xFF << 16 | W_RST_BEFORE | W_RST_CERTAIN
 _RSTS: Final = W_RST | W_RST_BEFORE | W_RST_CERTAIN
 # and what its user may do, having begun a call that does it.
@@ -100,7 +103,7 @@ ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT = 
 _SYNCHRONIZED: Final = frozenset(range(4, 11))
 _ENDED: Final = FIN_IN | FIN_ACKED
 # What is still true of an end that has no connection any more.
-_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | WIRE | CAUSE | RESENT | UNREPORTED
+_OUTLIVES: Final = _ENDED | FAILED | RST_DUE | REPLY_DUE | WIRE | CAUSE | RESENT | UNREPORTED
 
 # Modes. How an end's transitions are reported:
 UNSEEN: Final = 0
@@ -183,19 +186,21 @@ class Step(NamedTuple):
 _WORKED_OUT: Final = 300_000
 _CALLS: Final = (Event.SHUTDOWN, Event.CLOSE, Event.CLOSE_UNREAD, Event.ABORT)
 _AT_ONCE: Final = frozenset({*_CALLS, Event.OPEN_ACTIVE})  # reported before anything is sent
-_REPLY: Final = frozenset({"reset_reply", "send_rst"})
+_RESETS: Final = frozenset({"reset_reply", "send_rst"})
 _ACKS: Final = frozenset({"acknowledge_fin", "send_ack", "acknowledge"})
 
 
 class Explanations:
     """The automaton of one pair of tables, worked out as far as it has been needed.
 
-    `a` and `b` are the transition tables of the two ends. A set of
+    `a` and `b` are the transition tables of the two ends, `embryos` says which
+    of them give their user no socket before the handshake is done. A set of
     configurations is known by its number; 0 is the empty set.
     """
 
-    def __init__(self, a: Table, b: Table) -> None:
+    def __init__(self, a: Table, b: Table, embryos: tuple[bool, bool] = (True, True)) -> None:
         self._tables = (a, b)
+        self._embryos = embryos
         self._numbers: dict[frozenset[Pair], int] = {frozenset(): 0}
         self._sets: list[frozenset[Pair]] = [frozenset()]
         self._facts: list[int] = [0]
@@ -311,14 +316,17 @@ class Explanations:
             return
         # The user.
         if state == CLOSED:
-            yield from self._open(end, table[State.CLOSED, Event.OPEN_ACTIVE], segments)
+            if not (x & RST_DUE and segments and not context & 64):
+                yield from self._open(end, table[State.CLOSED, Event.OPEN_ACTIVE], segments)
             if y & W_SYN and not x & (_ENDED | FAILED):
                 # Perhaps somebody listens. A listener is not followed: it has no peer.
                 listening = table[State.CLOSED, Event.OPEN_PASSIVE].next
                 if listening is not None:
                     row = table[listening, Event.SYN]
                     yield from self._apply(end, Event.SYN, row, CLOSED, PASSIVE, segments)
-        else:
+        elif not (
+            self._embryos[end] and state == SYN_RECEIVED and x & PASSIVE and not x & CHILD
+        ):
             for event in _CALLS:
                 if x & ORPHAN or (event is Event.SHUTDOWN and x & FIN_OUT):
                     continue
@@ -331,7 +339,8 @@ class Explanations:
             # A new connect() may take the place of an old TIME_WAIT (RFC 6191, tcp_tw_reuse).
             yield from self._open(end, table[State.CLOSED, Event.OPEN_ACTIVE], segments)
         # Linux's bookkeeping, which only its tracepoint shows.
-        if state == SYN_RECEIVED and x & PASSIVE and not x & CHILD and y & W_ACK:
+        # (Text in the SYN makes the socket at once: RFC 7413.)
+        if state == SYN_RECEIVED and x & PASSIVE and not x & CHILD and y & (W_ACK | W_TEXT):
             yield Step(end, None, None, x | CHILD)
         if state == FIN_WAIT_2 and x & ORPHAN and not x & SMALL:
             yield Step(end, None, None, x | SMALL)
@@ -346,7 +355,7 @@ class Explanations:
             if x & FIN_OUT and not x & (FIN_ACKED | RESENT):
                 yield from by(Event.RETRANSMIT, RESENT)
         # Segments.
-        for event, bits in _arrivals(x, y, text, context & 64):
+        for event, bits in _arrivals(x, y, text, context & 64, segments):
             yield from by(event, bits)
 
     def _open(self, end: int, row: Row, segments: int) -> Iterator[Step]:
@@ -378,8 +387,8 @@ class Explanations:
             x |= FIN_OUT
         if bits & FIN_IN and not _ACKS.isdisjoint(acts):
             x |= FIN_IN_ACK
-        if not _REPLY.isdisjoint(acts):
-            x |= RST_DUE
+        if not _RESETS.isdisjoint(acts):
+            x |= RST_DUE if "send_rst" in acts else RST_DUE | REPLY_DUE
         if event is Event.SYN and "send_syn_ack" not in acts:
             return
         if x & 15 in (CLOSED, LISTEN):
@@ -531,7 +540,7 @@ def send(x: int) -> int:
     if x & FIN_IN_ACK:
         x |= W_ACK_FIN
     if x & RST_DUE:
-        x = x & ~RST_DUE | W_RST | W_RST_BEFORE
+        x = x & ~(RST_DUE | REPLY_DUE) | W_RST | W_RST_BEFORE
     return x
 
 
@@ -547,7 +556,9 @@ def _cause(event: Event, acts: tuple[str, ...], x: int) -> int:
     return 0
 
 
-def _arrivals(x: int, y: int, text: int, doubles: int) -> Iterator[tuple[Event, int]]:
+def _arrivals(
+    x: int, y: int, text: int, doubles: int, segments: int
+) -> Iterator[tuple[Event, int]]:
     """What the segments that `y` has put on the wire can amount to for `x`, and what it then
     knows: RFC 9293 §3.10.7 in terms of what matters here.
     """
@@ -571,7 +582,8 @@ def _arrivals(x: int, y: int, text: int, doubles: int) -> Iterator[tuple[Event, 
         return
     if y & W_SYN:
         if state == SYN_SENT:
-            yield Event.SYN, 0
+            if x & W_SYN or doubles or not segments:  # its own was seen first
+                yield Event.SYN, 0
         elif state == TIME_WAIT and y & 15 == SYN_SENT:
             yield Event.SYN_REOPENS, 0
     if y & W_SYN_ACK:
@@ -635,9 +647,9 @@ def emit(x: int, kind: int) -> int | None:
     """The end after sending a segment of this kind; None if it does not send such a one."""
     state = x & 15
     if kind & RST:
-        if not x & RST_DUE:
+        if not x & RST_DUE or kind & (RST_OWN if x & REPLY_DUE else RST_REPLY):
             return None
-        x &= ~RST_DUE
+        x &= ~(RST_DUE | REPLY_DUE)
         sent = W_RST if kind & RST_AT else 0
         if kind & RST_BEFORE:
             sent |= W_RST_BEFORE
@@ -651,7 +663,7 @@ def emit(x: int, kind: int) -> int | None:
         else:
             if state != SYN_SENT:
                 return None
-            sent = W_SYN
+            sent = W_SYN | W_TEXT if kind & TEXT else W_SYN
     else:
         if state not in _SYNCHRONIZED and state != SYN_RECEIVED:
             return None
@@ -667,7 +679,7 @@ def emit(x: int, kind: int) -> int | None:
                 return None
             sent |= W_FIN_ACK if kind & ACKS_FIN else W_FIN
         if kind & TEXT:
-            if state in (SYN_RECEIVED, FIN_WAIT_2, TIME_WAIT):
+            if state in (FIN_WAIT_2, TIME_WAIT) or (state == SYN_RECEIVED and not x & CHILD):
                 return None
             sent |= W_TEXT
     return x if kind & DROPPED else x | sent

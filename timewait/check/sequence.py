@@ -22,6 +22,8 @@ __all__ = [
     "RST_AT",
     "RST_BEFORE",
     "RST_CERTAIN",
+    "RST_OWN",
+    "RST_REPLY",
     "TEXT",
     "Contradiction",
     "Sequence",
@@ -36,6 +38,9 @@ OLD: Final = 0x40  # nothing in it that its sender had not sent before
 RST_AT: Final = 0x20  # it may be at RCV.NXT
 RST_BEFORE: Final = 0x40  # it may be at RCV.NXT - 1, before the FIN that was received
 RST_CERTAIN: Final = 0x08  # it is there for certain
+# Linux's tells whether a segment asked for it.
+RST_OWN: Final = 0x10
+RST_REPLY: Final = 0x01
 DROPPED: Final = 0x80  # the link lost it after it was seen
 FROM_B: Final = 0x100
 
@@ -49,11 +54,15 @@ _TIMER_EARLY: Final = 0.9
 _COPIED: Final = 0.001  # a capture of all interfaces may show a segment twice, this far apart
 _RTO_MAX: Final = 60.0  # RFC 6298 §2.5: backing off may stop there
 _ACK_DELAY: Final = 0.5
+_OVERTAKEN: Final = 0.02  # a segment may wait so long for the processor in whose queue it is
+_ANSWERED: Final = 0.5  # an answer is sent at once
 
+_NEVER: Final = -1e9
 _REMEMBERED: Final = 64
 _NO_ACK = "RFC 9293 §3.10.7.4: every segment after the SYN carries an acknowledgment"
 _UNSENT = "RFC 9293 §3.4: an acknowledgment is of something sent, SND.UNA < SEG.ACK =< SND.NXT"
 _SEQUENCE = "RFC 9293 §3.4: octets are numbered one after the other from SND.NXT"
+_HANDSHAKE = "RFC 9293 §3.5: a connection begins with a SYN from each side, and its acknowledgment"
 _BACKWARDS = "RFC 9293 §3.4: RCV.NXT never goes back"
 _AFTER_FIN = "RFC 9293 §3.6: nothing follows a FIN"
 _BACKOFF = "RFC 6298 §5.5: every retransmission waits twice as long as the one before"
@@ -66,7 +75,8 @@ def kind_text(kind: int) -> str:
     if kind & RST:
         return "RST"
     if kind & SYN:
-        return "SYN,ACK" if kind & ACK else "SYN"
+        text = "SYN,ACK" if kind & ACK else "SYN"
+        return text + (" with text" if kind & TEXT else "")
     words = [name for bit, name in ((FIN, "FIN"), (TEXT, "text")) if kind & bit] or ["ACK"]
     text = " with ".join(words)
     if kind & OLD:
@@ -90,20 +100,26 @@ class Flow:
     next: int | None = None  # after the last octet sent, SYN and FIN counted
     guessed: bool = False  # that `next` is what the peer acknowledged: nothing was seen yet
     syn_again: bool = False
+    opened: bool = False  # by a SYN of its own, not one that answers
+    shut: bool = False  # its window is closed
     fin: int | None = None  # the FIN's own number
     fin_after: bool = False  # it was sent first when the peer's FIN had been received
     fin_at: float = 0.0  # when it was last sent
     fin_again: int = -1  # how often it was sent again; -1: not alone, other text was on its way
-    due: int | None = None  # an octet that the peer has to acknowledge in time, sent alone and once
-    due_at: float = 0.0  # when it was sent
+    due: int | None = None  # what the peer has to acknowledge in time: all before it was, and it
+    due_at: float = 0.0  # was sent once, then
     ack: int | None = None  # the last acknowledgment it sent
     acks: list[int] = field(factory=list)  # it and those before
     gaps: list[tuple[int, int]] = field(factory=list)  # octets that have not been seen
+    missed: list[int] = field(factory=list)  # where those gaps began when they were noticed
     gap_at: float = 0.0  # when the last gap was noticed
+    gap: Contradiction | None = None  # the suspicion that the first of them raised
     gap_told: bool = False  # the peer has asked for it since, or it was long ago
     ends: list[int] = field(factory=list)  # where its last segments ended
-    last: float = -1e9  # when it last sent anything
+    last: float = _NEVER  # when it last sent anything
+    reset_at: float = _NEVER  # when it sent a RST
     former: Flow | None = None  # the flow that its newest SYN wants to follow
+    recent: list[tuple[float, int, int, int, int]] = field(factory=list)  # its last segments
 
 
 class Sequence:
@@ -111,15 +127,29 @@ class Sequence:
     it sends; elsewhere segments may be lost or overtaken before they are seen.
     """
 
-    __slots__ = ("a", "b", "exact", "latency", "presumed", "reset_by", "rto_min", "suspicion")
+    __slots__ = (
+        "a",
+        "b",
+        "exact",
+        "latency",
+        "linux",
+        "presumed",
+        "reset_by",
+        "rto_min",
+        "suspicion",
+        "whole",
+    )
 
     def __init__(
         self,
         exact: bool,
         presumed: bool = False,
         rto_min: tuple[float, float] = (0.2, 0.2),
+        linux: tuple[bool, bool] = (True, True),
     ) -> None:
         self.rto_min = rto_min
+        self.linux = linux  # which ends are Linux's
+        self.whole = False  # it was seen from its SYN on, and nothing of it can have been missed
         self.latency: float | None = None  # of the SYN, if it was sent once
         self.a = Flow()
         self.b = Flow()
@@ -135,7 +165,7 @@ class Sequence:
 
     def again(self) -> Sequence:
         """The same for the next connection between these addresses, which knows of this one."""
-        again = Sequence(self.exact, self.presumed, self.rto_min)
+        again = Sequence(self.exact, self.presumed, self.rto_min, self.linux)
         again.a, again.b = self.a, self.b
         return again
 
@@ -144,20 +174,56 @@ class Sequence:
         self.a = Flow(fin=self.a.fin)
         self.b = Flow(fin=self.b.fin)
 
-    def take(self, from_b: bool, flags: int, seq: int, ack: int, length: int, t: float) -> int:
+    def is_copy(self, from_b: bool, flags: int, seq: int, ack: int, length: int, t: float) -> bool:
+        """Whether this side was seen to send the very same within the last millisecond.
+
+        A capture of several interfaces shows a segment on each that it passes.
+        """
+        recent = (self.b if from_b else self.a).recent
+        while recent and recent[0][0] < t - _COPIED:
+            del recent[0]
+        what = (flags, seq, ack, length)
+        if any(seen[1:] == what for seen in recent):
+            return True
+        recent.append((t, *what))
+        return False
+
+    def is_overtaken(self, from_b: bool, kind: int, t: float) -> bool:
+        """Whether this was sent before the RST that it came in after (see `_overtaken`)."""
+        x = self.b if from_b else self.a
+        nothing_new = kind & OLD or not kind & (SYN | FIN | RST | TEXT)
+        within = _OVERTAKEN if self.presumed else 1.0
+        return bool(nothing_new) and not self.exact and t - x.reset_at < within
+
+    def take(
+        self,
+        from_b: bool,
+        flags: int,
+        seq: int,
+        ack: int,
+        length: int,
+        t: float,
+        window: int = 1,
+    ) -> int:
         """The kind of this segment. Raises `Contradiction` where it cannot be."""
         x, y = (self.b, self.a) if from_b else (self.a, self.b)
-        quiet = t - max(x.last, y.last)
+        quiet = t - y.last
+        if x.last == y.last == _NEVER:
+            self.whole = flags & (SYN | ACK | RST) == SYN and (self.exact or self.presumed)
         x.last = t
+        x.shut = not window
+        if self.whole and x.isn is None and y.isn is not None and flags & (SYN | ACK) == ACK:
+            self._without_a_syn(x, y, flags, seq, ack)
         if flags & (SYN | RST):
-            kind = self._reset(x, y, flags, seq, ack) if flags & RST else 0
+            kind = self._reset(x, y, flags, seq, ack, from_b) if flags & RST else 0
             if not kind:
-                kind = self._syn(x, y, flags, seq, ack, from_b)
+                kind = self._syn(x, y, flags, seq, ack, length, from_b)
             return kind | FROM_B if from_b else kind
         if not flags & ACK:
             raise Contradiction("it carries no acknowledgment", _NO_ACK)
         kind = ACK | FROM_B if from_b else ACK
         end = seq + length + (flags & FIN) & 0xFFFFFFFF
+        late = False
         placed = x.next is not None and not x.guessed
         if x.next is None or (x.guessed and seq_diff(end, x.next) >= 0):
             x.next = end
@@ -165,7 +231,9 @@ class Sequence:
         else:
             new = ((end - x.next + 0x80000000) & 0xFFFFFFFF) - 0x80000000
             if seq != x.next:
-                new = self._out_of_place(x, y, seq, end, new, length, quiet)
+                # Not seen yet, and sent before what has overtaken it.
+                late = bool(x.gaps) and x.ack is not None and seq_diff(ack, x.ack) < 0
+                new = self._out_of_place(x, y, seq, ack, end, new, length, quiet)
             if new > 0:
                 if seq_diff(end, x.next) > 0:
                     x.next = end
@@ -175,6 +243,8 @@ class Sequence:
                 kind |= OLD
         if length:
             kind |= TEXT
+            if x.isn is not None and seq == x.isn and quiet < PROBE_AFTER and self.whole:
+                raise Contradiction(f"text at {seq}, where its SYN was", _SEQUENCE)
             if x.fin is not None and seq_diff(seq + length, x.fin) > 0:
                 raise Contradiction(f"text after the FIN at {x.fin}", _AFTER_FIN)
         if flags & FIN:
@@ -193,8 +263,12 @@ class Sequence:
         if y.due is not None:
             self._acknowledged_in_time(y, ack, t)
         if length or flags & FIN:
-            alone = not kind & OLD and y.ack == seq and (self.exact or self.presumed)
-            x.due, x.due_at = (end if alone else None), t
+            if kind & OLD or not (self.exact or self.presumed):
+                x.due = None
+            elif y.ack == seq:
+                x.due, x.due_at = end, t
+        if late:
+            kind |= OLD
         if ack != x.ack:
             self._acknowledge(x, y, ack, kind)
         if y.fin is not None and (ack - y.fin & 0xFFFFFFFF) == 1:
@@ -202,6 +276,22 @@ class Sequence:
             if flags & FIN and placed and not kind & OLD:
                 x.fin_after = True
         return kind
+
+    def _missed(self, why: str, rule: str) -> None:
+        """Something that has not been seen: it was missed, unless nothing can have been."""
+        if self.exact:
+            raise Contradiction(why, rule)
+        if self.suspicion is None:
+            self.suspicion = Contradiction(why, rule)
+
+    def _without_a_syn(self, x: Flow, y: Flow, flags: int, seq: int, ack: int) -> None:
+        """A side that was seen from its peer's SYN on, and has sent none, takes part."""
+        assert y.isn is not None
+        if flags & RST and not seq:
+            return
+        # What is left of a former connection does not acknowledge the new one's SYN.
+        if seq_diff(ack, y.isn) > 0 and not (x.former and x.former.next == seq):
+            self._missed("its SYN,ACK was not seen", _HANDSHAKE)
 
     def _fin_in_time(
         self, x: Flow, y: Flow, kind: int, length: int, t: float, rto_min: float
@@ -214,8 +304,6 @@ class Sequence:
             x.fin_again = 0 if not length and y.ack == x.fin else -1
         elif x.fin_again >= 0:
             after = t - x.fin_at
-            if after < _COPIED and not self.exact:
-                return
             least = min(rto_min * 2 ** max(x.fin_again - 1, 0), _RTO_MAX)
             x.fin_again += 1
             if after < least * _TIMER_EARLY:
@@ -241,7 +329,7 @@ class Sequence:
             y.due = None
 
     def _out_of_place(
-        self, x: Flow, y: Flow, seq: int, end: int, new: int, length: int, quiet: float
+        self, x: Flow, y: Flow, seq: int, ack: int, end: int, new: int, length: int, quiet: float
     ) -> int:
         """A segment that does not begin at SND.NXT; how many new octets it brings."""
         assert x.next is not None
@@ -255,8 +343,9 @@ class Sequence:
             if self.exact:
                 raise wrong
             if self.presumed and self.suspicion is None:
-                self.suspicion = wrong
+                self.suspicion = x.gap = wrong
             x.gaps.append((x.next, seq))
+            x.missed.append(x.next)
             x.gap_at = x.last
             x.gap_told = False
             return max(new, 1)
@@ -272,16 +361,23 @@ class Sequence:
                 for piece in ((low, min(high, seq)), (max(low, end), high))
                 if seq_diff(piece[1], piece[0]) > 0
             ]
+            if not x.gaps:
+                x.missed.clear()
+                if x.last - x.gap_at < _OVERTAKEN and new <= 0 and self.suspicion is x.gap:
+                    self.suspicion = None
             if x.gaps != before:
                 return 1  # it was sent before, but it is new to the observer
         if end == seq:  # An acknowledgment alone stands at SND.NXT; only a probe goes back.
             probe = y.ack is not None and seq_diff(seq, y.ack) == -1
-            if self.exact and not (probe and quiet >= PROBE_AFTER):
+            if (
+                (self.exact or (self.presumed and not self._overtaken(x, seq, ack)))
+                and not (probe and quiet >= PROBE_AFTER)
+            ):
                 raise Contradiction(
                     f"an acknowledgment alone at {seq}, {-gap} before SND.NXT {x.next}", _SEQUENCE
                 )
         elif (
-            self.exact
+            (self.exact or self.presumed)
             and length
             and y.ack is not None
             and seq_diff(seq, y.ack) < 0
@@ -292,6 +388,17 @@ class Sequence:
                 f"it begins at {seq}, inside what was acknowledged up to {y.ack}", _SEQUENCE
             )
         return new
+
+    def _overtaken(self, x: Flow, seq: int, ack: int) -> bool:
+        """Whether an acknowledgment at this number may be one that others have overtaken.
+
+        Coming in on the loopback interface it may be: each processor has a queue there. Those
+        that overtook it acknowledge as much.
+        """
+        if x.isn is None or not self.whole:
+            return True
+        known = seq in x.ends or seq in (x.fin, seq_add(x.isn, 1))
+        return known and (x.ack is None or seq_diff(ack, x.ack) <= 0)
 
     def _acknowledge(self, x: Flow, y: Flow, ack: int, kind: int) -> None:
         if y.next is None or y.guessed:
@@ -315,7 +422,7 @@ class Sequence:
                 )
             for low, _ in y.gaps:
                 if ack == low and kind & ~FROM_B == ACK:
-                    y.gap_told = True
+                    y.gap_told = y.gap_told or low in y.missed
                 elif seq_diff(ack, low) > 0:
                     raise Contradiction(
                         f"it acknowledges {ack}, and the octets from {low} were never seen",
@@ -325,7 +432,8 @@ class Sequence:
         if known is not None and seq_diff(ack, known) < 0:
             if x.former is not None and x.former.ack == ack:
                 return
-            if self.exact:
+            overtaken = y.isn is not None and (ack in y.ends or ack == seq_add(y.isn, 1))
+            if self.exact or (self.presumed and self.whole and not overtaken):
                 raise Contradiction(
                     f"it acknowledges {ack}, and {known} was acknowledged already", _BACKWARDS
                 )
@@ -338,10 +446,22 @@ class Sequence:
         x.ack = ack
         _remember(x.acks, ack)
 
-    def _syn(self, x: Flow, y: Flow, flags: int, seq: int, ack: int, from_b: bool) -> int:
-        kind = SYN
+    def _syn(
+        self, x: Flow, y: Flow, flags: int, seq: int, ack: int, length: int, from_b: bool
+    ) -> int:
+        kind = SYN | TEXT if length else SYN
         if x.isn != seq:
-            fresh = Flow(isn=seq, next=seq_add(seq, 1), last=x.last)
+            if flags & ACK and self.whole:
+                if x.opened and not (y.opened and y.former):
+                    raise Contradiction(f"a SYN,ACK at {seq}, and its SYN is at {x.isn}", _SEQUENCE)
+                if x.isn is None and y.ack == seq_add(seq, 1):
+                    self._missed(
+                        f"it was acknowledged ({y.ack}) before it was seen to be sent", _UNSENT
+                    )
+            fresh = Flow(isn=seq, next=seq_add(seq, 1 + length), last=x.last)
+            fresh.opened = not flags & ACK
+            if length:
+                _remember(fresh.ends, seq_add(seq, 1 + length))
             if x.next is not None:
                 fresh.former = x
                 x.former = None
@@ -354,7 +474,8 @@ class Sequence:
             x.syn_again = True
         if flags & ACK:
             kind |= ACK
-            if y.isn is not None and ack != seq_add(y.isn, 1):
+            # (A SYN may carry text, RFC 7413, of which all or nothing is acknowledged.)
+            if y.isn is not None and ack not in (seq_add(y.isn, 1), *y.ends):
                 raise Contradiction(
                     f"a SYN,ACK acknowledges {ack}, and the SYN is at {y.isn}", _UNSENT
                 )
@@ -366,26 +487,48 @@ class Sequence:
             _remember(x.acks, ack)
         return kind
 
-    def _reset(self, x: Flow, y: Flow, flags: int, seq: int, ack: int) -> int:
+    def _reset(
+        self, x: Flow, y: Flow, flags: int, seq: int, ack: int, from_b: bool
+    ) -> int:
         # An answer to what is left of a former connection does not end the one that begins.
         begins = x.isn is not None and x.next == seq_add(x.isn, 1) != seq
         if x.fin is None and y.fin is None and self.reset_by is None and not begins:
             self.reset_by = 1 if x is self.b else 0
-        at = [n for n in (x.next, *y.acks) if n is not None]
+        x.reset_at = x.last
+        here = self.exact or self.presumed
+        own = [n for n in (x.next, x.former and x.former.next) if n is not None]
+        answers = list(y.acks)
         if x.former is not None:
-            at += [n for n in (x.former.next, *x.former.acks) if n is not None]
+            answers += x.former.acks
         if y.former is not None:
-            at += y.former.acks
-        if flags & ACK:
-            at.append(0)  # an answer to a segment without ACK
+            answers += y.former.acks
+        if not flags & ACK:
+            # It answers an acknowledgment: Linux sends none of these otherwise.
+            replies = self.whole and self.linux[from_b]
+            at = answers if replies else own + answers
+            if replies and x.last - y.last > _ANSWERED + 4 * (self.latency or 0.0):
+                raise Contradiction(
+                    f"a reset without ACK answers a segment, and the last came "
+                    f"{x.last - y.last:.3f} s before",
+                    _RESET,
+                )
+        else:
+            # One with ACK is at SND.NXT (or the edge of a window that was taken back), or it
+            # answers a segment without ACK.
+            at = own if here and own and not y.shut else own + answers
+            at.append(0)
             if y.next is not None and seq_diff(ack, y.next) > 0:
                 raise Contradiction(f"a reset acknowledges {ack}, sent is up to {y.next}", _UNSENT)
-        if at and at != [0] and seq not in at:
+            if self.whole and y.next is None:
+                raise Contradiction(f"a reset acknowledges {ack}, and nothing was sent", _UNSENT)
+        if at and (self.whole or at != [0]) and seq not in at:
             due = _or(list(dict.fromkeys(at))[-4:])
             raise Contradiction(f"a reset at {seq}; {due} was due", _RESET)
-        if y.ack is None or not seq:
-            return RST | RST_AT
         kind = RST
+        if here and self.linux[from_b] and seq:
+            kind |= RST_OWN if flags & ACK else RST_REPLY
+        if y.ack is None or not seq:
+            return kind | RST_AT
         if seq_diff(seq, y.ack) >= 0:
             kind |= RST_AT
             if seq == y.ack == x.next:
