@@ -46,12 +46,15 @@ def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
             yield line
 
     left_out = ""
+    cut: list[str] = []
 
     def problem(what: events.Problem) -> None:
         nonlocal left_out
         tell(str(what))
         if "passed over" not in what.why and "newer than" not in what.why:
             left_out = str(what)
+            if "cut off" in what.why:
+                cut.append(left_out)
 
     last: dict[tuple[str, str], float] = {}
     heads = 0
@@ -61,6 +64,7 @@ def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
             if heads > 1:
                 tell(f"line {number}: another run begins here; it is checked by itself")
                 last.clear()
+            last.update(dict.fromkeys(_declared(event), event.t))
         source = (event.kind, getattr(event, "source", ""))
         before = last.get(source, event.t)
         if event.t < before - _JITTER:
@@ -79,3 +83,16 @@ def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
         if isinstance(event, RunStarted) and heads > 1:
             # The two may be mixed: nothing is taken to have been seen from its beginning.
             yield Lost(event.t, "file", 0, "another run began before")
+    # Each observer writes when it has been read: the others' share of the last moments is lost.
+    if cut:
+        lanes = [t for (kind, _), t in last.items() if kind in ("call", "transition", "segment")]
+        yield Lost(min(lanes, default=0.0), "rest of the file", 1, cut[0])
+
+
+def _declared(head: RunStarted) -> Iterator[tuple[str, str]]:
+    """Who will report, as far as the head says."""
+    if head.scenario is not None:
+        yield "call", ""
+    for word, kind in (("tracepoint", "transition"), ("capture", "segment")):
+        if word in head.observer:
+            yield kind, word

@@ -324,9 +324,7 @@ class Explanations:
                 if listening is not None:
                     row = table[listening, Event.SYN]
                     yield from self._apply(end, Event.SYN, row, CLOSED, PASSIVE, segments)
-        elif not (
-            self._embryos[end] and state == SYN_RECEIVED and x & PASSIVE and not x & CHILD
-        ):
+        elif not (self._embryos[end] and state == SYN_RECEIVED and x & PASSIVE and not x & CHILD):
             for event in _CALLS:
                 if x & ORPHAN or (event is Event.SHUTDOWN and x & FIN_OUT):
                     continue

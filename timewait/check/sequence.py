@@ -118,6 +118,7 @@ class Flow:
     ends: list[int] = field(factory=list)  # where its last segments ended
     last: float = _NEVER  # when it last sent anything
     reset_at: float = _NEVER  # when it sent a RST
+    probed: float = _NEVER  # when it last repeated an octet that was acknowledged
     former: Flow | None = None  # the flow that its newest SYN wants to follow
     recent: list[tuple[float, int, int, int, int]] = field(factory=list)  # its last segments
 
@@ -149,7 +150,8 @@ class Sequence:
     ) -> None:
         self.rto_min = rto_min
         self.linux = linux  # which ends are Linux's
-        self.whole = False  # it was seen from its SYN on, and nothing of it can have been missed
+        # It was seen from its SYN on, and nothing of it can have been missed.
+        self.whole: bool | None = None
         self.latency: float | None = None  # of the SYN, if it was sent once
         self.a = Flow()
         self.b = Flow()
@@ -167,6 +169,7 @@ class Sequence:
         """The same for the next connection between these addresses, which knows of this one."""
         again = Sequence(self.exact, self.presumed, self.rto_min, self.linux)
         again.a, again.b = self.a, self.b
+        again.whole = False
         return again
 
     def forget(self) -> None:
@@ -207,8 +210,8 @@ class Sequence:
     ) -> int:
         """The kind of this segment. Raises `Contradiction` where it cannot be."""
         x, y = (self.b, self.a) if from_b else (self.a, self.b)
-        quiet = t - y.last
-        if x.last == y.last == _NEVER:
+        quiet = t - max(y.last, x.probed)
+        if self.whole is None:
             self.whole = flags & (SYN | ACK | RST) == SYN and (self.exact or self.presumed)
         x.last = t
         x.shut = not window
@@ -369,13 +372,14 @@ class Sequence:
                 return 1  # it was sent before, but it is new to the observer
         if end == seq:  # An acknowledgment alone stands at SND.NXT; only a probe goes back.
             probe = y.ack is not None and seq_diff(seq, y.ack) == -1
-            if (
-                (self.exact or (self.presumed and not self._overtaken(x, seq, ack)))
-                and not (probe and quiet >= PROBE_AFTER)
+            if (self.exact or (self.presumed and not self._overtaken(x, seq, ack))) and not (
+                probe and quiet >= PROBE_AFTER
             ):
                 raise Contradiction(
                     f"an acknowledgment alone at {seq}, {-gap} before SND.NXT {x.next}", _SEQUENCE
                 )
+            if probe:
+                x.probed = x.last
         elif (
             (self.exact or self.presumed)
             and length
@@ -487,16 +491,14 @@ class Sequence:
             _remember(x.acks, ack)
         return kind
 
-    def _reset(
-        self, x: Flow, y: Flow, flags: int, seq: int, ack: int, from_b: bool
-    ) -> int:
+    def _reset(self, x: Flow, y: Flow, flags: int, seq: int, ack: int, from_b: bool) -> int:
         # An answer to what is left of a former connection does not end the one that begins.
         begins = x.isn is not None and x.next == seq_add(x.isn, 1) != seq
         if x.fin is None and y.fin is None and self.reset_by is None and not begins:
             self.reset_by = 1 if x is self.b else 0
         x.reset_at = x.last
         here = self.exact or self.presumed
-        own = [n for n in (x.next, x.former and x.former.next) if n is not None]
+        own = [flow.next for flow in (x, x.former) if flow is not None and flow.next is not None]
         answers = list(y.acks)
         if x.former is not None:
             answers += x.former.acks
