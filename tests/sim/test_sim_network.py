@@ -566,6 +566,49 @@ def test_a_livelock_names_what_goes_round(debug):
     assert "Task-1" not in text  # it does wait
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_reader_that_never_reads_is_a_livelock_too(debug):
+    async def main():
+        listener = socket.create_server(("127.0.0.1", 80))
+        client = socket.create_connection(("127.0.0.1", 80))
+        conn, _ = listener.accept()
+        with listener, client, conn:
+            asyncio.get_running_loop().add_reader(conn, idle_reader)
+            client.send(b"x")
+            await asyncio.sleep(1)
+
+    def idle_reader():
+        pass
+
+    with pytest.raises(sim.Livelock) as stuck:
+        sim.run(main, debug=debug, patience=100)
+    assert "idle_reader()" in str(stuck.value)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("moment", [3e7, 4e8])
+def test_timers_run_however_late_it_is(debug, moment):
+    """Where the clock's steps are greater than the resolution that asyncio works with."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(moment)
+        for seconds in (1, 0.1, 1e-3, 1e-9, 60):
+            await asyncio.sleep(seconds)
+        async with await asyncio.start_server(echo, "127.0.0.1", 80):
+            reader, writer = await asyncio.open_connection("127.0.0.1", 80)
+            with contextlib.closing(writer), pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await reader.read()
+        return loop.time() - moment
+
+    async def echo(reader, writer):
+        await reader.read()
+        writer.close()
+
+    assert sim.run(main, debug=debug) == pytest.approx(61.401, abs=1e-3)
+
+
 def test_turning_at_one_instant_is_no_livelock_while_sockets_or_time_move():
     async def echo(reader, writer):
         with contextlib.closing(writer):

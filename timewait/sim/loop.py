@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextvars import copy_context
 from heapq import heapify, heappop
+from math import ulp
 from typing import Any, Final, NoReturn, TypeVar
 from zlib import crc32
 
@@ -34,6 +35,7 @@ __all__ = ["Deadlock", "Livelock", "SimLoop", "SimSelector", "run"]
 T = TypeVar("T")
 
 INF: Final = float("inf")
+RESOLUTION: Final = 1e-9  # seconds: timers that are closer than this are due at once
 PATIENCE: Final = 1_000_000  # iterations at one instant before it is a livelock
 
 
@@ -226,8 +228,8 @@ class SimLoop(asyncio.SelectorEventLoop):
     def __init__(self, network: Network, *, patience: int = PATIENCE) -> None:
         self.network = network
         self.patience = patience
-        self._turns = 0  # iterations at `_instant` in which no socket had a part
-        self._instant = 0.0
+        self._turns = 0  # iterations since time and the sockets were as `_found`
+        self._found: object = None
         selector = SimSelector(network)
         selector.stuck = self._stuck
         self._touched = selector.touched
@@ -235,7 +237,6 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._thread = threading.get_ident()
         self._handled: dict[int, Any] = {}
         super().__init__(selector)
-        self._clock_resolution = 1e-9  # asyncio runs what is due *before* now plus this
 
     def time(self) -> float:
         """Virtual seconds since the simulation began."""
@@ -247,7 +248,11 @@ class SimLoop(asyncio.SelectorEventLoop):
         What asyncio's own iteration does, less what a selector of the kernel's needs.
         """
         if self._debug:
-            self._turn()
+            self._turns += 1
+            if self._turns > self.patience:
+                self._look_round()
+            # asyncio runs what is due *before* now plus this, which must not be lost in rounding.
+            self._clock_resolution = max(RESOLUTION, 2 * ulp(self._clock.now))
             super()._run_once()  # type: ignore[misc]
             return
         scheduled, ready, touched, clock = self._scheduled, self._ready, self._touched, self._clock
@@ -258,16 +263,16 @@ class SimLoop(asyncio.SelectorEventLoop):
                 scheduled = self._scheduled
             if clock.next <= clock.now:
                 clock.run_until(clock.now)
+            self._turns += 1
+            if self._turns > self.patience:
+                self._look_round()
             if touched:
-                self._turns = 0
                 self._poll(ready)
-            elif ready:
-                self._turn()
             if not (ready or self._stopping):
                 self._wait(scheduled[0]._when if scheduled else INF)
             if scheduled:
-                end = clock.now + self._clock_resolution
-                while scheduled and scheduled[0]._when < end:
+                now = clock.now
+                while scheduled and scheduled[0]._when - now < RESOLUTION:
                     handle = heappop(scheduled)
                     handle._scheduled = False
                     ready.append(handle)
@@ -284,16 +289,13 @@ class SimLoop(asyncio.SelectorEventLoop):
             if self._stopping:
                 return
 
-    def _turn(self) -> None:
-        """Count an iteration; where too many leave time and all sockets alone, tell who turns."""
-        if self._touched or self._clock.now != self._instant:
-            self._turns = 0
-            self._instant = self._clock.now
-            return
-        self._turns += 1
-        if self._turns > self.patience:
-            self._turns = 0
+    def _look_round(self) -> None:
+        """Called every `patience` iterations: where time and all sockets stand still, say so."""
+        self._turns = 0
+        found = (self._clock.now, self.network.progress())
+        if found == self._found:
             self._spinning()
+        self._found = found
 
     def _wait(self, until: float) -> None:
         """Let time pass until a socket is ready, `until` at the latest."""
@@ -539,7 +541,9 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     def _spinning(self) -> NoReturn:
         turning = []
-        for handle in self._ready:
+        keys = [sock.selector_key for sock in self._touched if sock.selector_key is not None]
+        watchers = [handle for key in keys for handle in key.data if handle is not None]
+        for handle in [*watchers, *self._ready]:
             task = getattr(handle._callback, "__self__", None)
             if isinstance(task, asyncio.Task):
                 turning.append(f"  {task.get_name()}{self._where(task)}: {_awaited(task)}")

@@ -392,6 +392,20 @@ class Network:
         finally:
             self._draining = False
 
+    def progress(self) -> object:
+        """What is the same as before only if no socket has done anything meanwhile."""
+        socks = [
+            (
+                sock.fd,
+                len(sock.accepted),
+                conn
+                and (conn.state, conn.snd_nxt, conn.snd_una, conn.rcv_nxt, conn.readable_bytes),
+            )
+            for sock in self.files.values()
+            for conn in (sock.conn,)
+        ]
+        return self.next_fd, socks
+
     # Being watched.
 
     def observe(self, callback: Callable[[Event], object] | None = None) -> Observer:
