@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from random import Random
 
 import pytest
 
 from timewait.kernel.wire import WireError
-from timewait.lab.segments import Case, Fuzzer, Step, _Kernel, _opening, _random_step, _View
+from timewait.lab.coverage import counted, table
+from timewait.lab.segment_cases import View
+from timewait.lab.segments import Case, Fuzzer, Step, _Kernel
 from timewait.packetdrill import play
-from timewait.tcp.segment import ACK, PSH, RST, SYN
+from timewait.tcp.connection import Connection
+from timewait.tcp.profiles import profile
+from timewait.tcp.segment import ACK, PSH, RST, SYN, Segment
+from timewait.tcp.states import Event, State
 
 HANDSHAKE = (
     Step("", 0, SYN),
@@ -69,11 +75,10 @@ def test_another_profile_is_found_out_and_its_script_passes_on_the_kernel(
 
 def test_a_seed_decides_what_is_tried() -> None:
     def steps(seed: str) -> list[str]:
-        dice, view, case = Random(seed), _View(), Case(False, True)
-        beginning = [_opening(dice, case, view, n) for n in range(3)]
-        return [str(s) for s in beginning] + [
-            str(_random_step(dice, view, case, True)) for _ in range(20)
-        ]
+        dice, view = Random(seed), View()
+        case = Case.fresh(dice, impatient=False)
+        beginning = [case.begin(dice, n) for n in range(3)]
+        return [str(s) for s in beginning] + [str(view.step(dice, case, True)) for _ in range(20)]
 
     assert steps("a") == steps("a") != steps("b")
 
@@ -108,3 +113,20 @@ def test_the_models_window_ends_where_the_kernel_said(kernel: _Kernel) -> None:
         assert Fuzzer(1)._judge(played, trace) is not None
     finally:
         kernel.close()
+
+
+def test_what_was_reached_is_counted() -> None:
+    reached: Counter[tuple[State, Event]] = Counter()
+    linux = counted(profile("linux"), reached)
+    connection = Connection(linux, iss=0)
+    connection.open_active(0.0)
+    connection.segment(Segment(seq=0, ack=1, flags=SYN | ACK, window=1000), 0.1)
+    connection.close(0.2)
+    assert reached == {
+        (State.CLOSED, Event.OPEN_ACTIVE): 1,
+        (State.SYN_SENT, Event.SYN_ACK): 1,
+        (State.ESTABLISHED, Event.CLOSE): 1,
+    }
+    lines = table(reached, linux).splitlines()
+    assert lines[1 + Event.OPEN_ACTIVE].split()[1:3] == ["1", "."]
+    assert lines[1 + Event.SYN_ACK].split() == ["SYN_ACK", "1"]  # elsewhere it cannot happen

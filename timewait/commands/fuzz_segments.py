@@ -25,9 +25,19 @@ __all__ = ["command"]
 @click.option("--count", type=click.IntRange(1), help="So many steps.  [default: 5000]")
 @click.option("--seed", help="Repeat the run of that seed.  [default: a new one]")
 @click.option("--profile", default="linux", show_default=True, help="The model's profile.")
+@click.option(
+    "--coverage",
+    is_flag=True,
+    help="Print which cells of the transition table were reached, and how often.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
-    seconds: float | None, count: int | None, seed: str | None, profile: str, as_json: bool
+    seconds: float | None,
+    count: int | None,
+    seed: str | None,
+    profile: str,
+    coverage: bool,
+    as_json: bool,
 ) -> int:
     """Random calls and segments, compared after each step.
 
@@ -37,6 +47,7 @@ def command(
     does when it is run again, is shrunk and printed as a packetdrill script
     that expects what the kernel did. Exit status 1 if anything differs.
     """
+    from timewait.lab import coverage as lab
     from timewait.lab.segments import Fuzzer
     from timewait.tcp.profiles import PROFILES
 
@@ -74,9 +85,15 @@ def command(
             "profile": profile,
             "seconds": round(took, 3),
             "differences": [difference.to_json() for difference in fuzzer.differences],
+            "reached": {
+                f"{state} {event}": times
+                for (state, event), times in sorted(fuzzer.reached.items())
+            },
         }
         click.echo(json.dumps(document, indent=2))
     else:
+        if coverage:
+            click.echo(lab.table(fuzzer.reached, PROFILES[profile]) + "\n")
         click.echo(
             f"{fuzzer.steps:,} steps in {fuzzer.cases:,} connections, "
             f"{len(fuzzer.differences)} differences (seed {seed}, {took:.0f} s)"
