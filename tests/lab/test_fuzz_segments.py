@@ -78,7 +78,9 @@ def test_a_seed_decides_what_is_tried() -> None:
         dice, view = Random(seed), View()
         case = Case.fresh(dice, impatient=False)
         beginning = [case.begin(dice, n) for n in range(3)]
-        return [str(s) for s in beginning] + [str(view.step(dice, case, True)) for _ in range(20)]
+        return [str(s) for s in beginning] + [
+            str(view.step(dice, case, "ESTABLISHED", True)) for _ in range(20)
+        ]
 
     assert steps("a") == steps("a") != steps("b")
 

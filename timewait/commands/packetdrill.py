@@ -11,14 +11,8 @@ import click
 __all__ = ["command"]
 
 
-@click.command(name="packetdrill")
-@click.argument(
-    "files",
-    nargs=-1,
-    required=True,
-    type=click.Path(exists=True, path_type=Path),
-    metavar="FILE...",
-)
+@click.command(name="packetdrill", context_settings={"ignore_unknown_options": True})
+@click.argument("files", nargs=-1, required=True, metavar="[--OPTION=VALUE]... FILE...")
 @click.option(
     "--on",
     type=click.Choice(["model", "kernel", "both"]),
@@ -46,7 +40,7 @@ __all__ = ["command"]
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
-    files: tuple[Path, ...],
+    files: tuple[str, ...],
     on: str,
     profile: str,
     defines: tuple[str, ...],
@@ -55,29 +49,34 @@ def command(
 ) -> int:
     """Run packetdrill scripts (a directory stands for the .pkt files in it).
 
+    Of packetdrill's own options (--ip_version=ipv6, --tolerance_usecs=10000,
+    --mtu=1280, ...) those given here have the last word over a script's.
+
     Scripts are read, never executed: no command is run, no file written, and
     nothing leaves the namespace. What a script asks beyond the known language
     makes it "unsupported". Exit status: 0 if all passed, 1 if not.
     """
     from timewait.packetdrill import Outcome, play
+    from timewait.packetdrill.settings import OPTIONS
     from timewait.tcp.profiles import PROFILES
 
     if profile not in PROFILES:
         raise click.UsageError(f"no such profile: {profile!r} (there are {', '.join(PROFILES)})")
-    scripts = [
-        path
-        for given in files
-        for path in (sorted(given.rglob("*.pkt")) if given.is_dir() else [given])
+    options = [
+        (name, value)
+        for name, _, value in (word[2:].partition("=") for word in files if word[:2] == "--")
     ]
-    if not scripts:
-        raise click.UsageError("no .pkt files there")
+    for word in files:
+        if word[:1] == "-" and (word[1:2] != "-" or word[2:].partition("=")[0] not in OPTIONS):
+            raise click.NoSuchOption(word.partition("=")[0])
+    scripts = _scripts([Path(word) for word in files if word[:1] != "-"])
     names = dict(item.partition("=")[::2] for item in defines)
     stacks = ("model", "kernel") if on == "both" else (on,)
     rows: list[tuple[str, Outcome]] = []
 
     def outcome_of(job: tuple[Path, str]) -> Outcome:
         path, stack = job
-        return play(path, on=stack, profile=profile, defines=names)
+        return play(path, on=stack, profile=profile, defines=names, options=options)
 
     todo = [(path, stack) for path in scripts for stack in stacks]
     try:
@@ -122,3 +121,21 @@ def command(
     else:
         click.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0 if counts["passed"] == len(rows) else 1
+
+
+def _scripts(given: list[Path]) -> list[Path]:
+    """The scripts there, all of which can be read. Raises `click.ClickException`."""
+    found: list[Path] = []
+    for path in given:
+        within = sorted(path.rglob("*.pkt")) if path.is_dir() else [path]
+        if not within:
+            raise click.ClickException(f"{path}: no .pkt files there")
+        found += within
+    for path in found:
+        try:
+            path.open("rb").close()
+        except OSError as trouble:
+            raise click.ClickException(f"{path}: {trouble.strerror}") from None
+    if not found:
+        raise click.UsageError("no scripts given")
+    return found

@@ -102,7 +102,7 @@ def command(
         if isolated:
             isolate()
             if observer == "auto":
-                observer = "sock_diag"  # the tracepoint tells of every namespace's sockets
+                observer = "sock_diag"  # the tracepoint tells of every namespace's resets
         return _watch(port, host, observer, as_json, seconds, program, told)
     finally:
         for number, handler in before.items():

@@ -168,19 +168,26 @@ class View:
             self.edge = ack + (window if flags & SYN else window << self.scale)
             self.synchronized = True
 
-    def step(self, dice: random.Random, case: Case, has_fd: bool) -> Step:
-        """Something to do next: a call where there is a socket, or a segment."""
+    def step(self, dice: random.Random, case: Case, state: str, has_fd: bool) -> Step | None:
+        """Something to do next: a call where there is a socket, or a segment.
+
+        `state` is the stack's; None where that is CLOSED and nothing is left to see.
+        """
+        if state == "CLOSED" and not has_fd and self.synchronized and dice.random() < 0.7:
+            return None
         if has_fd and dice.random() < 0.38:
             return _call(dice)
         if dice.random() < 0.06:
             return Step("wait", dice.choice([300, 1000] if case.impatient else [100, 300]))
-        return self._segment(dice, case)
+        return self._segment(dice, case, state)
 
-    def _segment(self, dice: random.Random, case: Case) -> Step:
+    def _segment(self, dice: random.Random, case: Case, state: str) -> Step:
+        closing = state in ("FIN_WAIT_1", "FIN_WAIT_2")
+        syn = 12 if state == "TIME_WAIT" else 4
         flags = dice.choices(
             [ACK, ACK | PSH, FIN | ACK, FIN | PSH | ACK, RST, RST | ACK, SYN, SYN | ACK,
              SYN | FIN, SYN | PSH, FIN, 0, PSH, SYN | RST, FIN | RST | ACK],
-            [34, 22, 14, 4, 4, 4, 4, 4, 1, 1, 2, 1, 1, 1, 1],
+            [34, 22, 40 if closing else 14, 4, 4, 4, syn, syn, 1, 1, 2, 1, 1, 1, 1],
         )[0]  # fmt: skip
         nxt, edge = self.rcv_nxt, self.edge
         left = [nxt, nxt - 1, nxt - 10, 0]
@@ -202,7 +209,7 @@ class View:
         una, snd = self.snd_una, self.snd_nxt
         ack = dice.choices(
             [snd, una, snd - 1, snd + 1, una - 1, snd + 100_000, snd - 100_000],
-            [70, 12, 6, 4, 3, 3, 2],
+            [70, 60 if state == "FIN_WAIT_1" else 12, 6, 4, 3, 3, 2],
         )[0]
         if (ack - max(una, 1)) & 0x80000000 and seq == nxt:
             # Whether text in order is taken although its ACK is too old is a matter of the

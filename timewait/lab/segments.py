@@ -165,6 +165,7 @@ class _Live:
     sock: socket.socket | None = None
     isn: int | None = None
     ts_seen: int = 0
+    over: bool = False  # nothing more is to be seen
     steps: list[Step] = field(factory=list)
 
 
@@ -263,11 +264,13 @@ class _Kernel:
     def _next(self, live: _Live, number: int) -> Step | None:
         if live.dice is None:
             return live.case.steps[number] if number < len(live.case.steps) else None
-        if number >= live.length:
+        if number >= live.length or live.over:
             return None
         step = live.case.begin(live.dice, number)
         if step is None:
-            step = live.view.step(live.dice, live.case, live.sock is not None)
+            state = live.trace.states[-1] if live.trace.states else "CLOSED"
+            step = live.view.step(live.dice, live.case, state, live.sock is not None)
+            live.over = step is None
         return step
 
     def _do(self, live: _Live, step: Step, start: float) -> None:

@@ -7,7 +7,7 @@ a script means, `on_kernel` and `on_model` are the two stacks it can mean it to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from timewait.packetdrill.runner import Outcome, TooLate, run
@@ -25,18 +25,23 @@ def play(
     on: str = "model",
     profile: str = "linux",
     defines: Mapping[str, str] | None = None,
+    options: Iterable[tuple[str, str]] = (),
 ) -> Outcome:
     """Run one script on "model" or "kernel" and say how it ended.
 
-    On the kernel a run in which this process itself missed an event's time
-    says nothing, and is repeated, up to three times in all.
+    `defines` are names for `#ifdef` and words of the script, `options` (name,
+    value) what packetdrill's own command line takes, such as ("ip_version", "ipv6").
+
+    On the kernel a run in which this process missed an event's time, or saw
+    one of the kernel's at a wrong time, may only say that the machine was busy:
+    it is repeated, up to three times in all.
 
     Raises `OSError` where the file cannot be read, or (on the kernel) there can
     be no wire.
     """
     text = Path(path).read_bytes().decode("utf-8", "replace")
     try:
-        script = parse(text, str(path), defines)
+        script = parse(text, str(path), defines, options)
         settings = Settings.of(script)
     except Unsupported as unsupported:
         return Outcome(str(path), "unsupported", unsupported.line, unsupported.what)
@@ -50,12 +55,13 @@ def play(
 
     from timewait.packetdrill.on_kernel import KernelStack, undisturbed
 
-    late: TooLate | None = None
     for _ in range(_TRIES):
         try:
             with undisturbed(), KernelStack(settings) as stack:
-                return run(script, stack, settings)
+                outcome = run(script, stack, settings)
         except TooLate as missed:
-            late = missed
-    assert late is not None
-    return Outcome(str(path), "failed", late.line, str(late))
+            outcome = Outcome(str(path), "failed", missed.line, str(missed))
+            continue
+        if not outcome.untimely:
+            break
+    return outcome

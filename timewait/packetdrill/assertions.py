@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 import struct
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -54,11 +56,25 @@ def tcp_info(octets: bytes) -> dict[str, int]:
     return found
 
 
+# The language's own examples are of Python 2, where print is a statement.
+_PRINT: Final = re.compile(r"(?m)^([ \t]*)print[ \t]+(?![(=]).*$")
+
+
+def _flush_left(code: str) -> str:
+    """The code without the indentation of the script that it stands in."""
+    first, _, rest = code.strip("\n").partition("\n")
+    if rest and first.strip() and len(first) == len(first.lstrip()):
+        # It began beside the `%{`, wherever that was.
+        return f"{first}\n{textwrap.dedent(rest)}".strip()
+    return textwrap.dedent(code).strip()
+
+
 _BINARY: Final[dict[type, Callable[[int, int], int | float]]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
     ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.BitXor: operator.xor,
     ast.RShift: operator.rshift,
+    ast.LShift: lambda a, b: a << b if 0 <= b < 64 else a // 0,
 }  # fmt: skip
 _COMPARE: Final[dict[type, Callable[[object, object], bool]]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt,  # type: ignore[dict-item]
@@ -74,7 +90,7 @@ def check(code: str, info: Mapping[str, int], names: dict[str, int], line: int) 
     `Unsupported` for everything that is not simple arithmetic over known names.
     """
     try:
-        tree = ast.parse(code)
+        tree = ast.parse(_PRINT.sub(r"\1pass", _flush_left(code)))
         for statement in tree.body:
             wrong = _statement(statement, info, names, line)
             if wrong:
@@ -144,6 +160,8 @@ def _value(node: ast.expr, info: Mapping[str, int], names: Mapping[str, int], li
         operand = value(node.operand)
         if isinstance(node.op, ast.Not):
             return not operand
+        if isinstance(node.op, ast.Invert) and isinstance(operand, int):
+            return ~operand
         if isinstance(operand, (int, float)):
             return -operand if isinstance(node.op, ast.USub) else +operand
     if isinstance(node, ast.BoolOp):
@@ -164,7 +182,9 @@ def _value(node: ast.expr, info: Mapping[str, int], names: Mapping[str, int], li
             left = right
         return True
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        known_calls: dict[str, Callable[..., object]] = {"abs": abs, "min": min, "max": max}
+        known_calls: dict[str, Callable[..., object]] = {
+            "abs": abs, "min": min, "max": max, "int": int, "round": round, "bool": bool,
+        }  # fmt: skip
         if node.func.id in known_calls and node.args:
             return known_calls[node.func.id](*(value(argument) for argument in node.args))
     raise Unsupported(f"code: {ast.unparse(node)[:60]}", line)

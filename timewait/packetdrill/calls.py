@@ -16,7 +16,7 @@ import socket
 import struct
 from collections.abc import Callable
 from typing import Any as Anything
-from typing import Final
+from typing import Final, TypeAlias
 
 from attrs import define, field, frozen
 
@@ -114,6 +114,10 @@ _IOCTLS: Final = frozenset(
 )
 
 
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+Checks: TypeAlias = "tuple[tuple[str, object, object], ...]"
+
+
 @frozen
 class Result:
     """What a call returned, and what it wrote where the script could see it.
@@ -160,6 +164,7 @@ class Calls:
     # What the runner must know: who listens and who connects where.
     listening: dict[int, int] = field(factory=dict)
     ports: dict[int, int] = field(factory=dict)
+    connected: dict[int, tuple[str, int]] = field(factory=dict)
     line: int = 0
     # When the script began on the machine's own clock, and how far off a time may be.
     began: float = 0.0
@@ -182,7 +187,7 @@ class Calls:
         def guarded() -> Result:
             try:
                 return do()
-            except (OverflowError, ValueError, TypeError) as trouble:
+            except (IndexError, OverflowError, ValueError, TypeError) as trouble:
                 raise Unsupported(f"the arguments of {call.name}(): {trouble}", line) from None
             except OSError as failed:
                 return Result(-1, errno.errorcode.get(failed.errno or 0, str(failed.errno)))
@@ -228,6 +233,10 @@ class Calls:
         port = self.number(value.get("sin_port", "sin6_port"), default[1])
         if isinstance(host, Word) and host.name in ("INADDR_ANY", "IN6ADDR_ANY"):
             host = "0.0.0.0" if family == socket.AF_INET else "::"
+        if host is None:  # strace has inet_pton(AF_INET6, "::1", &sin6_addr) in its place
+            host = next((text for name, text in value.fields if not name and text != ANY), None)
+        if host in (ANY, Word("in6addr_any")):
+            host = None if host is ANY else "::"
         if host is not None and not isinstance(host, str):
             raise Unsupported(f"address {host!r}", self.line)
         return (host or default[0]), port
@@ -238,6 +247,40 @@ class Calls:
         if not 0 <= size <= _MOST_OCTETS:
             raise Unsupported(f"a buffer of {size} octets", self.line)
         return size
+
+    def odd_address(self, call: Call, live: Anything) -> bytes | None:
+        """The octets of an address that is not of the socket's own family and length.
+
+        None for an ordinary one, which `address` reads.
+        """
+        value, length = call.arguments[1], self.number(call.arguments[2], 128)
+        family = live.family
+        if value in (0, Word("NULL")):
+            return b""
+        if isinstance(value, Struct):
+            family = self.number(value.get("sa_family", "sin_family", "sin6_family"), live.family)
+        six = family == socket.AF_INET6
+        enough = 24 if six else 16
+        if family == live.family and length >= enough:
+            return None
+        host, port = self.address(value, (self.remote, 0)) if family in _FAMILIES else ("", 0)
+        rest = b""
+        if host and (":" in host) is six:
+            rest = struct.pack("!H", port) + (bytes(4) if six else b"")
+            rest += socket.inet_pton(socket.AF_INET6 if six else socket.AF_INET, host)
+        whole = (struct.pack("=H", family) + rest).ljust(28 if six else 16, b"\0")
+        return whole[: max(length, 0)]
+
+    def with_octets(self, live: Anything, name: str, octets: bytes) -> None:
+        """bind(2) or connect(2) with an address given as octets."""
+        raise Unsupported(f"{name}() with such an address on the model")
+
+    def seen_address(self, value: Value | None, came: Anything) -> Checks:
+        """An address that a call gave back, held against the script's."""
+        if not isinstance(value, Struct):
+            return ()
+        host, port = self.address(value, came[:2])
+        return (("address", f"{host} port {port}", f"{came[0]} port {came[1]}"),)
 
     def payload(self, value: Value, size: int) -> bytes:
         """`size` octets to send: a string of the script's, or zeros for `...`."""
@@ -260,23 +303,40 @@ class Calls:
 
     def _accept(self, call: Call, flags: int = 0) -> Callable[[], Result]:
         def accept() -> Result:
-            taken, _ = self.socket(call).accept()
+            taken, came = self.socket(call).accept()
             if flags & socket.SOCK_NONBLOCK:
                 taken.setblocking(False)
-            return Result(0, new=taken)
+            return Result(0, checks=self.seen_address(call.arguments[1], came), new=taken)
 
         return accept
 
     def _accept4(self, call: Call) -> Callable[[], Result]:
-        return self._accept(call, self.number(call.arguments[3]))
+        flags = self.number(call.arguments[3])
+        if flags & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC):
+            return _fails(errno.EINVAL)
+        return self._accept(call, flags)
+
+    def _getsockname(self, call: Call, what: str = "getsockname") -> Callable[[], Result]:
+        def name() -> Result:
+            came = getattr(self.socket(call), what)()
+            return Result(0, checks=self.seen_address(call.arguments[1], came))
+
+        return name
+
+    def _getpeername(self, call: Call) -> Callable[[], Result]:
+        return self._getsockname(call, "getpeername")
 
     # -- the life of a socket
 
     def _bind(self, call: Call) -> Callable[[], Result]:
-        where = self.address(call.arguments[1], (self.local, self.bind_port))
-
         def bind() -> Result:
-            self.socket(call).bind(where)
+            live = self.socket(call)
+            octets = self.odd_address(call, live)
+            if octets is not None:
+                self.with_octets(live, "bind", octets)
+                return Result(0)
+            where = self.address(call.arguments[1], (self.local, self.bind_port))
+            live.bind(where)
             self.ports[self.number(call.arguments[0])] = where[1]
             return Result(0)
 
@@ -292,10 +352,15 @@ class Calls:
         return listen
 
     def _connect(self, call: Call) -> Callable[[], Result]:
-        where = self.address(call.arguments[1], (self.remote, self.connect_port))
-
         def connect() -> Result:
-            self.socket(call).connect(where)
+            live = self.socket(call)
+            octets = self.odd_address(call, live)
+            if octets is not None:
+                self.with_octets(live, "connect", octets)
+            else:
+                where = self.address(call.arguments[1], (self.remote, self.connect_port))
+                self.connected[self.number(call.arguments[0])] = where
+                live.connect(where)
             return Result(0)
 
         return connect
@@ -311,9 +376,8 @@ class Calls:
 
     def _close(self, call: Call) -> Callable[[], Result]:
         def close() -> Result:
-            closed = self.socket(call)
+            self.socket(call).close()
             del self.fds[self.number(call.arguments[0])]
-            closed.close()
             return Result(0)
 
         return close
@@ -468,6 +532,8 @@ class Calls:
     def option(self, call: Call) -> tuple[int, int]:
         """Level and name of a socket option that may be touched."""
         for word in call.arguments[2:3]:
+            if word == Word("SO_BINDTODEVICE") and call.arguments[3] in ("tun0", "lo", ""):
+                continue
             if isinstance(word, Word) and word.name in _REFUSED_OPTIONS:
                 raise Unsupported(f"socket option {word.name}", self.line)
         level, name = self.number(call.arguments[1]), self.number(call.arguments[2])
@@ -478,6 +544,14 @@ class Calls:
     def _setsockopt(self, call: Call) -> Callable[[], Result]:
         level, name = self.option(call)
         octets = self.octets(call.arguments[3])
+        if call.arguments[3] == Word("NULL"):
+            size = self.number(call.arguments[4])
+
+            def without_value() -> Result:
+                self.socket(call).setsockopt(level, name, None, size)
+                return Result(0)
+
+            return without_value
         length = self.number(call.arguments[4], len(octets))
         if length < 0 or length > 4096:
             raise Unsupported(f"an option of {length} octets", self.line)
@@ -498,6 +572,9 @@ class Calls:
             return value.encode("latin-1", "replace") + b"\0"
         if isinstance(value, Struct):
             parts = [part for _, part in value.fields]
+            if value.get("tv_sec", "tv_usec") is not None:  # a struct timeval is of longs
+                numbers = (self.number(value.get(name), 0) for name in ("tv_sec", "tv_usec"))
+                return struct.pack("=qq", *numbers)
         elif isinstance(value, tuple):
             if len(value) == 1 and not isinstance(value[0], (int, Word, Bits)):
                 return self.octets(value[0])
@@ -657,6 +734,10 @@ KNOWN: Final = frozenset(
     name[1:] for name, what in vars(Calls).items()
     if name[0] == "_" and name[1].isalpha() and callable(what)
 )  # fmt: skip
+
+
+def _fails(number: int) -> Callable[[], Result]:
+    return lambda: Result(-1, errno.errorcode[number])
 
 
 def _ints(octets: bytes) -> list[int]:

@@ -198,6 +198,10 @@ def option_text(option: Option) -> str:
             return "sack " + " ".join(f"{a}:{b}" for a, b in pairs)
         case 8 if len(data) == 8:
             return "TS val {} ecr {}".format(*struct.unpack("!II", data))
+        case 172 | 174 if len(data) % 3 == 0:
+            names = ("e0b", "ceb", "e1b") if option.kind == 172 else ("e1b", "ceb", "e0b")
+            counters = (int.from_bytes(data[at : at + 3], "big") for at in range(0, len(data), 3))
+            return "ECN " + " ".join(f"{n} {c}" for n, c in zip(names, counters, strict=False))
         case 34:
             return f"FO {data.hex()}".strip()
         case 254 if data[:2] == b"\xf9\x89":

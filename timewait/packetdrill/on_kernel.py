@@ -82,6 +82,12 @@ class _KernelCalls(Calls):
             raise OSError(number, os.strerror(number))
         return int(moved)
 
+    def with_octets(self, live: Any, name: str, octets: bytes) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if getattr(libc, name)(live.fileno(), octets or None, len(octets)) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
     def poll(self, sockets: list[tuple[Any, int]], timeout: int) -> list[int]:
         poller = select.poll()
         for live, events in sockets:

@@ -12,17 +12,21 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from attrs import define, field
+
 from timewait.events import Row
-from timewait.packetdrill.calls import Calls, Interests, Result
+from timewait.packetdrill.calls import CONSTANTS, Calls, Interests, Result
 from timewait.packetdrill.frames import Frame
 from timewait.packetdrill.runner import Pending
 from timewait.packetdrill.script import Option, Unsupported
 from timewait.packetdrill.settings import Settings
 from timewait.sim.host import HERE, Host, Remnant
 from timewait.sim.network import Key, Link, Network
+from timewait.sim.sock import Sock
 from timewait.sim.socket import SimSocket
 from timewait.tcp.profiles import profile
-from timewait.tcp.segment import ACK, CWR, ECE, HALF, MASK, URG, Options, Segment
+from timewait.tcp.segment import ACK, CWR, ECE, FIN, HALF, MASK, RST, SYN, URG, Options, Segment
+from timewait.tcp.states import State
 from timewait.tcp.time_wait import TimeWait
 
 __all__ = ["ModelSocket", "ModelStack", "from_options", "to_options"]
@@ -41,7 +45,19 @@ _WITHOUT_EFFECT: Final = (
 
 
 class _Wait(Exception):
-    """A blocking call has to go on waiting; it is tried again when something has happened."""
+    """A blocking call has to go on waiting; it is tried again when something has happened.
+
+    `until` is when it would give up.
+    """
+
+    def __init__(self, until: float = math.inf) -> None:
+        self.until = until
+
+
+# Where tcp_disconnect() has nothing to reset.
+_NO_RESET: Final = (State.CLOSED, State.CLOSING, State.LAST_ACK, State.TIME_WAIT)
+_EDGE: Final = 1 << 31  # EPOLLET
+_LINGERS_IN: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 
 
 class ModelSocket:
@@ -51,12 +67,30 @@ class ModelSocket:
         inner.setblocking(False)
         self.inner = inner
         self.blocking = blocking
-        self._sent = 0
+        self._moved = b""  # what a call that still blocks has read or, in its length, sent
+        self._since: float | None = None  # when it began
+        # SO_RCVTIMEO and SO_SNDTIMEO, in seconds; 0 is for ever.
+        self._lingering: Sock | None = None  # closed, but close() has yet to return
+        self._until = 0.0
+        self._patience = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
 
-    def _would_block(self, trouble: BlockingIOError, flags: int = 0) -> Exception:
-        if self.blocking and not flags & socket.MSG_DONTWAIT:
-            return _Wait()
-        return trouble
+    @property
+    def family(self) -> int:
+        """AF_INET or AF_INET6."""
+        return self.inner.family
+
+    def _wait(self, trouble: OSError, side: int, flags: int = 0) -> Exception:
+        """What a call that cannot go on raises: `trouble` where it may not wait any longer."""
+        if not self.blocking or flags & socket.MSG_DONTWAIT:
+            return trouble
+        now = self.inner._open().clock.now
+        if self._since is None:
+            self._since = now
+        until = self._since + (self._patience[side] or math.inf)
+        if now < until:
+            return _Wait(until)
+        self._since = None
+        return OSError(trouble.errno, os.strerror(trouble.errno or 0))
 
     def bind(self, address: tuple[str, int]) -> None:
         """As socket.bind."""
@@ -71,7 +105,8 @@ class ModelSocket:
         try:
             taken, address = self.inner.accept()
         except BlockingIOError as trouble:
-            raise self._would_block(trouble) from None
+            raise self._wait(trouble, socket.SO_RCVTIMEO) from None
+        self._since = None
         return ModelSocket(taken, True), address
 
     def connect(self, address: tuple[str, int]) -> None:
@@ -79,36 +114,85 @@ class ModelSocket:
         try:
             self.inner.connect(address)
         except BlockingIOError as trouble:
-            raise self._would_block(trouble) from None
+            if self.blocking and trouble.errno == errno.EALREADY and self._since is None:
+                self._since = self.inner._open().clock.now
+            raise self._wait(trouble, socket.SO_SNDTIMEO) from None
+        self._since = None
+
+    def getsockname(self) -> Any:
+        """As socket.getsockname."""
+        return self.inner.getsockname()
+
+    def getpeername(self) -> Any:
+        """As socket.getpeername."""
+        return self.inner.getpeername()
 
     def send(self, data: bytes, flags: int = 0) -> int:
         """As socket.send; a blocking socket sends all."""
-        if flags & ~(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT):
-            raise OSError(errno.EOPNOTSUPP, "")
-        while self._sent < len(data) or not data:
+        harmless = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT | socket.MSG_EOR
+        if flags & ~harmless:
+            names = [name for name in ("MSG_OOB", "MSG_MORE") if flags & CONSTANTS[name]]
+            raise Unsupported(f"{names[0] if names else f'send() flags {flags:#x}'} on the model")
+        waits = self.blocking and not flags & socket.MSG_DONTWAIT
+        while len(self._moved) < len(data) or not data:
             try:
-                self._sent += self.inner.send(data[self._sent :])
+                sent = self.inner.send(data[len(self._moved) :])
+                self._moved += bytes(sent)
             except BlockingIOError as trouble:
-                if self._sent and not self.blocking:
+                if self._moved and not waits:
                     break
-                raise self._would_block(trouble, flags) from None
-            if not self.blocking or not data:
+                why = self._wait(trouble, socket.SO_SNDTIMEO, flags)
+                if self._moved and not isinstance(why, _Wait):
+                    break
+                raise why from None
+            except OSError:
+                if self._moved:
+                    break  # what was sent before counts; the error is the next call's
+                raise
+            if not waits or not data:
                 break
-        sent, self._sent = self._sent, 0
-        return sent
+        moved, self._moved, self._since = self._moved, b"", None
+        return len(moved)
 
     def sendto(self, data: bytes, flags: int, address: Any) -> int:
         """As socket.sendto."""
-        if flags & 0x20000000:  # MSG_FASTOPEN
-            raise OSError(errno.EOPNOTSUPP, "")
+        if flags & CONSTANTS["MSG_FASTOPEN"]:
+            raise Unsupported("MSG_FASTOPEN on the model")
         return self.send(data, flags)
 
+    def sendmsg(self, buffers: list[bytes], control: object, flags: int) -> int:
+        """As socket.sendmsg, of which the model knows no control messages."""
+        raise Unsupported("control messages on the model")
+
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """As socket.recv."""
+        """As socket.recv. On TCP, MSG_TRUNC only spares the copying."""
+        if flags & socket.MSG_OOB:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # there is never any
+        if flags & socket.MSG_ERRQUEUE:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # it is always empty
+        peek = flags & socket.MSG_PEEK
+        want = size
+        if flags & socket.MSG_WAITALL and not peek:
+            want = size - len(self._moved)
         try:
-            return self.inner.recv(size, flags)
+            data = self.inner.recv(want, peek) if size else b""
         except BlockingIOError as trouble:
-            raise self._would_block(trouble, flags) from None
+            why = self._wait(trouble, socket.SO_RCVTIMEO, flags)
+            if self._moved and not isinstance(why, _Wait):
+                data = b""
+            else:
+                raise why from None
+        except OSError:
+            if not self._moved:
+                raise
+            data = b""
+        if want != size or flags & socket.MSG_WAITALL:
+            self._moved += data
+            if data and len(self._moved) < size and self.blocking:
+                return self.recv(size, flags)
+            data, self._moved = self._moved, b""
+        self._since = None
+        return data
 
     def recvmsg(self, size: int, _: int, flags: int) -> tuple[bytes, list[Any], int, None]:
         """As socket.recvmsg."""
@@ -119,18 +203,41 @@ class ModelSocket:
         self.inner.shutdown(how)
 
     def close(self) -> None:
-        """As socket.close. Time that passes in it would pass in the script unseen."""
-        waits = self.inner._open().linger
-        self.inner.close()
-        if waits:
-            raise Unsupported("close() that waits for SO_LINGER on the model")
+        """As socket.close; it waits for SO_LINGER, in non-blocking mode too.
 
-    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        The waiting is the script's, not `Sock.lingers`', which would let time pass unseen.
+        """
+        sock = self.inner._sock
+        if sock is not None:
+            linger = sock.linger
+            if linger:
+                sock.linger = None
+            self.inner.close()
+            if not linger or sock.conn is None:
+                return
+            self._lingering, self._until = sock, sock.clock.now + linger
+        if self._lingering is not None:
+            conn, now = self._lingering.conn, self._lingering.clock.now
+            if conn is not None and conn.state in _LINGERS_IN and now < self._until:
+                raise _Wait(self._until)
+
+    def setsockopt(self, level: int, option: int, value: bytes | None, size: int = 0) -> None:
         """As socket.setsockopt."""
+        if level == socket.SOL_SOCKET and option in self._patience and value is not None:
+            if len(value) < 16:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            seconds, micros = struct.unpack_from("=qq", value)
+            if not 0 <= micros < 1_000_000:
+                raise OSError(errno.EDOM, os.strerror(errno.EDOM))
+            self._patience[option] = max(seconds + micros / 1e6, 0.0)
+            return
         self.inner.setsockopt(level, option, value)
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
         """As socket.getsockopt."""
+        if level == socket.SOL_SOCKET and option in self._patience:
+            seconds = self._patience[option]
+            return struct.pack("=qq", int(seconds), round(seconds % 1 * 1e6))[:size]
         got: bytes = self.inner.getsockopt(level, option, size)
         return got
 
@@ -156,6 +263,12 @@ class ModelSocket:
         if code == 0x8905:  # SIOCATMARK
             return 0
         raise OSError(errno.EOPNOTSUPP, "")
+
+    def news(self) -> object:
+        """What differs whenever an edge-triggered epoll would have something to tell."""
+        sock = self.inner._open()
+        conn = sock.conn
+        return self.events(), len(sock.accepted), None if conn is None else conn.rcv_nxt
 
     def events(self) -> int:
         """What poll(2) would report (`tcp_poll`)."""
@@ -183,14 +296,21 @@ class ModelSocket:
         return events
 
 
+@define
+class _Interest:
+    """What an epoll instance watches one socket for; `seen` is what it told last."""
+
+    events: int
+    data: int
+    seen: object = None
+
+
 class _ModelInterests(Interests):
     def __init__(self, calls: _ModelCalls) -> None:
         self._calls = calls
-        self._of: dict[ModelSocket, tuple[int, int]] = {}
+        self._of: dict[ModelSocket, _Interest] = {}
 
     def change(self, operation: int, live: Any, events: int, data: int) -> None:
-        if events & (select.EPOLLET | select.EPOLLONESHOT):
-            raise Unsupported("edge-triggered epoll on the model")
         if operation == 1 and live in self._of:
             raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
         if operation != 1 and live not in self._of:
@@ -198,16 +318,27 @@ class _ModelInterests(Interests):
         if operation == 2:
             del self._of[live]
         else:
-            self._of[live] = (events, data)
+            self._of[live] = _Interest(events, data)
 
     def wait(self, timeout: int) -> list[tuple[int, int]]:
-        watched = list(self._of.items())
-        came = self._calls.poll([(live, events) for live, (events, _) in watched], timeout)
-        return [(got, data) for got, (_, (_, data)) in zip(came, watched, strict=True) if got]
+        told = [
+            (live, interest)
+            for live, interest in self._of.items()
+            if interest.events and not (interest.events & _EDGE and interest.seen == live.news())
+        ]
+        came = self._calls.poll([(live, i.events & 0xFFFF) for live, i in told], timeout)
+        ready = []
+        for got, (live, interest) in zip(came, told, strict=True):
+            if got:
+                ready.append((got, interest.data))
+                interest.seen = live.news()
+                if interest.events & select.EPOLLONESHOT:
+                    interest.events = 0  # until EPOLL_CTL_MOD
+        return ready
 
 
 class _ModelCalls(Calls):
-    deadline: float | None = None
+    deadline: float | None = None  # when the poll() that waits gives up
     now: Callable[[], float]
 
     def interests(self) -> Interests:
@@ -226,7 +357,75 @@ class _ModelCalls(Calls):
         if self.deadline is not None and self.now() >= self.deadline:
             self.deadline = None
             return came
-        raise _Wait
+        raise _Wait(math.inf if self.deadline is None else self.deadline)
+
+    def with_octets(self, live: Any, name: str, octets: bytes) -> None:
+        family = int.from_bytes(octets[:2], "little")
+        if not octets:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        if name == "connect" and len(octets) >= 2 and family == socket.AF_UNSPEC:
+            sock = live.inner._open()
+            if sock.listening:
+                sock.shutdown(socket.SHUT_RD)
+                return
+            reset = sock.state not in _NO_RESET
+            sock.disconnect()
+            if reset:
+                sock.error = errno.ECONNRESET
+            return
+        short = len(octets) < (24 if live.family == socket.AF_INET6 else 16)
+        number = errno.EINVAL if short else errno.EAFNOSUPPORT
+        raise OSError(number, os.strerror(number))
+
+
+@define
+class _Tally:
+    """What passed of one connection, for `struct tcp_info` and for what the model lacks."""
+
+    segs_in: int = 0
+    segs_out: int = 0
+    data_in: int = 0
+    data_out: int = 0
+    bytes_sent: int = 0
+    bytes_again: int = 0
+    segs_again: int = 0
+    highest: int = 0  # the number after everything sent so far
+    flight: dict[int, int] = field(factory=dict)  # segments not acknowledged: number, end
+    again: set[int] = field(factory=set)  # those of them that were sent again
+    last_out: float = 0.0
+    last_in: float = 0.0
+    last_ack: float = 0.0
+
+    def sent(self, segment: Segment, now: float) -> bool:
+        """A segment leaves; whether its text or FIN or SYN was sent before."""
+        self.segs_out += 1
+        if not segment.length:
+            return False
+        end = (segment.seq + segment.length) & MASK
+        self.bytes_sent += len(segment.data)
+        self.data_out += bool(segment.data)
+        self.last_out = now
+        again = self.segs_out > 1 and bool((segment.seq - self.highest) & HALF)
+        if again:
+            self.bytes_again += len(segment.data)
+            self.segs_again += 1
+            self.again.add(segment.seq)
+        if self.segs_out == 1 or (self.highest - end) & HALF:
+            self.highest = end
+        self.flight[segment.seq] = end
+        return again
+
+    def came(self, segment: Segment, now: float) -> None:
+        """A segment arrives."""
+        self.segs_in += 1
+        if segment.data:
+            self.data_in += 1
+            self.last_in = now
+        if segment.flags & ACK:
+            self.last_ack = now
+            for seq in [s for s, end in self.flight.items() if not (segment.ack - end) & HALF]:
+                del self.flight[seq]
+                self.again.discard(seq)
 
 
 class ModelStack:
@@ -260,7 +459,9 @@ class ModelStack:
         calls.now = self.now
         self.calls: Calls = calls
         self.arrived: deque[Frame] = deque()
+        self._tallies: dict[Key, _Tally] = {}
         self._pending: list[Pending] = []
+        self._due: dict[int, float] = {}  # when the calls that wait give up
         self.beyond: set[str] = set()
 
     def __enter__(self) -> ModelStack:
@@ -272,7 +473,9 @@ class ModelStack:
 
     def socket(self, family: int, kind: int, protocol: int) -> ModelSocket:
         """A modelled socket of the stack under test."""
-        if protocol not in (0, socket.IPPROTO_TCP) or kind & 15 != socket.SOCK_STREAM:
+        if protocol not in (0, {1: socket.IPPROTO_TCP, 2: socket.IPPROTO_UDP}[kind & 15]):
+            raise OSError(errno.EPROTONOSUPPORT, os.strerror(errno.EPROTONOSUPPORT))
+        if kind & 15 != socket.SOCK_STREAM:
             raise Unsupported("UDP on the model")
         token = HERE.set(self.host)
         try:
@@ -293,8 +496,7 @@ class ModelStack:
     def _step(self, until: float) -> None:
         """Go to the next thing that is due, `until` at the latest, and try waiting calls again."""
         clock = self._network.clock
-        due = clock.next
-        clock.run_until(until if due is None else min(due, until))
+        clock.run_until(min(clock.next, until, *self._due.values()))
         self._network.drain()
         self._retry()
 
@@ -302,8 +504,10 @@ class ModelStack:
         for pending in list(self._pending):
             try:
                 pending.result = pending.do()
-            except _Wait:
+            except _Wait as wait:
+                self._due[id(pending)] = max(wait.until, self.now())
                 continue
+            self._due.pop(id(pending), None)
             pending.ended = self.now()
             self._pending.remove(pending)
 
@@ -312,8 +516,7 @@ class ModelStack:
         while self.now() < until:
             self._step(until)
         # What is due at that very instant comes before the script's own event.
-        due = self._network.clock.next
-        if due is not None and due <= until:
+        if self._network.clock.next <= until:
             self._step(until)
 
     # -- calls
@@ -330,20 +533,22 @@ class ModelStack:
         while pending.result is None:
             if self.now() >= deadline:
                 return False
-            poll = getattr(self.calls, "deadline", None)
-            self._step(min(deadline, poll) if poll is not None else deadline)
+            self._step(deadline)
         return True
 
     # -- packets
 
     def inject(self, frame: Frame) -> None:
         """Have a segment arrive."""
+        if frame.protocol == "icmp":
+            self._icmp(frame)
+            return
         if frame.protocol != "tcp":
             raise Unsupported(f"{frame.protocol.upper()} on the model")
         if frame.flags & URG or frame.urgent:
             raise Unsupported("urgent data on the model")
         if any(option.kind == 5 for option in frame.options):
-            self.beyond.add("SACK blocks")
+            self.beyond.add("recovery by SACK")
         if any(option.kind in (34, 254) for option in frame.options):
             self.beyond.add("TCP Fast Open")
         if frame.tos & 3 or frame.flags & (ECE | CWR):
@@ -357,11 +562,48 @@ class ModelStack:
             to_options(frame.options),
         )
         key: Key = (frame.dst, frame.ports[1], frame.src, frame.ports[0])
+        if segment.flags & (SYN | ACK) == SYN:
+            self._tallies[key] = _Tally()
+        tally = self._tallies.setdefault(key, _Tally())
+        repeated = segment.flags & (ACK | SYN | FIN | RST) == ACK and not segment.data
+        if repeated and any(seq == segment.ack for seq in tally.flight) and len(tally.flight) > 1:
+            self.beyond.add("fast retransmission")
+        tally.came(segment, self.now())
         self._network.send(self._far, key, segment)
         self._network.drain()
         self._retry()
 
+    def _icmp(self, frame: Frame) -> None:
+        """An ICMP error about a segment of ours (`tcp_v4_err`, `tcp_v6_err`)."""
+        six = ":" in frame.dst
+        head, inner = frame.body[4 : 44 if six else 24], frame.body[44 if six else 24 :]
+        if head[6 if six else 9] != socket.IPPROTO_TCP:
+            raise Unsupported("ICMP about other than TCP on the model")
+        meaning = _icmp_error(frame.icmp, six)
+        if meaning == "MTU":
+            self.beyond.add("path MTU discovery")
+        elif isinstance(meaning, int):
+            family, size = (socket.AF_INET6, 16) if six else (socket.AF_INET, 4)
+            local = socket.inet_ntop(family, head[-2 * size : -size])
+            remote = socket.inet_ntop(family, head[-size:])
+            port, to, seq = struct.unpack_from("!HHI", inner)
+            # tcp_v6_err goes by icmpv6_err_convert's word, tcp_v4_err by the kinds themselves.
+            final = meaning in (errno.EACCES, errno.ECONNREFUSED, errno.EPROTO)
+            if not six:
+                final = frame.icmp in ((3, 0), (3, 1)) or frame.icmp[0] in (11, 12)
+            self.host.unreachable((local, port, remote, to), seq, meaning, final=final)
+        self._network.drain()
+        self._retry()
+
     def _take(self, key: Key, segment: Segment) -> None:
+        local: Key = (key[2], key[3], key[0], key[1])
+        tally = self._tallies.setdefault(local, _Tally())
+        again = tally.sent(segment, self.now())
+        if again and len(tally.flight) > 1:
+            self.beyond.add("loss recovery")
+        mss = max(536, max((end - seq) & MASK for seq, end in (*tally.flight.items(), (0, 0))))
+        if sum((end - seq) & MASK for seq, end in tally.flight.items()) > 10 * mss:
+            self.beyond.add("congestion control")
         self.arrived.append(
             Frame(
                 key[2],
@@ -382,7 +624,7 @@ class ModelStack:
         """The next segment of the model's."""
         while not self.arrived:
             if self.now() >= deadline or (
-                self._network.clock.next is None and not self._pending and deadline > 3600
+                self._network.clock.next == math.inf and not self._pending and deadline > 3600
             ):
                 return None
             self._step(deadline)
@@ -463,11 +705,93 @@ class ModelStack:
         if not isinstance(live, ModelSocket):
             return {}
         sock = live.inner._open()
-        found = {"tcpi_state": sock.linux_state(), "tcpi_ca_state": 0}
-        if sock.conn is not None:
-            found["tcpi_retransmits"] = found["tcpi_backoff"] = sock.conn.retransmits
-            found["tcpi_rto"] = round(sock.conn.rto * 1e6)
-        return found
+        found = {"tcpi_state": sock.linux_state()}
+        conn = sock.conn
+        if conn is None or sock.key is None:
+            return found
+        tally = self._tallies.setdefault(sock.key, _Tally())
+        micro = 1_000_000
+        status, now = conn.status(), self.now()
+        probing = conn.t_probe != math.inf
+        established = conn.state not in (State.SYN_SENT, State.SYN_RECEIVED)
+        # Our SYN counts as one of the octets that were acknowledged only where we were active.
+        acked = (conn.snd_una - conn.iss - conn.passive) & MASK if conn.snd_una != conn.iss else 0
+        received = (conn.rcv_nxt - conn.irs - 1) & MASK if conn.irs else 0
+        if not tally.segs_again or tally.again:
+            # When a recovery is over is congestion control's to say, and so not the model's.
+            found["tcpi_ca_state"] = 4 if tally.again else 0
+        return found | {
+            "tcpi_retransmits": 0 if probing else conn.retransmits,
+            "tcpi_probes": conn.retransmits if probing else 0,
+            "tcpi_backoff": conn.retransmits,
+            "tcpi_options": (
+                (established and conn.timestamps)
+                | (established and conn.sack) << 1
+                | (established and bool(conn.rcv_scale or conn.snd_scale)) << 2
+            ),
+            "tcpi_snd_wscale": conn.snd_scale,
+            "tcpi_rcv_wscale": conn.rcv_scale,
+            "tcpi_rto": round(conn.rto * micro),
+            "tcpi_ato": round(conn._ato * micro),
+            "tcpi_snd_mss": conn.mss - 12 * conn.timestamps,
+            "tcpi_rcv_mss": conn._rcv_mss,
+            "tcpi_advmss": conn.adv_mss - 12 * (established and conn.timestamps),
+            "tcpi_pmtu": self.host.mtu,
+            "tcpi_unacked": len(tally.flight),
+            "tcpi_sacked": 0,
+            "tcpi_lost": 0,
+            "tcpi_retrans": len(tally.again),
+            "tcpi_total_retrans": tally.segs_again,
+            "tcpi_fackets": 0,
+            "tcpi_reordering": 3,
+            "tcpi_rtt": round((conn.srtt or 0.0) * micro),
+            "tcpi_bytes_acked": acked,
+            "tcpi_bytes_received": received - (conn.fin_received and received > 0),
+            "tcpi_bytes_sent": tally.bytes_sent,
+            "tcpi_bytes_retrans": tally.bytes_again,
+            "tcpi_notsent_bytes": status.unsent,
+            "tcpi_segs_out": tally.segs_out,
+            "tcpi_segs_in": tally.segs_in,
+            "tcpi_data_segs_out": tally.data_out,
+            "tcpi_data_segs_in": tally.data_in,
+            "tcpi_snd_wnd": conn.snd_wnd,
+            "tcpi_rcv_wnd": status.rcv_wnd,
+            "tcpi_last_data_sent": int((now - tally.last_out) * 1000),
+            "tcpi_last_data_recv": int((now - tally.last_in) * 1000),
+            "tcpi_last_ack_recv": int((now - tally.last_ack) * 1000),
+            "tcpi_dsack_dups": 0,
+            "tcpi_delivered_ce": 0,
+        }
+
+
+_ICMP_ERRORS: Final = {
+    # icmp_err_convert, by the code of "destination unreachable"
+    0: errno.ENETUNREACH, 1: errno.EHOSTUNREACH, 2: errno.ENOPROTOOPT, 3: errno.ECONNREFUSED,
+    5: errno.EOPNOTSUPP, 6: errno.ENETUNREACH, 7: errno.EHOSTDOWN, 8: errno.ENONET,
+    9: errno.ENETUNREACH, 10: errno.EHOSTUNREACH, 11: errno.ENETUNREACH, 12: errno.EHOSTUNREACH,
+    13: errno.EHOSTUNREACH, 14: errno.EHOSTUNREACH, 15: errno.EHOSTUNREACH,
+}  # fmt: skip
+_ICMP6_ERRORS: Final = {
+    # icmpv6_err_convert
+    0: errno.ENETUNREACH, 1: errno.EACCES, 2: errno.EHOSTUNREACH, 3: errno.EHOSTUNREACH,
+    4: errno.ECONNREFUSED, 5: errno.EACCES, 6: errno.EACCES,
+}  # fmt: skip
+
+
+def _icmp_error(icmp: tuple[int, int], six: bool) -> int | str | None:
+    """The errno that an ICMP message means to TCP, "MTU", or None for one it ignores."""
+    kind, code = icmp
+    if six:
+        if kind == 2:
+            return "MTU"
+        if kind == 1:
+            return _ICMP6_ERRORS.get(code, errno.EPROTO)
+        return {3: errno.EHOSTUNREACH, 4: errno.EPROTO}.get(kind)
+    if (kind, code) == (3, 4):
+        return "MTU"
+    if kind == 3:
+        return _ICMP_ERRORS.get(code)
+    return {11: errno.EHOSTUNREACH, 12: errno.EPROTO}.get(kind)
 
 
 def to_options(options: tuple[Option, ...]) -> Options | None:
@@ -504,4 +828,7 @@ def from_options(segment: Segment) -> tuple[Option, ...]:
         found += [nop, nop, Option(4)]
     if given.window_scale is not None:
         found += [nop, Option(3, bytes([given.window_scale]))]
+    if given.sack:
+        edges = [edge for block in given.sack for edge in block]
+        found += [nop, nop, Option(5, struct.pack(f"!{len(edges)}I", *edges))]
     return tuple(found)

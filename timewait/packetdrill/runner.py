@@ -36,7 +36,7 @@ from timewait.packetdrill.script import (
     Word,
 )
 from timewait.packetdrill.settings import Settings, sysctls
-from timewait.tcp.segment import ACK, RST, SYN
+from timewait.tcp.segment import ACK, PSH, RST, SYN
 
 __all__ = ["Failure", "Outcome", "Pending", "Stack", "TooLate", "run"]
 
@@ -44,10 +44,11 @@ __all__ = ["Failure", "Outcome", "Pending", "Stack", "TooLate", "run"]
 class Failure(Exception):
     """The stack did something else than the script says."""
 
-    def __init__(self, what: str, line: int) -> None:
+    def __init__(self, what: str, line: int, untimely: bool = False) -> None:
         super().__init__(what)
         self.what = what
         self.line = line
+        self.untimely = untimely  # the right thing at the wrong time
 
 
 class TooLate(Exception):
@@ -70,6 +71,7 @@ class Outcome:
     line: int | None = None
     why: str = ""
     diagram: str = field(default="", repr=False)
+    untimely: bool = False  # it failed on nothing but a time
 
 
 @define
@@ -192,13 +194,21 @@ def run(script: Script, stack: Stack, settings: Settings) -> Outcome:
     try:
         runner.run()
     except Unsupported as unsupported:
-        return Outcome(script.path, "unsupported", unsupported.line, unsupported.what)
+        line = unsupported.line or runner.line or None
+        return Outcome(script.path, "unsupported", line, unsupported.what)
     except Failure as failure:
         outcome, why = "failed", failure.what
         if stack.beyond:
             # Past a feature that the stack does not claim to have, nothing is expected of it.
             outcome, why = "unsupported", f"{', '.join(sorted(stack.beyond))}: {why}"
-        return Outcome(script.path, outcome, failure.line, why, runner.log.diagram(stack.name))
+        return Outcome(
+            script.path,
+            outcome,
+            failure.line,
+            why,
+            runner.log.diagram(stack.name),
+            failure.untimely,
+        )
     except TooLate:
         raise
     except Exception as broken:
@@ -235,7 +245,12 @@ class _Runner:
                 sysctls(event.action.text, event.line, self.folder)  # say at once what is not known
         self.stack.start()
         for event in self.script.events:
-            self.event(event)
+            kind = "packet" if isinstance(event.action, Packet) else "syscall"
+            try:
+                self.event(event)
+            except Failure:
+                if kind not in self.settings.non_fatal:
+                    raise
         self.await_call()
 
     # -- time
@@ -287,6 +302,7 @@ class _Runner:
             f"{what} was expected {expected} and came at {came:.6f} s "
             f"(tolerance {tolerance:.6f} s)",
             event.line,
+            untimely=True,
         )
 
     # -- commands and code
@@ -406,18 +422,20 @@ class _Runner:
                 port = settings.bind_port
                 if self.listener is not None:
                     port = self.stack.calls.ports.get(self.listener, port)
+                theirs, ours = packet.ports or (self.next_port, port)
                 self.connection = _Connection(
-                    (settings.local, port), (settings.remote, self.next_port), True
+                    (settings.local, ours), (settings.remote, theirs), True
                 )
                 self.next_port += 1
                 self.connection.script_remote_isn = packet.seq
                 self.connection.live_remote_isn = packet.seq
         begins = packet.protocol == "tcp" and packet.flags & (SYN | ACK) == SYN
         if not packet.inbound and begins and self.connecting is not None:
+            called = self.stack.calls.connected.get(self.connecting)
+            remote = settings.remote, called[1] if called else settings.connect_port
             self.connection = _Connection(
-                (settings.local, 0), (settings.remote, settings.connect_port), False,
-                script_local_isn=packet.seq, fd=self.connecting,
-            )  # fmt: skip
+                (settings.local, 0), remote, False, script_local_isn=packet.seq, fd=self.connecting
+            )
             self.connecting = None
         if self.connection is None:
             raise Failure("no connection that this packet could belong to", event.line)
@@ -566,8 +584,8 @@ class _Runner:
                 return frame
             remote = (frame.dst, frame.ports[1])
             local = (frame.src, frame.ports[0])
-            if packet.ports and local[0] == connection.live_local[0]:
-                return frame
+            if packet.ports and packet.ports == frame.ports:
+                connection.live_local, connection.live_remote = local, remote
             if remote != connection.live_remote:
                 continue
             begins = frame.flags & (SYN | ACK) == SYN
@@ -616,6 +634,8 @@ class _Runner:
         self, event: Event, want: Packet, came: Frame, live: Frame, connection: _Connection
     ) -> None:
         differences = list(self.differences(want, came, connection))
+        if not self.stack.real:
+            self.stack.beyond |= _beyond(want, came, differences)
         if differences:
             raise Failure(
                 f"expected {show(want)}, came {show(came)}: " + "; ".join(differences), event.line
@@ -673,6 +693,17 @@ class _Runner:
     def comparable(self, option: Option) -> bytes:
         # packetdrill takes any timestamp that is there: the kernel's clock is its own.
         return b"" if option.kind == 8 else option.data
+
+
+def _beyond(want: Packet, came: Frame, differences: list[str]) -> set[str]:
+    """What no model here claims to have, where that alone explains the differences."""
+    found = set()
+    kinds = {difference.partition(" ")[0] for difference in differences}
+    if kinds == {"flags"} and (want.flags ^ came.flags) == PSH and came.body:
+        found.add("the push flag of text in several segments")
+    if kinds == {"window"} and not came.flags & SYN:
+        found.add("the receive window's growth")
+    return found
 
 
 def _joined(first: Frame, more: Frame) -> Frame:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, TypeAlias
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from timewait.tcp.segment import ACK, CWR, ECE, FIN, PSH, RST, SYN, URG
 
@@ -243,33 +243,68 @@ def _tokens(text: str) -> Iterator[_Token]:
     yield _Token("end", "end of script", line, position, position)
 
 
-_DIRECTIVE: Final = re.compile(r"[ \t]*#[ \t]*(ifdef|ifndef|else|endif)\b[ \t]*(\w*)")
+# "# else the window is ..." is a comment: a directive has nothing after it but one.
+_DIRECTIVE: Final = re.compile(
+    r"[ \t]*\#[ \t]*(?:(ifdef|ifndef|undef)\b[ \t]*(\w*)|(else|endif)|(if|elif)\b[ \t]*(.*?))"
+    r"[ \t]*(?://.*|/\*.*|\#.*)?"
+)
+_DEFINE: Final = re.compile(r"[ \t]*\#define[ \t]+(\w+)(?:[ \t]+(.*?))?[ \t]*(?://.*|/\*.*)?")
+_CONDITION: Final = re.compile(r"(!?)[ \t]*(?:defined[ \t]*\(?[ \t]*(\w+)[ \t]*\)?|(\d+))")
 
 
-def _conditionals(text: str, defines: Mapping[str, str]) -> str:
-    """Blank the lines that `#ifdef` and its kin leave out, keeping line numbers."""
+def _preprocessed(text: str, defines: dict[str, str]) -> str:
+    """Blank the lines that `#ifdef` and its kin leave out, keeping line numbers.
+
+    What `#define` says is added to `defines`, as what `-D` says.
+    """
     kept: list[str] = []
+    # Of each #if: whether it is taken now, and whether any branch has been.
     taken: list[bool] = []
+    ever: list[bool] = []
     for number, line in enumerate(text.splitlines(), 1):
-        directive = _DIRECTIVE.match(line)
+        directive = _DIRECTIVE.fullmatch(line)
         if directive is None:
+            named = _DEFINE.fullmatch(line) if all(taken) else None
+            if named is not None:
+                defines.setdefault(named[1], named[2] or "")
+                line = ""
             kept.append(line if all(taken) else "")
             continue
+        what, name, branch, question, condition = directive.groups()
+        if question and not _CONDITION.fullmatch(condition) and (question == "if" or not taken):
+            kept.append(line if all(taken) else "")  # "# if the peer ...": a comment
+            continue
         kept.append("")
-        what, name = directive.groups()
-        if what in ("ifdef", "ifndef"):
+        if what == "undef":
+            if all(taken):
+                defines.pop(name, None)
+        elif what:
             if not name:
                 raise Unsupported(f"#{what} without a name", number)
             taken.append((name in defines) is (what == "ifdef"))
+            ever.append(taken[-1])
+        elif question == "if":
+            taken.append(_holds(condition, defines, number))
+            ever.append(taken[-1])
         elif not taken:
-            raise Unsupported(f"#{what} without #ifdef", number)
-        elif what == "else":
-            taken[-1] = not taken[-1]
-        else:
+            raise Unsupported(f"#{branch or question} without #ifdef", number)
+        elif branch == "endif":
             taken.pop()
+            ever.pop()
+        else:
+            taken[-1] = not ever[-1] and (branch == "else" or _holds(condition, defines, number))
+            ever[-1] = ever[-1] or taken[-1]
     if taken:
         raise Unsupported("#ifdef without #endif", len(kept))
     return "\n".join(kept) + "\n"
+
+
+def _holds(condition: str, defines: Mapping[str, str], line: int) -> bool:
+    found = _CONDITION.fullmatch(condition)
+    if found is None:
+        raise Unsupported(f"#if {condition}", line)
+    inverted, name, number = found.groups()
+    return (name in defines if name else int(number) != 0) is not bool(inverted)
 
 
 # --------------------------------------------------------------- the parser
@@ -281,6 +316,8 @@ _FLAGS: Final = {
 _ECN: Final[dict[str, int | str]] = {"noecn": 0, "ect1": 1, "ect0": 2, "ce": 3, "ect01": "ect01"}
 _ENCAPSULATIONS: Final = frozenset({"ipv4", "ipv6", "gre", "GREv0", "mpls"})
 
+
+_MOST_TOKENS: Final = 1 << 20
 
 # What the public suites' runners define for a script, by IP version.
 DEFINES: Final = {
@@ -299,13 +336,25 @@ DEFINES: Final = {
 }
 
 
-def parse(text: str, path: str = "<script>", defines: Mapping[str, str] | None = None) -> Script:
+def parse(
+    text: str,
+    path: str = "<script>",
+    defines: Mapping[str, str] | None = None,
+    options: Iterable[tuple[str, str]] = (),
+) -> Script:
     """Read a script. `defines` are the names given with `-D`, as text.
 
-    Raises `Unsupported` where the text is not packetdrill as known here.
+    `options` (name, value) are the command line's; they come after the script's
+    own, and so have the last word. Raises `Unsupported` where the text is not
+    packetdrill as known here.
     """
-    defines = dict(defines or {})
-    return _Parser(_conditionals(text, defines), path, defines).script()
+    options = tuple(options)
+    version = _IP_VERSION.findall(text) + [v for name, v in options if name == "ip_version"]
+    named = {**DEFINES["ipv6" if version[-1:] == ["ipv6"] else "ipv4"], **(defines or {})}
+    return _Parser(_preprocessed(text, named), path, named).script(options)
+
+
+_IP_VERSION: Final = re.compile(r"^[ \t]*--ip_version[ ]*=[ ]*(\S+)", re.MULTILINE)
 
 
 @define
@@ -365,17 +414,16 @@ class _Parser:
 
     # -- script
 
-    def script(self) -> Script:
+    def script(self, given: tuple[tuple[str, str], ...]) -> Script:
         options: list[tuple[str, str | None]] = []
         while self.token.kind == "option":
-            name, given, value = self.take().text[2:].partition("=")
+            name, sign, value = self.take().text[2:].partition("=")
             name, value = name.strip(), value.strip()
             if name == "define":
                 symbol, _, meaning = value.partition("=")
                 self.defines[symbol] = meaning
-            options.append((name, value.strip('"') if given else None))
-        version = "ipv6" if ("ip_version", "ipv6") in options else "ipv4"
-        self.defines = {**DEFINES[version], **self.defines}
+            options.append((name, value.strip('"') if sign else None))
+        self.tokens[self.at :] = self.expanded(self.tokens[self.at :])
         before = self.commands()
         events: list[Event] = []
         after: tuple[tuple[int, Command], ...] = ()
@@ -389,8 +437,35 @@ class _Parser:
         if not events:
             raise Unsupported("a script without events", 1)
         return Script(
-            self.path, tuple(options), before, tuple(events), after, tuple(self.text.splitlines())
+            self.path,
+            (*options, *given),
+            before,
+            tuple(events),
+            after,
+            tuple(self.text.splitlines()),
         )
+
+    def expanded(
+        self, tokens: Iterable[_Token], within: frozenset[str] = frozenset()
+    ) -> list[_Token]:
+        """The tokens with defined names replaced by what they stand for."""
+        found: list[_Token] = []
+        for token in tokens:
+            meaning = self.defines.get(token.text, "") if token.kind == "word" else ""
+            if not meaning or token.text in within:
+                found.append(token)
+            elif meaning[0] == "`":
+                found.append(evolve(token, kind="string", text=f'"{meaning[1:-1]}"'))
+            else:
+                parts = [
+                    evolve(part, line=token.line, start=token.start, end=token.end)
+                    for part in _tokens(meaning)
+                    if part.kind != "end"
+                ]
+                found += self.expanded(parts, within | {token.text})
+            if len(found) > _MOST_TOKENS:
+                raise Unsupported("definitions that grow without end", token.line)
+        return found
 
     def commands(self) -> tuple[tuple[int, Command], ...]:
         found: list[tuple[int, Command]] = []
@@ -409,7 +484,7 @@ class _Parser:
         elif token.kind == "command":
             action = Command(self.take().text[1:-1])
         elif token.kind == "code":
-            action = Code(self.take().text[2:-2].strip())
+            action = Code(self.take().text[2:-2])
         else:
             action = self.call()
         waits = isinstance(action, Packet) and not action.inbound
@@ -596,16 +671,30 @@ class _Parser:
                 return Option(34, self.blob())
             case "FOEXP":
                 return Option(254, b"\xf9\x89" + self.blob())
+            case "ECN":
+                return self.accurate_ecn()
             case "md5":
                 return Option(19, self.blob())
         raise Unsupported(f"TCP option {token.text!r}", token.line)
+
+    def accurate_ecn(self) -> Option:
+        """The counters of AccECN: which of the two orders names the kind (172: e0b first)."""
+        names: list[str] = []
+        counters = b""
+        while self.token.text in ("e0b", "ceb", "e1b"):
+            names.append(self.take().text)
+            counters += self.integer("a counter of octets", 0xFFFFFF).to_bytes(3, "big")
+        for kind, order in ((172, ["e0b", "ceb", "e1b"]), (174, ["e1b", "ceb", "e0b"])):
+            if names == order[: len(names)]:
+                return Option(kind, counters)
+        raise self.error(f"ECN counters in the order {' '.join(names)}")
 
     def blob(self) -> bytes:
         """Octets in hexadecimal, or none."""
         if self.token.kind not in ("word", "int"):
             return b""
         try:
-            return bytes.fromhex(self.defines.get(self.token.text, self.token.text))
+            return bytes.fromhex(self.token.text)
         except ValueError:
             raise self.error(f"not octets in hexadecimal: {self.token.text!r}") from None
         finally:
@@ -657,7 +746,10 @@ class _Parser:
     # -- system calls
 
     def call(self) -> Call:
-        until = self.time() if self.has("...") else None
+        until = None
+        if self.has("..."):
+            self.has("+")
+            until = self.time()
         token = self.take()
         if token.kind != "word":
             raise Unsupported(f"expected an event, found {token.text!r}", token.line)
@@ -721,20 +813,16 @@ class _Parser:
         if token.text in ("inet_addr", "inet6_addr", "inet_pton"):
             self.need("(")
             address = self.value()
+            while self.has(","):  # strace has inet_pton(AF_INET6, "::1", &sin6_addr)
+                self.has("&")
+                more = self.value()
+                address = more if isinstance(more, str) else address
             self.need(")")
             try:
                 return str(ipaddress.ip_address(address if isinstance(address, str) else ""))
             except ValueError:
                 raise Unsupported(f"not an IP address: {address!r}", token.line) from None
-        meaning = self.defines.get(token.text)
-        if meaning is None:
-            return Word(token.text)
-        if meaning[:1] in ('"', "`"):
-            return meaning[1:-1]
-        try:
-            return int(meaning, 0)
-        except ValueError:
-            return Word(meaning)
+        return Word(token.text)
 
     def items(self, close: str) -> tuple[Value, ...]:
         items: list[Value] = []

@@ -11,6 +11,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,18 @@ from attrs import define
 
 from timewait.packetdrill.script import Script, Unsupported
 
-__all__ = ["Settings", "sysctls"]
+__all__ = ["OPTIONS", "Settings", "sysctls"]
+
+# packetdrill's own options, of its command line and of a script's first lines.
+OPTIONS: Final = frozenset(
+    {"tolerance_usecs", "tolerance_percent", "ip_version", "local_ip", "remote_ip", "netmask_ip",
+     "gateway_ip", "bind_port", "connect_port", "mtu", "mss", "speed", "tcp_ts_tick_usecs",
+     "tcp_ts_ecr_scaled", "strict_segments", "non_fatal", "send_omit_free", "define", "is_anyip",
+     "verbose", "debug", "dry_run", "code_command", "code_format", "code_sockopt", "tun_dev",
+     "persistent_tun_dev", "init_scripts", "udp_encaps", "so_filename", "so_flags",
+     "wire_client", "wire_server", "wire_client_dev", "wire_server_dev", "wire_server_ip",
+     "wire_server_port", "wire_server_at"}
+)  # fmt: skip
 
 
 @define
@@ -42,6 +54,8 @@ class Settings:
     ecr_scaled: bool = False
     strict_segments: bool = False
     first_port: int = 33000
+    # Kinds of events ("packet", "syscall") whose failure does not end the script.
+    non_fatal: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, script: Script) -> Settings:
@@ -59,6 +73,9 @@ class Settings:
                 made._set(name, value or "")
             except ValueError:
                 raise Unsupported(f"--{name}={value}", 1) from None
+        for address in (made.local, made.remote):
+            if (":" in address) is not (made.ip_version == "ipv6"):
+                raise Unsupported(f"the address {address} with --ip_version={made.ip_version}", 1)
         return made
 
     def _set(self, name: str, value: str) -> None:
@@ -74,9 +91,9 @@ class Settings:
             case "mtu":
                 self.mtu = int(value)
             case "local_ip":
-                self.local = value.partition("/")[0].lower()
+                self.local = str(ip_address(value.partition("/")[0]))
             case "remote_ip":
-                self.remote = value.partition("/")[0].lower()
+                self.remote = str(ip_address(value.partition("/")[0]))
             case "tcp_ts_tick_usecs":
                 self.ts_tick = int(value) / 1e6
             case "tcp_ts_ecr_scaled":
@@ -84,10 +101,13 @@ class Settings:
             case "strict_segments":
                 self.strict_segments = True
             case ("ip_version" | "mss" | "send_omit_free" | "define" | "netmask_ip" | "gateway_ip"
-                  | "speed" | "verbose" | "debug" | "code_sockopt" | "is_anyip"):  # fmt: skip
+                  | "speed" | "verbose" | "debug" | "code_sockopt" | "is_anyip" | "code_command"
+                  | "code_format" | "dry_run" | "tun_dev" | "persistent_tun_dev"):  # fmt: skip
                 pass  # says nothing about what a stack must do here
             case "non_fatal":
-                raise Unsupported("--non_fatal", 1)
+                self.non_fatal = frozenset(value.split(","))
+                if not self.non_fatal <= {"packet", "syscall"}:
+                    raise ValueError(value)
             case _:
                 raise Unsupported(f"--{name}", 1)
 

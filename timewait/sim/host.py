@@ -550,10 +550,7 @@ class Host:
             self.forget(sock)
         elif new is State.FIN_WAIT_2:
             assert sock.conn is not None
-            if sock.conn.orphaned and sock.linger2 == -1:
-                sock.conn.abort(self.network.clock.now)
-                sock.after(new)
-            elif sock.conn.orphaned:
+            if sock.conn.orphaned:
                 self.orphaned(sock)
         elif new is State.ESTABLISHED and old is State.SYN_RECEIVED and sock.shut & 2:
             # The socket, or its listener, was shut down beforehand (tcp_rcv_state_process).

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from timewait.sim.express import Volley, pass_text, read_all
 from timewait.sim.network import Key
 from timewait.sim.ports import ANY4, ANY6, is_v4
+from timewait.tcp.actions import send_text
 from timewait.tcp.connection import Connection, SocketOptions
 from timewait.tcp.segment import ACK, RST, SYN, Segment
 from timewait.tcp.states import State, Timer
@@ -431,7 +432,7 @@ class Sock:
                 self.network.drain()
             return data
         if conn.fin_received:
-            return conn.receive(size, self.clock.now)  # b"", whatever else went wrong since
+            return conn.receive(size, self.clock.now, peek)  # b"", whatever else went wrong since
         if conn.error or self.error:
             fail(self.take_error())
         if conn.eof or conn.state is State.CLOSED:
@@ -667,6 +668,10 @@ class Sock:
                 fail(errno.ENOPROTOOPT)
         if self.conn is not None:
             self.tell_options()
+            if option == socket.TCP_NODELAY and level == socket.IPPROTO_TCP and value:
+                send_text(self.conn, None, self.clock.now)  # tcp_sock_set_nodelay
+                self.after(self.conn.state)
+                self.network.drain()
 
     def size_buffers(self) -> None:
         """Have the connection's buffers as large as was set; half is for Linux's own overhead."""

@@ -110,16 +110,20 @@ def _note_syn(c: Connection, seg: Segment) -> None:
 def send_syn_ack(c: Connection, seg: Segment, now: float) -> None:
     _note_syn(c, seg)
     c.snd_nxt = (c.iss + 1) & MASK
-    c._rtt_seq = c.snd_nxt
-    c.rto = c.profile.parameters.rto_initial
-    c.retransmits = 0
-    _start_retransmitting(c, now)
+    if c.passive or not c.profile.parameters.linux_checks:
+        # In a simultaneous open Linux goes on as its SYN began (tcp_rcv_synsent_state_process).
+        c._rtt_seq = c.snd_nxt
+        c.rto = c.profile.parameters.rto_initial
+        c.retransmits = 0
+        _start_retransmitting(c, now)
     _emit_syn(c, SYN | ACK, now)
 
 
 def send_syn_ack_again(c: Connection, _seg: Segment, now: float) -> None:
     if _may_challenge(c, now):
         c._rtt_seq = None
+        if c.profile.parameters.linux_checks:
+            c.t_retransmit = now + c.rto  # tcp_check_req
         _emit_syn(c, SYN | ACK, now)
 
 
@@ -127,17 +131,17 @@ def synchronize(c: Connection, seg: Segment, now: float) -> None:
     _note_syn(c, seg)
     window = c.rcv_buf if c.rcv_buf < 0xFFFF else 0xFFFF
     c.rcv_adv = (c.rcv_nxt + window) & MASK
-    acknowledged(c, seg.ack, 1, 1, now)
+    acknowledged(c, seg.ack, 1, 1, now, seg.options.ts_ecr if seg.options is not None else None)
     establish(c, seg, now)
 
 
 def establish(c: Connection, seg: Segment, now: float) -> None:
     c.retransmits = 0
-    c._last_text = now
+    c._last_text = c.heard = now
     if c.passive:
         c.last_challenge = -inf
     if c.srtt is None:
-        c.rto = c.profile.parameters.rto_initial
+        c.rto = c.profile.parameters.rto_after_lost_syn
     if c.options.keepalive:
         c.t_keepalive = now + c.options.keepalive[0]
 
@@ -170,12 +174,18 @@ def send_text(c: Connection, _seg: Any, now: float) -> None:
         return
     if c._recover is not None:
         return  # nothing new until what was retransmitted is acknowledged
+    _send_new(c, now, MASK)
+
+
+def _send_new(c: Connection, now: float, most: int) -> None:
+    """Up to `most` segments of what was not sent yet."""
     sent = (c.snd_nxt - c.snd_una - (c.snd_una == c.iss)) & MASK
     tx = c._tx
     mss = _effective_mss(c) if tx else 1
     end = c.snd_una + c.snd_wnd
     left = len(tx) - sent
-    while True:
+    linux = c.profile.parameters.linux_checks
+    for _ in range(most):
         usable = (end - c.snd_nxt) & MASK
         if usable & HALF:
             usable = 0
@@ -183,13 +193,15 @@ def send_text(c: Connection, _seg: Any, now: float) -> None:
         last = n == left
         fin = c._fin == 1 and last
         if not (n or fin) or n + fin > usable:
-            if n and usable >= n:
-                fin = False  # room for the text only
+            if n and usable >= n and not linux:
+                fin = False  # room for the text only: tcp_snd_wnd_test looks at the whole
             else:
                 break
-        if n < mss and not fin and not c.options.nodelay and _held_by_nagle(c):
+        if n < mss and not (fin or c._recover or c.options.nodelay) and _held_by_nagle(c):
             break
         seq = c.snd_nxt
+        if linux and seq != c.snd_una:
+            c._ends += (seq,)
         c.snd_nxt = (seq + n + fin) & MASK
         if n < mss:
             c._small = c.snd_nxt
@@ -200,7 +212,8 @@ def send_text(c: Connection, _seg: Any, now: float) -> None:
         if n:
             if now - c._last_text < c._ato:
                 c._pingpong = True
-            emit(c, ACK | (FIN if fin else 0) | (PSH if last else 0), now, seq, tx[sent : sent + n])
+            push = last or (linux and n > c.max_wnd >> 1)  # forced_push
+            emit(c, ACK | (FIN if fin else 0) | (PSH if push else 0), now, seq, tx[sent : sent + n])
         else:
             emit(c, ACK | FIN, now, seq)
         if fin:
@@ -220,7 +233,7 @@ def _effective_mss(c: Connection) -> int:
     if c._sacking is not None:
         mss -= 4 + 8 * min(len(c._sacking[0]), 3 if c.timestamps else 4)
     most = c.max_wnd >> 1 if c.max_wnd > 536 else c.max_wnd
-    return mss if mss <= most or not most else max(most, 48)
+    return mss if mss <= most or not most else max(most, 36 if c.timestamps else 48)
 
 
 def _held_by_nagle(c: Connection) -> bool:
@@ -235,15 +248,19 @@ def _held_by_nagle(c: Connection) -> bool:
 def queue_fin(c: Connection, _seg: None, now: float) -> None:
     c.write_shut = True
     c._fin = 1
-    if c._tx or not c.snd_wnd:
+    if c._tx or not c.snd_wnd or c._recover is not None:
         send_text(c, None, now)
         return
     c._fin = 2
     # No round trip is measured: nothing that follows would use it.
     seq = c.snd_nxt
+    if seq != c.snd_una and c.profile.parameters.linux_checks:
+        c._ends += (seq,)
     c.snd_nxt = (seq + 1) & MASK
     if c.t_retransmit == inf:
         _start_retransmitting(c, now)
+    elif c.snd_una == c.iss and c.sack and not c._probed:
+        c.t_retransmit = c._rtt_at + c.rto  # tcp_schedule_loss_probe: from the SYN,ACK
     emit(c, ACK | FIN, now, seq)
 
 
@@ -467,12 +484,21 @@ def _shrink(c: Connection, limit: float, now: float) -> None:
 
 def retransmit(c: Connection, _seg: None, now: float) -> None:
     """The retransmission timer fired: the oldest again, twice the timeout (RFC 6298 §5)."""
-    if not c._probed and c.sack and c._recover is None and c.snd_una != c.iss:
+    if (
+        not c._probed
+        and c.sack
+        and c._recover is None
+        and (c.snd_una != c.iss or (c._fin == 2 and not c.retransmits))
+    ):
         _probe_tail(c, now)
         return
     parameters = c.profile.parameters
     c.retransmits += 1
     c._rtt_seq = None
+    if parameters.linux_checks and not c.passive and c.snd_una == c.iss:
+        if c._fin == 2 and c._recover is None:
+            c.first_sent = now
+        c._recover = c.snd_nxt  # a FIN behind it waits (tcp_enter_loss)
     if c.state is SYN_SENT:
         _emit_syn(c, SYN, now)
         if c.retransmits <= parameters.syn_linear:
@@ -481,11 +507,16 @@ def retransmit(c: Connection, _seg: None, now: float) -> None:
     elif c.snd_una == c.iss:
         _emit_syn(c, SYN | ACK, now)
     else:
+        c._frto = c._recover is None
+        if c._frto and parameters.linux_checks:
+            c.first_sent = now  # retransmits_timed_out counts from the first retransmission
         c._recover = c.snd_nxt
         _send_oldest(c, now)
         if c.t_user == inf and c.options.user_timeout is not None:
             c.t_user = now + c.options.user_timeout
-    c.rto = min(2 * c.rto, parameters.rto_max)
+    if c.rto < parameters.rto_max:
+        c._backoff += 1
+        c.rto = min(2 * c.rto, parameters.rto_max)
     c.t_retransmit = now + c.rto
 
 
@@ -494,11 +525,15 @@ def _probe_tail(c: Connection, now: float) -> None:
     c._probed = True
     c._rtt_seq = None
     mss = _effective_mss(c)
-    text = (c.snd_nxt - c.snd_una - (c._fin == 2)) & MASK
+    syn = c.snd_una == c.iss
+    text = (c.snd_nxt - c.snd_una - (c._fin == 2) - syn) & MASK
     left = len(c._tx) - text
     if left > 0 and min(left, mss) <= c.snd_wnd - text:
         seq, n = c.snd_nxt, min(left, mss)
+        c._ends += (seq,)
         c.snd_nxt = (seq + n) & MASK
+        if n < mss:
+            c._small = c.snd_nxt
         emit(c, ACK | PSH, now, seq, c._tx[text : text + n])
     else:
         start = max(0, text - 1) // mss * mss
@@ -507,27 +542,55 @@ def _probe_tail(c: Connection, now: float) -> None:
             c,
             ACK | fin | (PSH if text else 0),
             now,
-            (c.snd_una + start) & MASK,
+            (c.snd_una + start + syn) & MASK,
             c._tx[start:text],
         )
     c.t_retransmit = now + c.rto
 
 
 def _send_oldest(c: Connection, now: float) -> None:
-    """Retransmit one segment from SND.UNA, the FIN with it where it fits."""
+    """Retransmit one segment from SND.UNA, the FIN with it where it fits.
+
+    On Linux those that fit into one together become one (tcp_retrans_try_collapse).
+    """
     text = (c.snd_nxt - c.snd_una - (c._fin == 2)) & MASK
-    n = min(text, _effective_mss(c))
+    mss = _effective_mss(c)
+    n = min(text, mss)
+    if c._ends:
+        fit = [end for end in c._ends if (end - c.snd_una) & MASK <= n]
+        if n == text:
+            c._ends = ()
+        elif fit:
+            c._ends = c._ends[len(fit) - 1 :]
+            n = (fit[-1] - c.snd_una) & MASK
     last = n == text
-    flags = ACK | (FIN if last and c._fin == 2 else 0) | (PSH if n and last else 0)
+    flags = ACK | (FIN if last and c._fin == 2 else 0) | (PSH if n and (last or n < mss) else 0)
     emit(c, flags, now, c.snd_una, c._tx[:n])
 
 
-def acknowledged(c: Connection, ack: int, acked: int, flight: int, now: float) -> None:
-    """`acked` of `flight` octets are acknowledged: free them, measure, retime."""
+def acknowledged(
+    c: Connection, ack: int, acked: int, flight: int, now: float, echo: int | None = None
+) -> None:
+    """`acked` of `flight` octets are acknowledged: free them, measure, retime.
+
+    `echo` is the timestamp that came back. Linux measures and retimes only where
+    a whole segment is acknowledged (tcp_clean_rtx_queue).
+    """
     if c._tx:
         text = acked - (c.snd_una == c.iss)
         c._tx = c._tx[text:]  # a FIN, the last, is past its end
     c.snd_una = ack
+    if acked == flight:
+        c._ends = ()
+    elif c.profile.parameters.linux_checks:
+        whole = sum(not (ack - end) & HALF for end in c._ends)
+        c._ends = c._ends[whole:]
+        if not whole:
+            c.retransmits = 0
+            return
+    if c._rtt_seq is None and echo and c.timestamps and c.profile.parameters.linux_checks:
+        # What was sent again has no round trip of its own: its echo tells (RFC 7323 §4.3).
+        c._rtt_seq, c._rtt_at = ack, now - ((tsval(c, now) - echo) & MASK) / 1000
     if c._rtt_seq is not None:
         if not (ack - c._rtt_seq) & HALF:
             # A round trip was measured: RFC 6298 §2.
@@ -542,12 +605,8 @@ def acknowledged(c: Connection, ack: int, acked: int, flight: int, now: float) -
                 c.srtt = srtt + error / 8
                 c.rttvar += ((error if error > 0 else -error) - c.rttvar) / 4
             _set_rto(c)
-    elif (
-        c.retransmits
-        and c.srtt is not None
-        and (c.timestamps or not c.profile.parameters.linux_checks)
-    ):
-        _set_rto(c)  # new data acknowledged ends the backoff; on Linux, if its echo is timed
+    elif c.retransmits and c.srtt is not None and not c.profile.parameters.linux_checks:
+        _set_rto(c)  # new data acknowledged ends the backoff; on Linux only a round trip does
     c.retransmits = 0
     if c._probed:
         c._probed = not c.profile.parameters.tail_loss_probe
@@ -557,10 +616,19 @@ def acknowledged(c: Connection, ack: int, acked: int, flight: int, now: float) -
     else:
         _start_retransmitting(c, now)
         if c._recover is not None:
-            if (ack - c._recover) & HALF:
-                _send_oldest(c, now)
-            else:
+            if not (ack - c._recover) & HALF:
                 c._recover = None
+            elif not (c._frto and _try_new(c, now)):
+                _send_oldest(c, now)
+
+
+def _try_new(c: Connection, now: float) -> bool:
+    """Was the timeout needless? Linux sends something new first (RFC 5682 §2.1, 2b)."""
+    c._frto = False
+    before = c.snd_nxt
+    if c._fin == 1 or (c._tx and not c._fin):
+        _send_new(c, now, 2)
+    return c.snd_nxt != before
 
 
 def _set_rto(c: Connection) -> None:
@@ -575,6 +643,7 @@ def _set_rto(c: Connection) -> None:
         if rto < parameters.rto_min:
             rto = parameters.rto_min
     c.rto = rto if rto < parameters.rto_max else parameters.rto_max
+    c._backoff = 0
 
 
 # --- Probes -----------------------------------------------------------------------------------
@@ -588,27 +657,44 @@ def probe(c: Connection, _seg: None, now: float) -> None:
     sent = (c.snd_nxt - c.snd_una) & MASK
     n = min(len(c._tx) - sent, c.snd_wnd, _effective_mss(c)) if c._tx else 0
     if n > 0 and c.snd_una == c.snd_nxt:
+        c.retransmits = c._backoff = 0
         seq, c.snd_nxt = c.snd_nxt, (c.snd_nxt + n) & MASK
         _start_retransmitting(c, now)
         emit(c, ACK | PSH, now, seq, c._tx[sent : sent + n])
         return
     emit(c, ACK, now, (c.snd_una - 1) & MASK)
-    c.rto = min(2 * c.rto, c.profile.parameters.rto_max)
-    c.t_probe = now + c.rto
+    if _probe_after(c) < c.profile.parameters.rto_max:
+        c._backoff += 1
+    c.t_probe = now + _probe_after(c)
 
 
-def probe_answered(c: Connection, window: int) -> None:
+def _probe_after(c: Connection) -> float:
+    """How long a probe waits (tcp_probe0_when): doubled apart from the retransmission timeout."""
+    return min(c.rto * 2.0**c._backoff, c.profile.parameters.rto_max)
+
+
+def probe_answered(c: Connection, now: float) -> None:
+    """An ACK came while nothing was in flight: is what waits too much still (tcp_ack_probe)?"""
     c.retransmits = 0
-    if window:
+    if len(c._tx) + (c._fin == 1) <= c.snd_wnd:
+        c._backoff = 0
         c.t_probe = c.t_user = inf
+    else:
+        c.t_probe = now + _probe_after(c)
 
 
 def ask(c: Connection, _seg: None, now: float) -> None:
     """Keep-alive (RFC 9293 §3.8.4): nothing was heard for long enough."""
     if c.options.keepalive:
-        c.retransmits += 1
-        emit(c, ACK, now, (c.snd_una - 1) & MASK)
-        c.t_keepalive = now + c.options.keepalive[1]
+        idle, interval, _ = c.options.keepalive
+        if c.snd_una != c.snd_nxt or c._tx:
+            c.t_keepalive = now + idle  # what is to be acknowledged asks by itself
+        elif now < c.heard + idle:
+            c.t_keepalive = c.heard + idle
+        else:
+            c.retransmits += 1
+            emit(c, ACK, now, (c.snd_una - 1) & MASK)
+            c.t_keepalive = now + interval
 
 
 # --- A segment leaves -------------------------------------------------------------------------
@@ -672,6 +758,8 @@ def _window_to_tell(c: Connection, nxt: int, scale: int) -> int:
 def _within_window(c: Connection) -> int:
     """Where to send an ACK from when the peer's window has shrunk (tcp_acceptable_seq)."""
     beyond = (c.snd_nxt - c.snd_una - c.snd_wnd) & MASK
+    if c.state is SYN_RECEIVED and c.passive:
+        return c.snd_nxt  # there is no full socket yet (tcp_v4_reqsk_send_ack)
     if not c.profile.parameters.linux_checks or beyond < 1 << c.rcv_scale > 1:
         return c.snd_nxt
     return (c.snd_una + c.snd_wnd) & MASK

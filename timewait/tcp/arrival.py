@@ -186,6 +186,7 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
     if (
         seg.seq != nxt
         or flags & _CONTROL != ACK
+        or len(seg.data) > (c.rcv_adv - nxt) & MASK
         or (nxt == c.rcv_adv and seg.length)
         or (c.timestamps and _paws(c, seg, now, 1))
     ):
@@ -201,12 +202,15 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
     if acked > flight:
         if not acked & HALF:
             return _ACK_OF_UNSENT
+        predicted = _predicted(c, seg, flags)
+        if predicted and c.timestamps and c.rcv_wup == c.rcv_nxt:
+            _note_timestamp(c, seg)
         most = c.max_wnd
         if c.profile.parameters.linux_checks:
             # Nobody can have held back an ACK of what was never acknowledged.
             most = min(most, (c.snd_una - c.iss - c.passive) & MASK)
         if MASK + 1 - acked > most or c.state is SYN_RECEIVED:
-            if not _predicted(c, seg, flags):
+            if not (predicted and seg.data and (c._rx or c._tx)):
                 return _ACK_TOO_OLD
             _take(c, seg, now)
             challenge_ack(c, seg, now)
@@ -215,7 +219,10 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         of_fin = c._fin == 2 and acked == flight
         if c.snd_una == c.iss:
             of_syn = c.state is SYN_RECEIVED or c.state is FIN_WAIT_1
-        acknowledged(c, seg.ack, acked, flight, now)
+        echo = seg.options.ts_ecr if c.timestamps and seg.options is not None else None
+        acknowledged(c, seg.ack, acked, flight, now, echo)
+        if of_fin and c.orphaned and c.state is FIN_WAIT_1 and (c.options.linger2 or 0) < 0:
+            return _TEXT_AFTER_CLOSE  # TCP_ABORT_ON_LINGER: nobody is to wait for the FIN
     elif c.state is SYN_RECEIVED:
         if not c.profile.parameters.linux_checks:
             return _ACK_TOO_OLD
@@ -244,10 +251,14 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         c.snd_wl1 = seg.seq
         c.snd_wl2 = seg.ack
         c.snd_wnd = window
-        if window > c.max_wnd:
-            c.max_wnd = window
+        if window > c.max_wnd or (of_syn and c.passive and c.profile.parameters.linux_checks):
+            c.max_wnd = window  # tcp_create_openreq_child: not the SYN's
+    if acked <= flight:
+        c.heard = now
         if c.t_probe != inf:
-            probe_answered(c, window)
+            probe_answered(c, now)
+        elif c.t_keepalive != inf:
+            c.retransmits = 0
     if c.timestamps and acked <= flight:
         _note_timestamp(c, seg)
 
@@ -305,7 +316,7 @@ def _checked(c: Connection, seg: Segment, flags: int, now: float) -> int | None:
 
     # Second, RST (RFC 5961 §3.2). Third is security. Fourth, SYN (RFC 5961 §4.2).
     if flags & RST:
-        if offset == 0:
+        if offset == 0 or (linux and seg.seq == _sacked_to(c)):
             return _RST_TO_PASSIVE if state is SYN_RECEIVED and c.passive else _RST_EXACT
         return _RST_AFTER_FIN if offset == MASK and c.fin_received else _RST_IN_WINDOW
     if flags & SYN and not _completes_simultaneous_open(c, seg, flags):
@@ -313,6 +324,14 @@ def _checked(c: Connection, seg: Segment, flags: int, now: float) -> int | None:
             return _SYN_TO_PASSIVE
         return _SYN_UNEXPECTED
     return None if flags & ACK else _NO_ACK
+
+
+def _sacked_to(c: Connection) -> int | None:
+    """Where the rightmost SACK block ends: a RST there is as good (tcp_validate_incoming)."""
+    if not c.sack or not c._out_of_order:
+        return None
+    ends = ((seq + len(data) + fin) & MASK for seq, data, fin in c._out_of_order)
+    return max(ends, key=lambda end: (end - c.rcv_nxt) & MASK)
 
 
 def _completes_simultaneous_open(c: Connection, seg: Segment, flags: int) -> bool:
@@ -337,9 +356,10 @@ def _after_fin(c: Connection, seg: Segment, flags: int) -> int:
         if len(seg.data) > past:
             return _TEXT_AFTER_CLOSE
         c.rcv_nxt = (c.rcv_nxt + 1) & MASK  # a FIN one later is taken as well
-    if flags & FIN and seg.length == past:
-        return _FIN_AGAIN
     c._ack_due = 2
+    if flags & FIN and seg.length == past:
+        quicken(c)
+        return _FIN_AGAIN
     return 0
 
 
@@ -391,19 +411,17 @@ def _paws(c: Connection, seg: Segment, now: float, tolerance: int) -> bool:
 
 
 def _predicted(c: Connection, seg: Segment, flags: int) -> bool:
-    """Whether Linux's short way (tcp_rcv_established) takes the text before the ACK is read.
+    """Whether Linux's short way (tcp_rcv_established) is taken before the ACK is read.
 
-    It does where the socket has memory at hand, that is while any text is queued either way.
+    Text is taken where the socket has memory at hand, that is while any is queued either way.
     """
     return (
         c.profile.parameters.linux_checks
         and c.state is ESTABLISHED
         and flags & (ACK | FIN | URG) == ACK
-        and bool(seg.data)
         and seg.seq == c.rcv_nxt
         and not c._out_of_order
         and seg.window << c.snd_scale == c.snd_wnd
-        and bool(c._rx or c._tx)
     )
 
 
@@ -455,7 +473,7 @@ def _take(c: Connection, seg: Segment, now: float) -> bool:
         return _take_out_of_order(c, seg.seq, data, fin, now)
     if data:
         room = (c.rcv_adv - c.rcv_nxt) & MASK
-        if len(data) > room:
+        if len(data) > room and not c.profile.parameters.linux_checks:
             data = data[:room]
             fin = False
             c._ack_due = 2
@@ -484,7 +502,8 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: flo
         c._ack_due = 2
         if offset >= room:
             return False
-        data, fin = data[: room - offset], False
+        if not c.profile.parameters.linux_checks:  # which takes what it takes whole
+            data, fin = data[: room - offset], False
     if offset and c.sack:
         _note_block(c, seq, (seq + len(data) + fin) & MASK)
     waiting = {*c._out_of_order, (seq, data, fin)}
@@ -550,7 +569,7 @@ def _accept(c: Connection, data: bytes, now: float) -> None:
         quicken(c, stay_interactive=True)
     elif now - c._last_text > c.rto:
         quicken(c, stay_interactive=True)
-    c._last_text = now
+    c._last_text = c.heard = now
     if n > c._rcv_mss:
         c._rcv_mss = min(n, c.mss)
 

@@ -184,9 +184,12 @@ class Connection:
     __slots__ = (
         "_ack_due",
         "_ato",
+        "_backoff",
         "_cells",
+        "_ends",
         "_eof_read",
         "_fin",
+        "_frto",
         "_last_text",
         "_out_of_order",
         "_pingpong",
@@ -299,7 +302,9 @@ class Connection:
         # What the next segments' SACK option tells: blocks, the latest first, and whether the
         # first is text that came twice.
         self._sacking: tuple[tuple[tuple[int, int], ...], bool] | None = None
+        self._ends: tuple[int, ...] = ()  # of the segments in flight but the last, on Linux
         self._recover: int | None = None
+        self._frto = False  # nothing new was tried yet since the timeout (RFC 5682)
         self._probed = not parameters.tail_loss_probe
         self._rtt_seq: int | None = None
         self._rtt_at = 0.0
@@ -307,6 +312,7 @@ class Connection:
         self.rttvar = 0.0
         self.rto = parameters.rto_initial
         self.retransmits = 0
+        self._backoff = 0  # doublings since a round trip was measured
         self.first_sent: float | None = None
         self._ack_due = 0  # 1: by policy, 2: at once
         self._ato = 0.0
@@ -357,7 +363,7 @@ class Connection:
         failure, once, after the text received before it.
         """
         if peek:
-            if not self._rx:
+            if not self._rx and not self.fin_received:
                 self._nothing_to_read(now)
             return self._rx[:n]
         if not self._rx:
@@ -512,13 +518,13 @@ class Connection:
             self._pingpong = False
         elif timer is Timer.PROBE:
             self.t_probe = inf
-            most = self.profile.parameters.probe_retries
+            parameters = self.profile.parameters
+            most = parameters.orphan_probe_retries if self.orphaned else parameters.probe_retries
             event = _PROBE if self.retransmits < most else _GIVE_UP
         elif timer is Timer.KEEPALIVE:
             self.t_keepalive = inf
-            most = self.options.keepalive[2] if self.options.keepalive else 0
             event = _KEEPALIVE
-            if self.retransmits >= most and not self._shrinks():
+            if not self._shrinks() and self._deaf(now):
                 event = _GIVE_UP
                 if self.profile.parameters.linux_checks:
                     actions.send_rst(self, None, now)  # tcp_keepalive_timer, unlike the others
@@ -531,6 +537,17 @@ class Connection:
         """Whether its keepalive timer waits for nothing but to make it a small socket."""
         return self.orphaned and self.state is FIN_WAIT_2 and self.profile.parameters.small_sockets
 
+    def _deaf(self, now: float) -> bool:
+        """Whether enough keep-alives went unanswered (tcp_keepalive_timer)."""
+        if self.options.keepalive is None or self.snd_una != self.snd_nxt or self._tx:
+            return False
+        idle, _, most = self.options.keepalive
+        silent = now - self.heard
+        limit = self.options.user_timeout
+        if limit is not None and self.profile.parameters.linux_checks:
+            return silent >= idle and silent >= limit and self.retransmits > 0
+        return silent >= idle and self.retransmits >= most
+
     def _given_up(self, now: float) -> bool:
         """Whether it was retransmitted long enough (R2, RFC 9293 §3.8.3)."""
         parameters = self.profile.parameters
@@ -538,7 +555,7 @@ class Connection:
             return self.retransmits >= parameters.syn_retries + parameters.syn_linear
         if self.state is SYN_RECEIVED:
             return self.retransmits >= parameters.synack_retries
-        if self.first_sent is None:
+        if self.first_sent is None or (parameters.linux_checks and not self.retransmits):
             return False
         limit = parameters.orphan_give_up_after if self.orphaned else parameters.give_up_after
         return now - self.first_sent >= limit
@@ -547,9 +564,6 @@ class Connection:
 
     def segment(self, seg: Segment, now: float) -> None:
         """Take a segment that arrived (RFC 9293 §3.10.7)."""
-        self.heard = now
-        if self.t_keepalive != inf:
-            self._heard(now)
         event = self._cells[_LOOK](self, seg, seg.flags, now)
         new, onwards, performed, row = self._cells[event]
         # As `_step` does; here because every segment comes this way.
@@ -564,11 +578,6 @@ class Connection:
             action(self, seg, now)
         if self.on_transition is not None:
             self._tell(old, new, event, row, now)
-
-    def _heard(self, now: float) -> None:
-        if self.options.keepalive and not self._shrinks():
-            self.retransmits = 0
-            self.t_keepalive = now + self.options.keepalive[0]
 
     # --- The table -------------------------------------------------------------------------
 

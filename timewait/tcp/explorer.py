@@ -163,6 +163,7 @@ class _Endpoints:
         steady = evolve(
             profile.parameters,
             rto_initial=1.0,
+            rto_after_lost_syn=1.0,
             rto_min=1.0,
             rto_max=1.0,
             rto_floor_on_variance=False,
@@ -200,6 +201,8 @@ class _Endpoints:
         connection.rttvar = connection._rtt_at = 0.0
         connection.rto = 1.0
         connection._recover = None
+        connection._ends = ()
+        connection._frto = False
         connection.last_challenge = connection._last_text = connection.heard = -1.0
         if connection.state is State.CLOSED:
             # Nothing of it matters any more but that it answers with RSTs.

@@ -31,6 +31,7 @@ class Parameters:
     fin_wait_2: float | None = None  # for an orphan; None: no limit
     fin_wait_2_whole: float = 0.0  # Linux: of that, so long before it is a small socket
     rto_initial: float = 1.0
+    rto_after_lost_syn: float = 3.0  # RFC 6298 §5.7: where the handshake gave no round trip
     rto_min: float = 1.0
     rto_max: float = 60.0
     rto_floor_on_variance: bool = False  # RTO = SRTT + max(rto_min, 4 RTTVAR)
@@ -41,6 +42,7 @@ class Parameters:
     give_up_after: float = 100.0  # R2, from the first transmission
     orphan_give_up_after: float = 100.0  # the same when nobody waits any more
     probe_retries: int = 15  # unanswered zero-window probes
+    orphan_probe_retries: int = 15  # the same when nobody waits any more
     delayed_ack: float = 0.0  # 0: text is acknowledged at once
     first_ack_delay: float = 0.0  # 0: a FIN is acknowledged at once; else so late before any text
     quick_acks: int = 0  # so many ACKs are sent at once before they are delayed
@@ -242,6 +244,7 @@ def _orphan_retries(
     value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
 ) -> None:
     parameters["orphan_give_up_after"] = _linux_time_of(value or 8)
+    parameters["orphan_probe_retries"] = value or 8
 
 
 def _early_retrans(

@@ -504,7 +504,7 @@ _on(
 _on(
     Event.FIN_AGAIN,
     [
-        ((CLOSE_WAIT, CLOSING, LAST_ACK), stay("ack_unacceptable", source=_74)),
+        ((CLOSE_WAIT, CLOSING, LAST_ACK), stay("send_text", "acknowledge", source=_74)),
         (TIME_WAIT, stay("send_ack", "restart_time_wait", source=_74)),
     ],
     never("no FIN has been received"),
@@ -568,7 +568,8 @@ _on(
         (
             (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK),
             stay("ask", source="RFC 9293 §3.8.4"),
-        )
+        ),
+        (SYN_RECEIVED, stay("ask", source="RFC 9293 §3.8.4", why="put off: the SYN is in flight")),
     ],
     _no_timer,
 )
