@@ -181,6 +181,10 @@ def test_what_the_model_does_not_allow_is_outside() -> None:
     assert close_of(settled=0.04).outside == ("settled",)  # waited for a delayed ACK
     assert close_of(settled=0.001).outside == ("settled",)  # sooner than segments travel
     assert close_of(told=0.0001, settled=0.04).outside == ("told", "settled")
+    busy = Stat.of([0.003, 0.003, 0.003, 0.7, 0.7])
+    assert evolve(close_of(), settled=busy).outside == ()
+    hasty = Stat.of([0.0001, 0.003, 0.003, 0.003])
+    assert evolve(close_of(), settled=hasty).outside == ("settled",)
     assert evolve(close_of(), fault="a segment too many").outside == ("segments",)
 
 
@@ -193,7 +197,8 @@ def test_closes_end_in_time_and_what_is_left_out_is_told() -> None:
     found = Report({}, {}, False)
     found.look_at(trials, pace)
     assert [close.course for close in found.closes] == ["abort"]
-    assert found.left_out == ["server-first with plain over ipv4, 1 open"]
+    first, _ = found.left_out
+    assert first == "server-first with plain over ipv4, 1 open: no time was left"
     assert found.pace is not None
     assert (found.pace.count, found.quickest) == (1, None)
 
@@ -357,6 +362,7 @@ def test_the_tables_fit_eighty_columns_and_the_plot_is_drawn(tmp_path: Path) -> 
     [
         (["--only", "party"], "'party' is not one of"),
         (["--plot", "x.pdf"], "ends in .svg or .png"),
+        (["--plot", "/nowhere/x.svg"], "/nowhere/x.svg: cannot be written there"),
         (["--compare", "/nowhere.json"], "No such file"),
         (["--compare", "/etc/hostname"], "not JSON"),
         (["-n", "0"], "0 is not in the range"),
@@ -385,6 +391,23 @@ def test_interrupted_it_prints_what_it_has() -> None:
         told = json.loads(out)
         jsonschema.validate(told, SCHEMA)
         assert told["interrupted"] is True
+
+
+def test_a_narrow_terminal_cuts_no_cell_short() -> None:
+    args = ["--quick", "--seconds", "1", "--only", "abort", "--kind", "plain"]
+    command = [sys.executable, "-m", "timewait.bench", *args]
+    narrow = {**os.environ, "COLUMNS": "40"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=narrow)
+    assert "…" not in done.stdout
+    assert "last segment" in done.stdout
+
+
+@pytest.mark.parametrize("n", ["1", "2"])
+def test_the_number_of_connections_is_what_it_is_said_to_be(n: str) -> None:
+    args = ["--quick", "--seconds", "1", "--only", "abort", "--kind", "plain", "-n", n, "--json"]
+    closes = json.loads(bench(*args).stdout)["closes"]
+    assert {close["connections"]: close["settled"]["count"] > 2 for close in closes}[1]
+    assert {close["connections"] for close in closes} == {1, int(n)}
 
 
 @pytest.mark.parametrize("document", ["{}", '{"schema": 1, "closes": []}'])

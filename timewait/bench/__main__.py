@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ _A_WAIT = 63.0  # seconds that a TIME_WAIT is waited for, its timer's step inclu
 )
 @click.option("--only", multiple=True, type=click.Choice([*COURSES]), help="Only this course.")
 @click.option("--kind", "kinds", multiple=True, type=click.Choice([*KINDS]), help="Only this kind.")
-@click.option("-n", "--connections", type=click.IntRange(1, 10_000), default=1000, metavar="N",
-              help="So many open at once, beside 1 and 100.  [default: 1000]")  # fmt: skip
-@click.option("--quick", is_flag=True, help="IPv4 only, 1 and 20 connections: under 10 seconds.")
+@click.option("-n", "--connections", type=click.IntRange(1, 10_000), metavar="N",
+              help="So many open, beside 1 and 100.  [default: 1000; --quick: 20]")  # fmt: skip
+@click.option("--quick", is_flag=True, help="IPv4 only, 1 and N connections: under 10 seconds.")
 @click.option("--seconds", type=click.FloatRange(1, 3600), metavar="S",
               help="About so long: the longer, the surer.  [default: 60; --quick: 7]")  # fmt: skip
 @click.option(
@@ -57,7 +58,7 @@ _A_WAIT = 63.0  # seconds that a TIME_WAIT is waited for, its timer's step inclu
 def command(
     only: tuple[str, ...],
     kinds: tuple[str, ...],
-    connections: int,
+    connections: int | None,
     quick: bool,
     seconds: float | None,
     wait: bool,
@@ -74,9 +75,10 @@ def command(
     missing = [name for name in kinds if KINDS[name] not in available()]
     if missing:
         raise click.ClickException(f"{missing[0]} is not installed here")
-    courses = only or tuple(COURSES)
+    courses = [name for name in COURSES if not only or name in only]
     chosen = [kind for kind in available() if not kinds or kind.name in kinds]
-    sizes = {1: 3, 20: 1} if quick else {1: 10, 100: 1} | {connections: 1}
+    n = connections or (20 if quick else 1000)
+    sizes = {n: 1, 1: 3} if quick else {n: 1, 100: 1, 1: 10}  # and in how many rounds
     families = ["ipv4"] if quick or not _has_ipv6() else [*FAMILIES]
     own = report.settings()
     isolated = not here and _isolate(own)
@@ -88,7 +90,7 @@ def command(
     # What is most telling comes first, should the time not suffice for all.
     trials = [
         Trial(kind, COURSES[name], family, size, rounds)
-        for size, rounds in sizes.items()
+        for size, rounds in sorted(sizes.items())
         for family in families
         for kind in chosen
         for name in courses
@@ -98,8 +100,12 @@ def command(
         try:
             binds(courses, wait=wait, tick=tick, record=found.binds.append)
             if not only:
-                with suppress(PermissionError):
+                try:
                     found.churns += churn(500, 1.2 if quick else 3.2, tick)
+                except PermissionError:
+                    found.left_out.append(
+                        "connections a second: no private network namespace is allowed here"
+                    )
             now = time.monotonic()
             waited = now - began if wait else 0.0
             closes(trials, max(began + waited + lasts, now + lasts / 4), tick, pace)
@@ -110,6 +116,7 @@ def command(
         click.echo(json.dumps(found.to_json()))
     else:
         out = console()
+        out.width = max(out.width, 80)  # a narrower terminal wraps: cells cut short tell nothing
         out.print(found.tables())
         if earlier is not None:
             out.print(_compared(old, earlier, found))
@@ -140,13 +147,22 @@ def _compared(path: str | None, earlier: Mapping[str, Any], found: report.Report
 def _drawer(path: str) -> Callable[[report.Report], None]:
     if Path(path).suffix not in (".svg", ".png"):
         raise click.ClickException(f"{path}: a name that ends in .svg or .png is expected")
+    if not os.access(Path(path).parent, os.W_OK):
+        raise click.ClickException(f"{path}: cannot be written there")
     try:
         from timewait.bench.plot import draw
     except ImportError:
         raise click.ClickException(
             "--plot takes matplotlib: pip install 'timewait[plot]'"
         ) from None
-    return lambda found: draw(found, path)
+
+    def write(found: report.Report) -> None:
+        try:
+            draw(found, path)
+        except OSError as wrong:
+            raise click.ClickException(f"{path}: {wrong.strerror}") from None
+
+    return write
 
 
 def _isolate(own: dict[str, str]) -> bool:

@@ -222,12 +222,16 @@ class Close:
 
     @property
     def outside(self) -> tuple[str, ...]:
-        """What is not as the model allows: "holder", "segments", or the name of a time."""
+        """What is not as the model allows: "holder", "segments", or the name of a time.
+
+        Other work on the machine only adds to a time. So it lies outside where
+        its least is too little, or its lower quartile too much.
+        """
         wrong = [] if self.holder in self.model.holders else ["holder"]
         wrong += ["segments"] if self.fault else []
         for name, (least, most) in self.model.allowed.items():
             stat: Stat | None = getattr(self, name)
-            if stat is not None and not least <= stat.median <= most:
+            if stat and not (least <= stat.quantiles[0] and stat.quantiles[5] <= most):
                 wrong.append(name)
         return tuple(wrong)
 

@@ -25,6 +25,7 @@ from timewait.kernel.ticks import tick
 __all__ = ["SCHEMA", "SETTINGS", "Report", "grid", "machine", "seconds", "settings", "titled"]
 
 SCHEMA: Final = 2
+_SHOWN: Final = 4  # of the things that were not measured
 
 SETTINGS: Final = (
     "net.ipv4.ip_local_port_range",
@@ -68,7 +69,7 @@ class Report:
 
     `pace` is what a byte takes over loopback here and `quickest` the least
     time in which any segment was answered by another, in seconds. `left_out`
-    are the closes for which there was no time.
+    says what was not measured, and why.
     """
 
     machine: dict[str, Any]
@@ -98,7 +99,9 @@ class Report:
             if close:
                 self.closes.append(close)
             else:
-                self.left_out.append(trial.name)
+                self.left_out.append(f"{trial.name}: no time was left")
+        if self.closes and not any(close.last_segment for close in self.closes):
+            self.left_out.append("last segments: no leave to capture here, or no time was left")
 
     @property
     def noise(self) -> float:
@@ -175,10 +178,11 @@ class Report:
                 "! disturbed: the kernel counted retransmissions or a full queue meanwhile"
             )
         lines += [f"outside what the model allows: {each}" for each in self.outside]
-        if not lines and (self.closes or self.binds or self.churns):
+        if not self.outside and (self.closes or self.binds or self.churns):
             lines.append("every figure lies inside what the model allows")
-        if self.left_out:
-            lines.append(f"no time was left for {_some(self.left_out)}")
+        lines += [f"not measured: {each}" for each in self.left_out[:_SHOWN]]
+        if len(self.left_out) > _SHOWN:
+            lines.append(f"not measured: {len(self.left_out) - _SHOWN} more")
         if self.interrupted:
             lines.append("interrupted: this is what there was")
         return Text("\n" + "\n".join(lines), "bold red" if self.outside else "green")
@@ -192,13 +196,8 @@ def _wrong(close: Close, what: str) -> str:
         return close.fault or ""
     stat: Stat = getattr(close, what)
     least, most = close.model.allowed[what]
-    return f"{TIMES[what]} {seconds(stat.median)}, not {seconds(least)} to {seconds(most)}"
-
-
-def _some(names: list[str]) -> str:
-    if len(names) < 4:
-        return "; ".join(names)
-    return f"{len(names)} closes: {names[0]}; ...; {names[-1]}"
+    found = f"{seconds(stat.quantiles[0])} to {seconds(stat.quantiles[20])}"
+    return f"{TIMES[what]} {found}, allowed {seconds(least)} to {seconds(most)}"
 
 
 def seconds(value: float) -> str:
