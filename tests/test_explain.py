@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -543,28 +542,27 @@ def test_what_nobody_can_see_is_said(server: Server, monkeypatch: pytest.MonkeyP
 
 
 def test_without_sock_diag_psutil_shows_the_holders(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: object, **__: object) -> None:
         raise OSError(errno.EAFNOSUPPORT, "sock_diag is Linux only")
 
     monkeypatch.setattr("timewait.explain.details", missing)
     listener = server()
-    monkeypatch.setattr(
-        "psutil.net_connections",
-        lambda kind: [
-            SimpleNamespace(
-                laddr=("127.0.0.1", PORT),
-                raddr=(),
-                status="LISTEN",
-                pid=1,
-                fd=3,
-            )
-        ],
-    )
     found = explain_bind(PORT, "127.0.0.1")
     assert (found.situation, kinds(found)) == ("live-listener", ["listener"])
+    accepted, client = connect(listener)
     listener.close()
+    client.close()
+    assert explain_bind(PORT, "127.0.0.1").situation == "close-wait-leak"
+    accepted.close()
+    accepted, client = connect(listener := server(port=PORT + 1))
+    listener.close()
+    accepted.close()
+    client.close()
+    found = explain_bind(PORT + 1, "127.0.0.1")
+    assert (found.situation, found.free_after) == ("time-wait-without-reuse", None)
+    assert "when a timer ends that cannot be seen from here" in str(found)
 
 
 def test_a_time_wait_without_a_timer_to_be_seen(

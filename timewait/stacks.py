@@ -25,7 +25,6 @@ from timewait.events import Event, Row
 from timewait.explain import explain_bind
 from timewait.port import hold_port
 from timewait.scenario import Scenario, ScenarioError
-from timewait.tcp.states import State
 
 if TYPE_CHECKING:
     from timewait.kernel.capture import Capture
@@ -334,22 +333,15 @@ def _table(
         why = "asked for" if psutil_wanted else "no sock_diag here"
     else:
         return "sock_diag", diag.sockets, (_BETWEEN,)
+    from timewait.kernel.observers import psutil_rows
+
     try:
-        import psutil
-    except ImportError:
+        psutil_rows()
+    except OSError:
         raise ScenarioError(f"{why}, and psutil is not installed: nothing to see with") from None
 
     def look(port: int) -> list[Row]:
-        found: list[Any]
-        try:
-            found = list(psutil.net_connections("tcp"))
-        except psutil.AccessDenied:
-            found = list(psutil.Process().net_connections("tcp"))
-        return [
-            Row(tuple(each.laddr), tuple(each.raddr) or ("", 0), State.parse(each.status))
-            for each in found
-            if port in (each.laddr.port, each.raddr and each.raddr.port)
-        ]
+        return [row for row, _ in psutil_rows() if port in (row.local[1], row.remote[1])]
 
     blind = (f"timers ({why}, and psutil tells none)", _BETWEEN)
     return "psutil", look, blind

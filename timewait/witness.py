@@ -24,10 +24,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from operator import attrgetter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
+
+from attrs import evolve
 
 from timewait.connections import LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Called, Event, Row, RunStarted, Snapshot, Transition
@@ -355,41 +356,24 @@ def table() -> Callable[[int | None], list[Row]]:
             pass
         else:
             return sockets
+    from timewait.kernel.observers import psutil_rows
+
     try:
-        import psutil
-    except ImportError:
+        psutil_rows()
+    except OSError:
         raise OSError(
             errno.ENOTSUP, "no way to list TCP sockets here: neither sock_diag nor psutil"
         ) from None
 
     def states(port: int | None) -> list[Row]:
-        tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        own = {process.pid for process in tree}
-        try:
-            found = [(conn, conn.pid) for conn in psutil.net_connections(kind="tcp")]
-        except psutil.AccessDenied:  # as macOS does to all but root
-            found = []
-            for process in tree:
-                with suppress(psutil.Error):
-                    found += [(conn, process.pid) for conn in _connections_of(process)]
+        tree = _tree(os.getpid())
         return [
-            Row(
-                (conn.laddr[0], conn.laddr[1]),
-                (conn.raddr[0], conn.raddr[1]) if conn.raddr else ("0.0.0.0", 0),
-                State.parse(conn.status),
-                inode=pid if pid in own else 0,  # it has no better name there
-            )
-            for conn, pid in found
-            if conn.laddr and port in (None, conn.laddr[1], conn.raddr[1] if conn.raddr else None)
+            evolve(row, inode=pid if pid in tree else 0)  # it has no better name there
+            for row, pid in psutil_rows()
+            if port in (None, row.local[1], row.remote[1])
         ]
 
     return states
-
-
-def _connections_of(process: Any) -> list[Any]:
-    listed = getattr(process, "net_connections", None) or process.connections  # before psutil 6
-    connections: list[Any] = listed(kind="tcp")
-    return connections
 
 
 def _children(pid: int) -> list[int]:

@@ -32,6 +32,12 @@ def row(state: State) -> Row:
     return Row(SERVER, CLIENT, state)
 
 
+@pytest.fixture
+def private() -> Iterator[None]:
+    with Namespace() as ns, ns.entered():
+        yield
+
+
 def test_a_table_that_changes_is_transitions() -> None:
     assert list(
         sampled(
@@ -75,35 +81,61 @@ def test_a_slow_look_is_taken_seldom() -> None:
     assert observer.period >= 0.4
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::"])
 @pytest.mark.parametrize("name", OBSERVERS)
-def test_each_sees_a_connection_and_its_end(name: str) -> None:
+def test_each_sees_a_connection_and_its_end(name: str, host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    peer = "127.0.0.1" if host == "::" else host  # IPv4 of an IPv6 listener
     with Namespace() as ns, ns.entered():
         observer, why = observe([9090], name)
         with observer:
             assert (observer.name, why) == (name, ())
             assert observer.blind
-            with socket.create_server(("127.0.0.1", 9090)) as listener:
-                client = socket.create_connection(("127.0.0.1", 9090))
+            with socket.create_server(
+                (host, 9090), family=family, dualstack_ipv6=host == "::"
+            ) as listener:
+                client = socket.create_connection((peer, 9090))
                 server, _ = listener.accept()
                 seen = observer.read()
-                local = server.getsockname(), client.getsockname()
-                if name != "psutil":
-                    assert {(r.local, r.state) for r in observer.rows(9090)} == {
-                        (local[0], S.LISTEN),
-                        (local[0], S.ESTABLISHED),
-                        (local[1], S.ESTABLISHED),
-                    }
+                ends = (peer, 9090), (peer, client.getsockname()[1])
+                assert {(r.local, r.remote[1], r.state) for r in observer.rows(9090)} == {
+                    ((host, 9090), 0, S.LISTEN),
+                    (ends[0], ends[1][1], S.ESTABLISHED),
+                    (ends[1], 9090, S.ESTABLISHED),
+                }
                 server.close()
                 client.close()
                 seen += observer.read()
             assert observer.lost == 0
     assert seen
     if name == "capture":
-        assert {e.src for e in seen} == set(local)  # type: ignore[union-attr]
-    elif name != "psutil":
-        final = [e for e in seen if isinstance(e, Transition) and e.local == local[0]][-1]
-        assert (final.remote, final.new) == (local[1], S.TIME_WAIT)
-        assert final.sampled is (name == "sock_diag")
+        assert {e.src for e in seen} == set(ends)  # type: ignore[union-attr]
+        return
+    steps = [e for e in seen if isinstance(e, Transition) and e.local == ends[0] and e.remote[1]]
+    assert (steps[-1].remote, steps[-1].new) == (ends[1], S.TIME_WAIT)
+    assert [e.new for e in steps[:-1]] == [e.old for e in steps[1:]]
+    assert steps[-1].sampled is (name != "tracepoint")
+
+
+@pytest.mark.usefixtures("private")
+def test_psutil_tells_listeners_apart_and_keeps_a_shared_one() -> None:
+    observer, _ = observe([9090], "psutil")
+    with observer, socket.socket() as one, socket.socket() as two:
+        for each in one, two:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            each.bind(("127.0.0.1", 9090))
+            each.listen()
+        (first, second) = observer.read()
+        for event in (first, second):
+            assert isinstance(event, Transition)
+            assert (event.local, event.remote) == (("127.0.0.1", 9090), ("0.0.0.0", 0))
+            assert (event.old, event.new, event.source) == (S.CLOSED, S.LISTEN, "psutil")
+        with one.dup():  # another descriptor of the same socket
+            assert observer.read() == []
+        two.close()
+        (ended,) = observer.read()
+        assert isinstance(ended, Transition)
+        assert (ended.old, ended.new) == (S.LISTEN, S.CLOSED)
 
 
 def test_a_connection_between_two_looks_is_told_of() -> None:

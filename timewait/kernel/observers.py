@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
+from itertools import count
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeAlias
 
@@ -24,7 +25,7 @@ from timewait.events import Address, Event, Note, Row, Transition
 from timewait.kernel.sock_diag import Destroyed, SockDiag, address_text
 from timewait.tcp.states import State
 
-__all__ = ["OBSERVERS", "Observer", "Sampled", "observe"]
+__all__ = ["OBSERVERS", "Observer", "Sampled", "observe", "psutil_rows"]
 
 _Look: TypeAlias = Callable[[], dict[object, Row]]
 
@@ -204,36 +205,54 @@ def _capture(ports: frozenset[int] | None, start: float | None) -> Observer:
     return Capture(ports, start=start)
 
 
-def _psutil(ports: frozenset[int] | None, start: float | None) -> Observer:
+def psutil_rows() -> list[tuple[Row, int | None]]:
+    """The table as psutil shows it, states only, and the process that has each socket.
+
+    Without the right to see all of it (macOS), the sockets of this process
+    and its children. Raises `OSError` where psutil is not installed.
+    """
     try:
         psutil: Any = import_module("psutil")
     except ImportError:
         raise OSError("the psutil package is not installed") from None
+    try:
+        found = [(each, each.pid) for each in psutil.net_connections(kind="tcp")]
+    except psutil.AccessDenied:
+        found = []
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            listed = getattr(process, "net_connections", None) or process.connections  # before 6
+            with suppress(psutil.Error):
+                found += [(each, process.pid) for each in listed(kind="tcp")]
+    rows = []
+    for each, pid in found:
+        local, remote = _end(each.laddr), _end(each.raddr)
+        if not each.raddr:  # as netstat shows the other end of a listener
+            remote = ("::" if ":" in local[0] else "0.0.0.0"), 0
+        rows.append((Row(local, remote, State.parse(each.status)), pid))
+    return rows
 
-    def every() -> list[tuple[object, Row]]:
-        try:
-            found = psutil.net_connections("tcp")
-        except psutil.AccessDenied:
-            found = psutil.Process().net_connections("tcp")
-        rows: list[tuple[object, Row]] = []
-        for each in found:
-            local = tuple(each.laddr) or ("", 0)
-            remote = tuple(each.raddr) or ("", 0)
-            if ports is None or local[1] in ports or remote[1] in ports:
-                # The same addresses may be several listeners': their descriptors tell them apart.
-                rows.append(
-                    (
-                        (local, remote, each.pid, each.fd),
-                        Row((local[0], local[1]), (remote[0], remote[1]), State.parse(each.status)),
-                    )
-                )
-        return rows
+
+def _end(address: Any) -> Address:
+    """An address of psutil's; an IPv4 address mapped into IPv6 as itself."""
+    host, port = address or ("0.0.0.0", 0)
+    return host.removeprefix("::ffff:") if "." in host else host, port
+
+
+def _psutil(ports: frozenset[int] | None, start: float | None) -> Observer:
+    def look() -> dict[object, Row]:
+        table: dict[object, Row] = {}
+        for row, _ in psutil_rows():
+            if ports is None or row.local[1] in ports or row.remote[1] in ports:
+                # Nothing names a socket but its addresses, which several listeners may have.
+                again = next(n for n in count() if (row.local, row.remote, n) not in table)
+                table[row.local, row.remote, again] = row
+        return table
 
     def rows(port: int) -> list[Row]:
-        return [row for _, row in every() if port in (row.local[1], row.remote[1])]
+        return [row for row, _ in psutil_rows() if port in (row.local[1], row.remote[1])]
 
     blind = (_BETWEEN, "timers", "sockets that no process owns, on some systems")
-    return Sampled("psutil", blind, lambda: dict(every()), rows, start=start)
+    return Sampled("psutil", blind, look, rows, start=start)
 
 
 _MAKERS: Final[dict[str, Callable[[frozenset[int] | None, float | None], Observer]]] = {
