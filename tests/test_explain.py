@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,8 +18,10 @@ import pytest
 
 from timewait import State
 from timewait.explain import Explanation, can_bind, explain_bind, parse_address
+from timewait.kernel import sock_diag
 from timewait.kernel.namespace import Namespace, sysctl
 from timewait.kernel.sock_diag import sockets
+from timewait.kernel.ticks import wheel_step
 from timewait.watching import wait_until_bindable_sync
 
 pytestmark = pytest.mark.skipif(
@@ -173,7 +176,8 @@ def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
     assert holder.remote == remote
     assert holder.seconds_left is not None
     assert 55 < holder.seconds_left < 62.1
-    assert found.free_after == pytest.approx(holder.seconds_left)
+    assert found.free_after == holder.gone_after
+    assert holder.seconds_left < found.free_after <= holder.seconds_left + wheel_step(60)
     assert found.bindable.reuse_address is reuse
     if reuse:
         assert "so a server that sets it binds now" in found.rule
@@ -212,11 +216,26 @@ def test_orphaned_fin_wait_2_that_is_to_last_over_a_minute(
     found = explained()
     assert found.situation == "fin-wait-2-orphan"
     assert found.free_after is not None
-    assert 1 < found.free_after <= 2.01
+    assert 1 < found.free_after <= 2.2
     assert f"it is free in {found.free_after:.1f} s" in found.advice[0]
-    began = time.monotonic()
-    wait_until_bindable_sync(PORT, timeout=20)
-    assert time.monotonic() - began >= found.free_after - 0.1
+    assert found.free_after - 0.1 <= wait_until_bindable_sync(PORT, timeout=20)
+
+
+@pytest.mark.parametrize("seconds", [1, 2, 3])
+def test_the_port_is_free_when_it_was_said_to_be(
+    server: Server, connect: Connect, seconds: int
+) -> None:
+    sysctl("net.ipv4.tcp_fin_timeout", seconds)
+    listener = server()
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.close()
+    wait_for(PORT, State.FIN_WAIT_2)
+    found = explain_bind(PORT, "127.0.0.1")
+    waited = wait_until_bindable_sync(PORT, "127.0.0.1", timeout=20)
+    assert found.free_after is not None
+    # Never sooner, but for the looks' own time; later only as this process was.
+    assert found.free_after - 0.1 <= waited <= found.free_after + 0.9
 
 
 def test_owned_fin_wait_2(server: Server, connect: Connect) -> None:
@@ -494,6 +513,26 @@ def test_old_process_still_alive_after_a_fork() -> None:
             os.kill(child, signal.SIGKILL)
 
 
+def test_a_process_whose_first_thread_has_ended_is_found() -> None:
+    program = (
+        "import ctypes, socket, threading, time\n"
+        f"s = socket.create_server(('127.0.0.1', {PORT}))\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "print('up', flush=True)\n"
+        "ctypes.CDLL(None).syscall(60, 0)  # exit of this thread alone\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"up\n"
+        try:
+            stat = Path(f"/proc/{server.pid}/stat")
+            while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.001)
+            assert explained().holders[0].pid == server.pid
+        finally:
+            server.kill()
+
+
 def test_last_ack_lingering(server: Server, connect: Connect) -> None:
     listener = server()
     accepted, client = connect(listener)
@@ -589,6 +628,27 @@ def test_many_holders_are_counted(server: Server, connect: Connect) -> None:
     found = explained()
     assert "20 connections of a former server" in found.title
     assert "and 8 more" in str(found)
+
+
+@pytest.mark.parametrize("port", [PORT, 40_000])
+def test_the_table_is_read_once_for_many_holders(
+    server: Server, connect: Connect, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = server(port=port)
+    for accepted, client in [connect(listener) for _ in range(200)]:
+        accepted.close()
+        client.close()
+    listener.close()
+    dumps = Counter[str]()
+    for name in ("details", "sockets"):
+
+        def counted(*arguments: Any, name: str = name, **options: Any) -> Any:
+            dumps[name] += 1
+            return getattr(sock_diag, name)(*arguments, **options)
+
+        monkeypatch.setattr(f"timewait.explain.{name}", counted)
+    assert len(explain_bind(port).holders) == 200
+    assert dumps.total() <= 3
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import errno
 import os
 import socket
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from functools import cache
 from ipaddress import ip_address
 from operator import index
 from typing import Any, Final, SupportsIndex, TypeAlias
@@ -27,9 +28,10 @@ from attrs import define, frozen
 
 from timewait.events import Address, Row
 from timewait.kernel.namespace import sysctl
-from timewait.kernel.observers import observe
+from timewait.kernel.observers import psutil_rows
 from timewait.kernel.processes import owners, reuse_options, user_name
-from timewait.kernel.sock_diag import Details, details, ends_in
+from timewait.kernel.sock_diag import Details, details, ends_in, sockets
+from timewait.kernel.ticks import fires_in, jiffies, tick
 from timewait.report import address as address_text
 from timewait.tcp.states import State
 
@@ -65,7 +67,8 @@ class Holder:
     `kind` is one of "listener", "bound", "connection", "outbound-connection",
     "self-connect", "close-wait", "fin-wait-2", "fin-wait-2-orphan",
     "last-ack", "closing", "time-wait", "outbound-time-wait". `seconds_left` is
-    until a timer ends it, None where none does. `pid` and `process` are of
+    until its timer is due, `gone_after` until it has fired, as the kernel's
+    timers may up to 2 s later; both None where none ends it. `pid` and `process` are of
     the first process that has it open and may be seen, `pids` of all;
     `reuse_address` and `reuse_port` are its options, None where not known.
     """
@@ -82,6 +85,7 @@ class Holder:
     inherited: bool = False
     reuse_address: bool | None = None
     reuse_port: bool | None = None
+    gone_after: float | None = None
 
     def __str__(self) -> str:
         state = "BOUND" if self.kind == "bound" else self.state.name
@@ -105,6 +109,7 @@ class Holder:
             "local": address_text(self.local),
             "remote": address_text(self.remote),
             "seconds_left": self.seconds_left,
+            "gone_after": self.gone_after,
             "pid": self.pid,
             "process": self.process,
             "user": self.user,
@@ -171,7 +176,7 @@ class Explanation:
             lines += ["", *_wrapped("Why", self.rule)]
             free = "when its holder lets go; no timer ends it"
             if self.free_after is not None:
-                free = f"in {self.free_after:.1f} s, when the last timer ends"
+                free = f"in {self.free_after:.1f} s, when the kernel looks at its last timer"
             elif not self.holders:
                 free = "no timer ends it"
             elif all(holder.kind in _UNOWNED and not holder.user for holder in self.holders):
@@ -229,8 +234,9 @@ def explain_bind(port: int, host: str = "0.0.0.0") -> Explanation:
         there = [one for one in found if _overlap(host, one)]
         if there or trials[False, False] is None or port == 0:
             break  # else what refused may have come just after the look
-    holders = tuple(sorted(_holders(there), key=_weight))
-    return _explanation((host, port), trials, holders, found)
+    holders = list(_holders(there))
+    stuck = _cannot_listen(list(zip(there, holders, strict=True)), trials)
+    return _explanation((host, port), trials, tuple(sorted(holders, key=_weight)), found, stuck)
 
 
 def can_bind(
@@ -273,7 +279,7 @@ def parse_address(text: str) -> Address:
     host, _, port = text.rpartition(":")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(f"an IPv6 address goes into brackets, as in [::1]:9090: {text!r}")
-    if not port.isascii() or not port.isdecimal() or int(port) > 65535:
+    if not port.isascii() or not port.isdecimal() or int(port[-9:]) > 65535 or len(port) > 9:
         raise ValueError(f"not [HOST:]PORT: {text!r}")
     host = host.removeprefix("[").removesuffix("]")
     return ("0.0.0.0" if host in ("", "*") else host), int(port)
@@ -298,9 +304,12 @@ _Trials: TypeAlias = dict[tuple[bool, bool], tuple[str, int] | None]
 
 def _numeric(host: str) -> str:
     try:
-        return str(ip_address(host))
+        address = ip_address(host)
     except ValueError:
         pass
+    else:
+        mapped = getattr(address, "ipv4_mapped", None)
+        return str(address) if mapped is None else f"::ffff:{mapped}"  # as all Pythons but old do
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except ValueError:  # what the idna codec cannot take: an empty label, too long a one
@@ -315,12 +324,10 @@ def _sockets(port: int) -> list[Details]:
     try:
         found = details(port, states=State)
     except OSError:  # not Linux, or a kernel without sock_diag
-        observer, _ = observe([port], "psutil")
-        with observer:
-            found = [
-                Details(row, socket.AF_INET6 if ":" in row.local[0] else socket.AF_INET, 0)
-                for row in observer.rows(port)
-            ]
+        found = [
+            Details(row, socket.AF_INET6 if ":" in row.local[0] else socket.AF_INET, 0)
+            for row, _ in psutil_rows()
+        ]
     return [one for one in found if one.row.local[1] == port]
 
 
@@ -349,6 +356,7 @@ def _try(
     return None
 
 
+@cache
 def _shown(host: str) -> str:
     """An address as the kernel shows it: IPv4's as such where mapped, without its interface."""
     address = ip_address(host.partition("%")[0])
@@ -370,17 +378,40 @@ def _overlap(host: str, one: Details) -> bool:
     return False
 
 
+def _cannot_listen(holders: list[tuple[Details, Holder]], trials: _Trials) -> bool:
+    """Whether there is a bound socket beside a listener: one that listen() refuses.
+
+    Both have SO_REUSEADDR then. Where both have SO_REUSEPORT, it may listen.
+    """
+    waiting, listeners = (
+        [(one, holder) for one, holder in holders if holder.kind == kind]
+        for kind in ("bound", "listener")
+    )
+    return trials[False, True] is not None and any(
+        _meet(one, other) and not (bound.reuse_port and listener.reuse_port)
+        for one, bound in waiting
+        for other, listener in listeners
+    )
+
+
+def _meet(one: Details, other: Details) -> bool:
+    """Whether two sockets' own addresses overlap."""
+    mine, theirs = one.row.local[0], other.row.local[0]
+    return _overlap(mine, other) and not (one.v6only and mine == "::" and ":" not in theirs)
+
+
 def _holders(found: list[Details]) -> Iterator[Holder]:
     processes = owners(one.row.inode or 0 for one in found)
     served = any(one.row.state is _S.LISTEN for one in found)
     low, high = _dealt_out()
     dealt_out = range(low, high + 1)
+    listening = _listening() if found and not served else frozenset()
     for one in found:
         row = one.row
         who = processes.get(row.inode or 0, [])
         options = reuse_options(who[0]) if who else None
         yield Holder(
-            kind=_kind(row, served, dealt_out),
+            kind=_kind(row, served, dealt_out, listening),
             state=row.state,
             local=row.local,
             remote=row.remote,
@@ -392,7 +423,22 @@ def _holders(found: list[Details]) -> Iterator[Holder]:
             inherited=any(process.inherited for process in who),
             reuse_address=options[0] if options else None,
             reuse_port=options[1] if options else None,
+            gone_after=_gone_after(row),
         )
+
+
+def _gone_after(row: Row) -> float | None:
+    """When its timer has really ended a socket, in seconds from now."""
+    left = ends_in(row)
+    if left is None:
+        return None
+    whole = 60.0 if row.state is _S.TIME_WAIT else float(sysctl("net.ipv4.tcp_fin_timeout"))
+    if row.timer == "keepalive":  # it is timed twice, see ends_in()
+        whole -= 60.0
+        first = fires_in(left - max(whole, 0.0), whole)
+        now = jiffies()
+        return first + fires_in(whole, whole, now + round(first / tick()))
+    return fires_in(left, max(whole, left))
 
 
 def _dealt_out() -> tuple[int, int]:
@@ -403,7 +449,7 @@ def _dealt_out() -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _kind(row: Row, served: bool, dealt_out: range) -> str:
+def _kind(row: Row, served: bool, dealt_out: range, listening: Container[Address]) -> str:
     if row.state is _S.LISTEN:
         return "listener"
     if row.state is _S.CLOSED:
@@ -415,7 +461,10 @@ def _kind(row: Row, served: bool, dealt_out: range) -> str:
     outbound = row.state is _S.SYN_SENT or (
         not served
         and row.local[1] in dealt_out
-        and (row.remote[1] not in dealt_out or _listens(row.remote))
+        and (
+            row.remote[1] not in dealt_out
+            or any((host, row.remote[1]) in listening for host in (row.remote[0], "0.0.0.0", "::"))
+        )
     )
     if row.state is _S.TIME_WAIT:
         return "outbound-time-wait" if outbound else "time-wait"
@@ -428,11 +477,12 @@ def _kind(row: Row, served: bool, dealt_out: range) -> str:
     return "outbound-connection" if outbound else "connection"
 
 
-def _listens(remote: Address) -> bool:
-    return any(
-        one.row.state is _S.LISTEN and one.row.local[0] in (remote[0], "0.0.0.0", "::")
-        for one in _sockets(remote[1])
-    )
+def _listening() -> frozenset[Address]:
+    """The addresses of all listeners here."""
+    try:
+        return frozenset(row.local for row in sockets(states=[_S.LISTEN]))
+    except OSError:  # not Linux
+        return frozenset(row.local for row, _ in psutil_rows() if row.state is _S.LISTEN)
 
 
 # Saying
@@ -450,11 +500,15 @@ def _weight(holder: Holder) -> tuple[int, float]:
 
 
 def _explanation(
-    address: Address, trials: _Trials, holders: tuple[Holder, ...], found: list[Details]
+    address: Address,
+    trials: _Trials,
+    holders: tuple[Holder, ...],
+    found: list[Details],
+    stuck: bool,
 ) -> Explanation:
     bindable = Bindable(*(trials[options] is None for options in _OPTIONS))
     failed = trials[False, False]
-    situation = _situation(address, failed, bindable, holders)
+    situation = _situation(address, failed, bindable, holders, stuck)
     case = _Case(address, bindable, holders, found)
     title, rule, advice = getattr(case, situation.replace("-", "_"))()
     return Explanation(
@@ -475,7 +529,7 @@ def _explanation(
 def _free_after(bindable: Bindable, holders: tuple[Holder, ...]) -> float | None:
     if bindable.plain:
         return 0.0
-    left = [holder.seconds_left for holder in holders]
+    left = [holder.gone_after for holder in holders]
     known = [seconds for seconds in left if seconds is not None]
     return max(known) if known and len(known) == len(left) else None
 
@@ -485,6 +539,7 @@ def _situation(
     failed: tuple[str, int] | None,
     bindable: Bindable,
     holders: tuple[Holder, ...],
+    stuck: bool,
 ) -> str:
     if failed is None:
         return "free"
@@ -501,7 +556,7 @@ def _situation(
         return "listen-refused" if call == "listen" else "not-visible"
     first = holders[0]
     if first.kind == "listener":
-        return _listener_situation(_shown(address[0]), holders)
+        return _listener_situation(_shown(address[0]), holders, stuck)
     if call == "listen":
         return "listen-refused"
     if first.kind in ("time-wait", "fin-wait-2", "bound", "close-wait", "connection"):
@@ -515,7 +570,7 @@ def _situation(
     return first.kind
 
 
-def _listener_situation(host: str, holders: tuple[Holder, ...]) -> str:
+def _listener_situation(host: str, holders: tuple[Holder, ...], stuck: bool) -> str:
     listeners = [holder for holder in holders if holder.kind == "listener"]
     first = listeners[0]
     me = user_name(os.geteuid())
@@ -523,7 +578,7 @@ def _listener_situation(host: str, holders: tuple[Holder, ...]) -> str:
         return "inherited-listener"
     if first.reuse_port and first.user != me:
         return "other-users-listener"
-    if any(holder.kind == "bound" for holder in holders):
+    if stuck:
         return "listen-refused"
     if len({(holder.local, holder.pid) for holder in listeners}) < len(listeners) or (
         len(listeners) > 1 and len({holder.local for holder in listeners}) == 1
@@ -609,10 +664,7 @@ class _Case:
         left = _free_after(self.bindable, self.holders)
         if left is None:
             return "Now: wait, or choose another port."
-        return (
-            f"Now: wait; it is free in {left:.1f} s (up to 2 s more: the kernel's timers)"
-            f"{condition}. Or choose another port."
-        )
+        return f"Now: wait; it is free in {left:.1f} s{condition}. Or choose another port."
 
     # The situations
 

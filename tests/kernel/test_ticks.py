@@ -1,6 +1,11 @@
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
-from timewait.kernel.ticks import tick, wheel_step
+from timewait.kernel import ticks
+from timewait.kernel.ticks import fires_in, jiffies, tick, wheel_step
 
 
 @pytest.mark.parametrize(
@@ -21,3 +26,32 @@ def test_the_levels_begin_where_the_kernels_do(ticks: int, step: int) -> None:
 
 def test_the_tick_is_one_of_those_kernels_are_built_with() -> None:
     assert round(1 / tick()) in (100, 250, 300, 1000)
+
+
+@pytest.mark.parametrize(
+    ("due", "now", "fires"),
+    [  # at 250 Hz, a timer of 60 s: in steps of 512 ticks, at the end of the one it is due in
+        (15_000, 1024, 15_360),
+        (512 * 20 - 1, 1024, 512 * 20),
+        (512 * 20, 1024, 512 * 21),
+        (1024, 1024, 1536),
+        (0, 1500, 1536),  # over, and not yet fired
+    ],
+)
+def test_a_timer_fires_at_the_end_of_its_step(
+    due: int, now: int, fires: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ticks, "tick", lambda: 0.004)
+    left = max(due - now, 0) * 0.004
+    assert fires_in(left, 60.0, now) == pytest.approx((fires - now) * 0.004)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0 or not Path("/proc/timer_list").exists(),
+    reason="only root is shown the kernel's own jiffies",
+)
+def test_jiffies_are_the_kernels() -> None:
+    ticks._ahead.cache_clear()
+    before = jiffies()
+    told = Path("/proc/timer_list").read_text().partition("\njiffies:")[2]
+    assert before - 2 <= int(told.split()[0]) <= jiffies() + 2

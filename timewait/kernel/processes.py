@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -44,17 +44,26 @@ def owners(inodes: Iterable[int]) -> dict[int, list[Process]]:
     if not wanted or not os.path.isdir("/proc/self/fd"):
         return found
     for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            descriptors = os.listdir(f"/proc/{pid}/fd")
-        except OSError:  # it has ended meanwhile, or is another user's
-            continue
-        for descriptor in descriptors:
-            with suppress(OSError):  # closed meanwhile
-                link = _LINK.fullmatch(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
-                if link is not None and int(link[1]) in wanted:
-                    process = _process(int(pid), int(descriptor))
-                    found.setdefault(int(link[1]), []).append(process)
+        for directory in _descriptors(f"/proc/{pid}"):
+            with suppress(OSError):  # it has ended meanwhile, or is another user's
+                for descriptor in os.listdir(directory):
+                    with suppress(OSError):  # closed meanwhile
+                        link = _LINK.fullmatch(os.readlink(f"{directory}/{descriptor}"))
+                        if link is not None and int(link[1]) in wanted:
+                            process = _process(int(pid), int(descriptor))
+                            found.setdefault(int(link[1]), []).append(process)
     return found
+
+
+def _descriptors(process: str) -> Iterator[str]:
+    """Where a process's descriptors are: at a living thread, where the first has ended."""
+    yield f"{process}/fd"
+    with suppress(OSError):
+        if Path(f"{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            for thread in os.listdir(f"{process}/task"):
+                if thread != os.path.basename(process):
+                    yield f"{process}/task/{thread}/fd"
+                    return
 
 
 def _process(pid: int, fd: int) -> Process:

@@ -9,10 +9,13 @@ before it is due. A measured span is therefore held against
 
 from __future__ import annotations
 
+import os
 import time
+from functools import cache
+from math import ceil
 from typing import Final
 
-__all__ = ["tick", "wheel_step"]
+__all__ = ["fires_in", "jiffies", "tick", "wheel_step"]
 
 _COARSE: Final = 6  # CLOCK_MONOTONIC_COARSE, which advances by ticks (clock_getres(2))
 _LEVEL_BITS: Final = 6  # LVL_BITS
@@ -20,6 +23,7 @@ _LEVEL_SHIFT: Final = 3  # LVL_CLK_SHIFT
 _LEVELS: Final = 9  # LVL_DEPTH where HZ > 100
 
 
+@cache
 def tick() -> float:
     """The seconds of one tick of this kernel, 1/HZ. Raises `OSError` elsewhere than on Linux."""
     return time.clock_getres(_COARSE)
@@ -37,3 +41,38 @@ def wheel_step(seconds: float, of: float | None = None) -> float:
     while level < _LEVELS - 1 and ticks >= ((1 << _LEVEL_BITS) - 1) << (_LEVEL_SHIFT * level):
         level += 1
     return of * (1 << (_LEVEL_SHIFT * level))
+
+
+def fires_in(left: float, of: float, now: int | None = None) -> float:
+    """When a timer with `left` seconds until it is due, set for `of` seconds, really fires.
+
+    At the end of the step that it is due in: steps are counted from where
+    jiffies are 0 (timer.c, calc_index()). `now` is in jiffies, the present if
+    not given. Raises `OSError` elsewhere than on Linux.
+    """
+    second = 1 / tick()
+    now = jiffies() if now is None else now
+    step = round(wheel_step(of) * second)
+    due = now + round(left * second)
+    return ((due // step + 1) * step - now) / second
+
+
+def jiffies() -> int:
+    """The kernel's count of its ticks, which its timers are set by."""
+    return round(time.clock_gettime(_COARSE) / tick()) + _ahead()
+
+
+@cache
+def _ahead() -> int:
+    """By how many ticks jiffies are ahead of CLOCK_MONOTONIC, which they are counted by.
+
+    times(2) tells them in hundredths of a second, rounded down: exactly,
+    therefore, at the moment its answer changes.
+    """
+    before = os.times().elapsed
+    while True:
+        now = time.clock_gettime(_COARSE)
+        told = os.times().elapsed
+        if told != before and time.clock_gettime(_COARSE) == now:
+            return ceil(round(told / tick(), 3)) - round(now / tick())
+        before = told
