@@ -51,7 +51,8 @@ for line in sys.stdin:
         churn((host, {PORT}), 100)
         start = time.perf_counter()
         churn((host, {PORT}), int(count))
-        print((time.perf_counter() - start) / int(count), flush=True)
+        took = time.perf_counter() - start
+    print(took / int(count), flush=True)
 """
 
 

@@ -317,3 +317,36 @@ def test_the_live_table_leaves_the_terminal_as_it_was() -> None:
     assert out.count(b"\x1b[?25l") == out.count(b"\x1b[?25h") == 1  # the cursor hidden and shown
     os.close(terminal)
     os.close(theirs)
+
+
+@pytest.mark.parametrize("words", [["watch", str(PORT)], ["wait", f"127.0.0.1:{PORT}"]])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whatever_ends_it_the_terminal_is_as_it_was(
+    words: list[str], number: signal.Signals
+) -> None:
+    import termios
+
+    terminal, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    with (
+        socket.create_server(("127.0.0.1", PORT)),
+        subprocess.Popen(
+            [sys.executable, "-m", "timewait", *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+        ) as process,
+    ):
+        out = b""
+        while b"LISTEN" not in out and b"listens on it" not in out:
+            out += os.read(terminal, 65536)
+        process.send_signal(number)
+        while process.poll() is None or select.select([terminal], [], [], 0)[0]:
+            if select.select([terminal], [], [], 0.1)[0]:
+                out += os.read(terminal, 65536)
+    assert process.returncode == (0 if words[0] == "watch" else 128 + number)
+    assert termios.tcgetattr(theirs) == before
+    assert out.count(b"\x1b[?25l") == out.count(b"\x1b[?25h") == 1
+    os.close(terminal)
+    os.close(theirs)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isnan
-from typing import Any
+from types import FrameType
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -15,7 +19,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from timewait.explain import Explanation, explain_bind, parse_address
 from timewait.watching import wait_until_bindable_sync
 
-__all__ = ["Seconds", "command"]
+__all__ = ["TO_END", "Seconds", "command"]
+
+
+# Windows has no SIGHUP.
+TO_END: Final = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class Seconds(click.FloatRange):
@@ -29,6 +39,25 @@ class Seconds(click.FloatRange):
         if isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)
         return seconds
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have signals to end the program end it as an exit does, so that the bar is taken away."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {
+        number: signal.signal(number, end)
+        for number in TO_END
+        if signal.getsignal(number) is signal.SIG_DFL
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @click.command(
@@ -75,7 +104,7 @@ def command(
 
     waited, trouble = None, None
     try:
-        with bar:
+        with _ended_in_order(), bar:
             waited = wait_until_bindable_sync(
                 port,
                 host,

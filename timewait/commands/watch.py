@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from timewait.commands.wait import Seconds
+from timewait.commands.wait import TO_END, Seconds
 from timewait.events import Called, Event, Lost, Note, RunStarted, SegmentSeen, Transition, dump
 from timewait.explain import parse_address
 from timewait.kernel.namespace import isolate
@@ -95,7 +95,7 @@ def command(
     told = _Told()
     before = {
         number: signal.signal(number, told)
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, *TO_END)
         if signal.getsignal(number) is not signal.SIG_IGN  # as of a shell's background job
     }
     try:
@@ -110,7 +110,7 @@ def command(
 
 
 class _Told:
-    """Whether Ctrl-C or SIGTERM has come: not an exception, which would cut a line short."""
+    """Whether it has been told to end: not by an exception, which would cut a line short."""
 
     to_end = False
 
