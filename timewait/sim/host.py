@@ -257,15 +257,31 @@ class Host:
                     return own
         raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
 
-    def resolve(self, name: str, family: int = 0) -> list[str]:
-        """The addresses of a name, IPv6 first as `getaddrinfo` orders them; [] if unknown."""
+    def named(self, name: str) -> list[str]:
+        """The addresses of a host's name, IPv6 first as `getaddrinfo` has them; [] if unknown."""
         if name == "localhost":
-            found = ["::1", "127.0.0.1"]
-        elif name in self.network.hosts:
-            found = list(self.network.hosts[name].addresses)
-            if name == self.name and not found:
-                found = ["127.0.0.1"]
-        else:
+            return ["::1", "127.0.0.1"]
+        if name not in self.network.hosts:
+            return []
+        found = list(self.network.hosts[name].addresses)
+        if name == self.name and not found:
+            found = ["127.0.0.1"]
+        return sorted(found, key=is_v4)
+
+    def name_of(self, address: str) -> str | None:
+        """Whose address it is; None if it is nobody's."""
+        if _is_loopback(address):
+            return "localhost"
+        try:
+            owner = self.network.find(canonical(address))
+        except ValueError:
+            return None
+        return None if owner is None else owner.name
+
+    def resolve(self, name: str, family: int = 0) -> list[str]:
+        """The addresses of a name, or the address it is; [] if unknown."""
+        found = self.named(name)
+        if not found:
             try:
                 found = [canonical(name)]
             except ValueError:
@@ -274,7 +290,7 @@ class Host:
             return [a for a in found if is_v4(a)]
         if family == AF_INET6:
             return [a for a in found if not is_v4(a)]
-        return sorted(found, key=is_v4)
+        return found
 
     # Sockets.
 

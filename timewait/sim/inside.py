@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import _posixsubprocess
 import _thread
+import asyncio
 import errno
 import random
+import select
+import selectors
 import socket
 import sys
 import threading
@@ -24,8 +27,10 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Final, NoReturn
 
+from timewait.sim import polling
 from timewait.sim.network import Network
-from timewait.sim.socket import SimSocket, current_host
+from timewait.sim.ports import is_v4
+from timewait.sim.socket import SimSocket, WouldBlockForever, current_host
 
 __all__ = ["LeavesSimulation", "getaddrinfo", "inside", "leaves"]
 
@@ -47,10 +52,15 @@ class LeavesSimulation(RuntimeError):
     """The program tried to use a real socket, a thread or a process inside a simulation."""
 
 
+# They keep what they call as attributes, which a function would make methods.
+_SELECTORS: Final = (selectors.SelectSelector, selectors.PollSelector, selectors.EpollSelector)
+_machine_getaddrinfo: Final = socket.getaddrinfo
+_machine_getnameinfo: Final = socket.getnameinfo
 _turn: Final = threading.Lock()
 _machine_socket: Final = socket.socket
 _thread_inside = 0
 _hooked = False
+_numeric = False  # while the machine is asked what no look-up is needed for
 
 
 @contextmanager
@@ -74,6 +84,21 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         while clock.run_until(until):
             pass
 
+    def wait(self: threading.Condition, timeout: float | None = None) -> bool:
+        """Where no other thread can notify it, the time is waited."""
+        if not self._is_owned():  # type: ignore[attr-defined]
+            raise RuntimeError("cannot wait on un-acquired lock")
+        if threading.active_count() > 1:
+            return machine_wait(self, timeout)  # of the machine's, which do not stand still
+        if timeout is None:
+            raise WouldBlockForever(
+                "this waits for another thread, and inside a simulation there is none: what was "
+                "handed to the event loop runs only after this function has returned"
+            )
+        sleep(max(timeout, 0.0))
+        return False
+
+    machine_wait = threading.Condition.wait
     machine_clock, machine_clock_ns = time.clock_gettime, time.clock_gettime_ns
 
     def clock_gettime(which: int) -> float:
@@ -88,12 +113,24 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         (socket, "create_connection", _create_connection),
         (socket, "create_server", _create_server),
         (socket, "getaddrinfo", getaddrinfo),
-        (socket, "gethostbyname", lambda name: getaddrinfo(name, 0, socket.AF_INET)[0][4][0]),
+        (socket, "getnameinfo", _getnameinfo),
+        (socket, "gethostbyname", lambda name: _gethostbyname(name)[2][0]),
+        (socket, "gethostbyname_ex", _gethostbyname),
+        (socket, "gethostbyaddr", _gethostbyaddr),
         (socket, "gethostname", lambda: current_host().name),
         (socket, "getfqdn", lambda name="": name or current_host().name),
         (socket, "socketpair", lambda *a, **k: leaves("a socket pair")),
         (socket, "fromfd", _fromfd),
+        (select, "select", polling.select),
+        (select, "poll", polling.Poll),
+        (select, "epoll", polling.Epoll),
         (threading.Thread, "start", _start),
+        (threading.Condition, "wait", wait),
+        (selectors.SelectSelector, "_select", polling.select),
+        (selectors.PollSelector, "_selector_cls", polling.Poll),
+        (selectors.EpollSelector, "_selector_cls", polling.Epoll),
+        (asyncio, "new_event_loop", lambda: leaves("another event loop")),
+        (asyncio.events, "new_event_loop", lambda: leaves("another event loop")),
         (_posixsubprocess, "fork_exec", lambda *a: leaves("a subprocess")),
         (_thread, "start_new_thread", lambda *a, **k: leaves("a thread")),
         (time, "monotonic", lambda: clock.now),
@@ -112,7 +149,8 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         random.seed(f"{seed}/random")
         _thread_inside = threading.get_ident()
         for where, name, ours in replaced:
-            setattr(where, name, _for_caller(ours, getattr(where, name)))
+            call = _for_caller(ours, getattr(where, name))
+            setattr(where, name, staticmethod(call) if where in _SELECTORS else call)
         socket.socket = _Socket  # type: ignore[assignment, misc]
         try:
             yield
@@ -191,16 +229,19 @@ _REFUSED: Final = {
     "socket.__new__": "a real socket",
     "socket.getaddrinfo": "a real name look-up",
     "socket.gethostbyname": "a real name look-up",
+    "socket.gethostbyaddr": "a real name look-up",
+    "socket.getnameinfo": "a real name look-up",
     "subprocess.Popen": "a subprocess",
     "os.system": "a subprocess",
     "os.fork": "a subprocess",
+    "os.forkpty": "a subprocess",
     "os.posix_spawn": "a subprocess",
     "os.exec": "another program in place of this one",
 }
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if event in _REFUSED and threading.get_ident() == _thread_inside:
+    if event in _REFUSED and threading.get_ident() == _thread_inside and not _numeric:
         leaves(_REFUSED[event])
 
 
@@ -217,54 +258,64 @@ def getaddrinfo(
 ) -> list[tuple[Any, Any, int, str, Any]]:
     """socket.getaddrinfo over the names of the simulated network.
 
-    Raises `socket.gaierror` for a name it does not have.
+    All but names is answered by the machine's own, with its errors. Raises
+    `socket.gaierror` for a name that the network does not have.
     """
-    here = current_host()
-    if isinstance(host, bytes):
-        host = host.decode()
-    if isinstance(port, (str, bytes)):
-        try:
-            port = int(port)
-        except ValueError:
-            ports = {"http": 80, "https": 443, "ftp": 21, "ssh": 22, "smtp": 25, "domain": 53}
-            if str(port) not in ports:
-                raise socket.gaierror(
-                    socket.EAI_SERVICE, "Servname not supported for ai_socktype"
-                ) from None
-            port = ports[str(port)]
-    if host in (None, ""):
-        names = ["0.0.0.0", "::"] if flags & socket.AI_PASSIVE else ["::1", "127.0.0.1"]
-        found = [n for n in names if family in (0, socket.AF_INET6 if ":" in n else socket.AF_INET)]
-    else:
-        found = here.resolve(host, family)
-        if not found:
-            if here.resolve(host):
-                raise socket.gaierror(
-                    socket.EAI_ADDRFAMILY, "Address family for hostname not supported"
-                )
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    kinds = [
-        (kind, number)
-        for kind, number in (
-            (socket.SOCK_STREAM, socket.IPPROTO_TCP),
-            (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
-        )
-        if type in (0, kind) and proto in (0, number)
-    ]
-    if not kinds:
-        raise socket.gaierror(socket.EAI_SOCKTYPE, "ai_socktype not supported")
-    mapped = isinstance(host, str) and host.lower().startswith("::ffff:")
+    name = host.decode() if isinstance(host, bytes) else host
+    flags &= ~socket.AI_ADDRCONFIG  # it would tell of the machine's interfaces
+    found = current_host().named(name) if isinstance(name, str) else []
+    if not found or flags & socket.AI_NUMERICHOST:
+        flags |= socket.AI_NUMERICHOST
+        return list(_machine(_machine_getaddrinfo, host, port, family, type, proto, flags))
+    kinds = {0: found, socket.AF_INET: [a for a in found if is_v4(a)]}
+    kinds[socket.AF_INET6] = [a for a in found if not is_v4(a)]
+    if family in kinds and not kinds[family]:
+        raise socket.gaierror(socket.EAI_ADDRFAMILY, "Address family for hostname not supported")
     answers: list[tuple[Any, Any, int, str, Any]] = []
-    for address in found:
-        for kind, number in kinds:
-            if ":" in address:
-                answers.append((socket.AF_INET6, kind, number, "", (address, port or 0, 0, 0)))
-            elif mapped:
-                full = (f"::ffff:{address}", port or 0, 0, 0)
-                answers.append((socket.AF_INET6, kind, number, "", full))
-            else:
-                answers.append((socket.AF_INET, kind, number, "", (address, port or 0)))
+    for address in kinds.get(family, found):
+        flags |= socket.AI_NUMERICHOST
+        some = _machine(_machine_getaddrinfo, address, port, family, type, proto, flags)
+        answers += [(*answer[:3], answer[3] and name, answer[4]) for answer in some]
     return answers
+
+
+def _machine(function: Callable[..., Any], *args: Any) -> Any:
+    """What the machine answers where that takes no look-up."""
+    global _numeric
+    _numeric = True
+    try:
+        return function(*args)
+    finally:
+        _numeric = False
+
+
+def _getnameinfo(sockaddr: Any, flags: int) -> tuple[str, str]:
+    """socket.getnameinfo: a host's address has its name, all others are numbers."""
+    numbers = socket.NI_NUMERICHOST
+    address, service = _machine(
+        _machine_getnameinfo, sockaddr, flags & ~socket.NI_NAMEREQD | numbers
+    )
+    if flags & numbers:
+        return address, service
+    name = current_host().name_of(address)
+    if name is None and flags & socket.NI_NAMEREQD:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return name or address, service
+
+
+def _gethostbyname(name: str) -> tuple[str, list[str], list[str]]:
+    """socket.gethostbyname_ex: IPv4 only."""
+    found = getaddrinfo(name, 0, socket.AF_INET, socket.SOCK_STREAM)
+    return name, [], [answer[4][0] for answer in found]
+
+
+def _gethostbyaddr(address: str) -> tuple[str, list[str], list[str]]:
+    """socket.gethostbyaddr: who has the address."""
+    first = getaddrinfo(address, 0, 0, socket.SOCK_STREAM)[0][4][0]
+    name = current_host().name_of(first)
+    if name is None:
+        raise socket.herror(1, "Unknown host")
+    return name, [], [first]
 
 
 def _create_connection(

@@ -12,14 +12,17 @@ is refused.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import selectors
 import signal
+import socket
 import threading
+from asyncio import format_helpers
 from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from heapq import heapify, heappop
 from math import ulp
 from typing import Any, Final, NoReturn, TypeVar
@@ -34,6 +37,7 @@ __all__ = ["Deadlock", "Livelock", "SimLoop", "SimSelector", "run"]
 
 T = TypeVar("T")
 
+_SENDFILE: Final = 1 << 18  # bytes read of a file at once
 INF: Final = float("inf")
 RESOLUTION: Final = 1e-9  # seconds: timers that are closer than this are due at once
 PATIENCE: Final = 1_000_000  # iterations at one instant before it is a livelock
@@ -235,7 +239,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._touched = selector.touched
         self._clock = network.clock
         self._thread = threading.get_ident()
-        self._handled: dict[int, Any] = {}
+        self._handled: set[int] = set()
+        self._before: dict[int, Any] = {}  # what handled signals when the simulation began
         super().__init__(selector)
 
     def time(self) -> float:
@@ -310,10 +315,11 @@ class SimLoop(asyncio.SelectorEventLoop):
             if self._touched:
                 self._poll(self._ready)
 
-    def _failed(self, handle: asyncio.Handle, error: BaseException) -> None:
+    def _failed(self, handle: Any, error: BaseException) -> None:
         self.call_exception_handler(
             {
-                "message": f"Exception in callback {handle!r}",
+                "message": "Exception in callback "
+                + format_helpers._format_callback_source(handle._callback, handle._args),
                 "exception": error,
                 "handle": handle,
             }
@@ -412,12 +418,12 @@ class SimLoop(asyncio.SelectorEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> Any:
-        """Call `func` at once, in a context of its own as in a thread: there are no threads."""
+        """Call `func` at once, in an empty context as in a thread: there are no threads."""
         if self.is_closed():
             raise RuntimeError("Event loop is closed")
         future = self.create_future()
         try:
-            result = copy_context().run(func, *args)
+            result = _as_in_a_thread(func, *args)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -435,13 +441,28 @@ class SimLoop(asyncio.SelectorEventLoop):
         return [_Info(info) for info in infos]
 
     async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
-        """The numeric form."""
-        return sockaddr[0], str(sockaddr[1])
+        """Names of the simulated network."""
+        return socket.getnameinfo(sockaddr, flags)
 
     async def _sock_sendfile_native(
         self, sock: Any, file: Any, offset: int, count: int | None
-    ) -> NoReturn:
-        raise asyncio.SendfileNotAvailableError("a simulated socket has no sendfile()")
+    ) -> int:
+        """sendfile(2): from the file's number, so that its position counts for nothing."""
+        try:
+            number = file.fileno()
+            size = os.fstat(number).st_size
+        except (AttributeError, OSError) as error:
+            raise asyncio.SendfileNotAvailableError("not a regular file") from error
+        end = offset + (size if count is None else count)
+        start = offset
+        try:
+            while data := os.pread(number, min(end - offset, _SENDFILE), offset):
+                await self.sock_sendall(sock, data)
+                offset += len(data)
+        finally:
+            if offset > start:
+                os.lseek(number, offset, os.SEEK_SET)
+        return offset - start
 
     # What leaves the simulation.
 
@@ -479,45 +500,59 @@ class SimLoop(asyncio.SelectorEventLoop):
         self, sig: int, callback: Any, *args: Any
     ) -> None:
         """As on any loop, in the main thread."""
+        if asyncio.iscoroutine(callback) or asyncio.iscoroutinefunction(callback):
+            raise TypeError("coroutines cannot be used with add_signal_handler()")
+        self._check_signal(sig)  # type: ignore[attr-defined]
+        self._check_closed()  # type: ignore[attr-defined]
+        context = copy_context()
 
         def handle(_number: int, _frame: Any) -> None:
-            self.call_soon(callback, *args)
+            self.call_soon(callback, *args, context=context)
 
-        previous = signal.signal(sig, handle)
-        self._handled.setdefault(sig, previous)
+        try:
+            previous = signal.signal(sig, handle)
+        except ValueError as error:  # not in the main thread
+            raise RuntimeError(str(error)) from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise RuntimeError(f"sig {sig} cannot be caught") from error
+        self._before.setdefault(sig, previous)
+        self._handled.add(sig)
 
     def remove_signal_handler(self, sig: int) -> bool:
-        """Put back what was there before; whether there was a handler."""
+        """Put the default in its place; whether there was a handler."""
+        self._check_signal(sig)  # type: ignore[attr-defined]
         if sig not in self._handled:
             return False
-        signal.signal(sig, self._handled.pop(sig))
+        self._handled.remove(sig)
+        interrupt = sig == signal.SIGINT
+        signal.signal(sig, signal.default_int_handler if interrupt else signal.SIG_DFL)
         return True
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """There is none; called when all tasks have ended, and with them the programs.
-
-        What they left open the kernel closes, as it does for any process.
-        """
-        for transport in list(self._transports.values()):
-            transport.abort()
-        for _ in range(3):
-            await asyncio.sleep(0)
+        """There is none."""
 
     def close(self) -> None:
-        """Close the loop and put signal handlers back."""
-        for sig in list(self._handled):
-            self.remove_signal_handler(sig)
+        """Close the loop and put signal handlers back.
+
+        What the programs left open the kernel closes, as it does for any process: nobody is told.
+        """
+        while self._before:
+            signal.signal(*self._before.popitem())
+        self._handled.clear()
         for sock in self.network.files.values():
             sock.close()
             sock.dead = True
         self.network.files.clear()
+        for transport in self._transports.values():
+            transport._closing = True  # type: ignore[attr-defined]
+            transport._sock = None  # type: ignore[attr-defined]
         super().close()
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """As asyncio's, noting the virtual time."""
         error = context.get("exception")
-        if isinstance(error, asyncio.CancelledError):
-            return  # Python 3.11's streams report every handler that is cancelled
         if error is not None:
             _note(error, self.time())
         super().call_exception_handler(context)
@@ -606,6 +641,12 @@ def run(
             raise
         finally:
             loop.close()
+
+
+def _as_in_a_thread(func: Callable[..., T], *args: Any) -> T:
+    context = Context()
+    context.run(HERE.set, HERE.get())
+    return context.run(func, *args)
 
 
 def _note(error: BaseException, now: float) -> None:

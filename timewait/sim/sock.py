@@ -45,6 +45,7 @@ _NO_OPTIONS: Final = SocketOptions()
 _LOOPBACK_BROADCAST: Final = "127.255.255.255"
 _SOMAXCONN: Final = 4096
 _LEAST_MSS: Final = 88  # TCP_MIN_MSS
+_LOOPBACK_MSS: Final = 65483  # of lo's MTU
 _RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
 _POLLIN, _POLLOUT, _POLLERR, _POLLHUP, _POLLRDHUP = 0x1, 0x4, 0x8, 0x10, 0x2000
@@ -72,6 +73,15 @@ def fail(number: int) -> NoReturn:
 def _to_many(address: str) -> bool:
     """Whether it is an address for several that bind(2) takes (inet_addr_valid_or_nonlocal)."""
     return is_v4(address) and (address == "255.255.255.255" or ip_address(address).is_multicast)
+
+
+def _multicast6(address: str) -> bool:
+    return address.startswith("ff") and ":" in address
+
+
+def _of_a_link(address: str) -> bool:
+    """Whether it means nothing without a link (fe80::/10), and no address here names one."""
+    return not is_v4(address) and ip_address(address).is_link_local
 
 
 class Sock:
@@ -216,6 +226,8 @@ class Sock:
         mapped = self.family == AF_INET6 and is_v4(address)
         if mapped and self.v6only:
             fail(errno.EINVAL)
+        if self.family == AF_INET6 and (_of_a_link(address) or _multicast6(address)):
+            fail(errno.EINVAL)
         if address not in (ANY4, ANY6) and not host.is_local(address) and not _to_many(address):
             fail(errno.EADDRNOTAVAIL)
         if 0 < port < host.unprivileged_port_start and host.uid != 0:
@@ -282,6 +294,8 @@ class Sock:
         host = self.host
         mapped = is_v4(address)
         if self.family == AF_INET6:
+            if _of_a_link(address):
+                fail(errno.EINVAL)
             if mapped and self.v6only:
                 fail(errno.ENETUNREACH)
             if not mapped and is_v4(self.address):
@@ -722,7 +736,7 @@ class Sock:
             case socket.SOL_SOCKET, socket.SO_RCVBUF:
                 return self.rcvbuf or 131072
             case socket.SOL_SOCKET, socket.SO_SNDBUF:
-                return self.sndbuf or 16384
+                return self.sndbuf or self._default_sndbuf()
             case socket.IPPROTO_TCP, socket.TCP_NODELAY:
                 return int(self.no_delay)
             case socket.IPPROTO_TCP, socket.TCP_KEEPIDLE:
@@ -754,6 +768,15 @@ class Sock:
         if level == socket.IPPROTO_IPV6 and self.family == AF_INET:
             fail(errno.EOPNOTSUPP)
         fail(errno.ENOPROTOOPT)
+
+    def _default_sndbuf(self) -> int:
+        """What SO_SNDBUF tells unless it was set (`tcp_sndbuf_expand`): room for 20 segments."""
+        conn = self.conn
+        if conn is None or conn.state in (State.CLOSED, State.SYN_SENT, State.LISTEN):
+            return 16384
+        mss = _LOOPBACK_MSS if self.host.is_local(self.remote) else conn.adv_mss
+        segment = mss + 640  # MAX_TCP_HEADER and struct skb_shared_info
+        return min(20 * ((1 << (segment - 1).bit_length()) + 256), _WMEM_MAX)
 
     def linux_state(self) -> int:
         """The state as TCP_INFO's first byte has it."""

@@ -28,10 +28,21 @@ __all__ = ["SimSocket", "WouldBlockForever", "current_host"]
 _SOCK_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 # Plain numbers: Python's own are enums, whose `&` is slow.
 _KNOWN_FLAGS: Final = int(
-    socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | socket.MSG_CMSG_CLOEXEC
+    socket.MSG_PEEK
+    | socket.MSG_DONTWAIT
+    | socket.MSG_NOSIGNAL
+    | socket.MSG_CMSG_CLOEXEC
+    # What TCP has no use for.
+    | socket.MSG_CONFIRM
+    | socket.MSG_CTRUNC
+    | socket.MSG_DONTROUTE
+    | socket.MSG_EOR
 )
 _PEEK: Final = int(socket.MSG_PEEK)
 _DONTWAIT: Final = int(socket.MSG_DONTWAIT)
+_TCP_INFO: Final = 280  # bytes of Linux 6.18's struct tcp_info
+_SO_MARK, _SO_TIMESTAMPING = 36, (37, 65)
+_TX_RECORDS: Final = 0x303  # SOF_TIMESTAMPING_TX_RECORD_MASK
 
 
 _Kind: TypeAlias = type[BaseException] | None
@@ -55,7 +66,7 @@ def current_host() -> Host:
 class SimSocket:
     """A TCP socket of a modelled host; see `socket.socket`."""
 
-    __slots__ = ("__weakref__", "_family", "_host", "_sock", "_timeout")
+    __slots__ = ("__weakref__", "_family", "_host", "_proto", "_sock", "_timeout")
 
     def __init__(
         self,
@@ -73,6 +84,7 @@ class SimSocket:
                 fail(errno.EBADF)
             self._sock = host.network.files[fileno]
             self._family = self._sock.family
+            self._proto = int(socket.IPPROTO_TCP)
             return
         self._family = AF_INET if family == -1 else family
         kind = socket.SOCK_STREAM if type == -1 else type
@@ -87,6 +99,7 @@ class SimSocket:
             )
         if proto not in (-1, 0, socket.IPPROTO_TCP):
             fail(errno.EPROTONOSUPPORT)
+        self._proto = max(proto, 0)
         if kind & socket.SOCK_NONBLOCK:
             self._timeout = 0.0
         self._attach(host.socket(self._family))
@@ -104,6 +117,7 @@ class SimSocket:
         new = cls.__new__(cls)
         new._family = sock.family
         new._host = sock.host
+        new._proto = 0
         new._timeout = socket.getdefaulttimeout()
         new._attach(sock)
         return new
@@ -122,8 +136,8 @@ class SimSocket:
 
     @property
     def proto(self) -> int:
-        """Zero: the only protocol of its type."""
-        return 0
+        """As it was given: zero, or IPPROTO_TCP, which mean the same."""
+        return self._proto
 
     @property
     def timeout(self) -> float | None:
@@ -146,17 +160,17 @@ class SimSocket:
 
     def setblocking(self, flag: bool) -> None:
         """Blocking mode is allowed as long as nothing has to wait."""
+        self._timeout = None if flag else 0.0
         if self._sock is None:
             fail(errno.EBADF)
-        self._timeout = None if flag else 0.0
 
     def settimeout(self, value: float | None) -> None:
         """As `setblocking`; a timeout is blocking mode too."""
         if value is not None and value < 0:
             raise ValueError("Timeout value out of range")
+        self._timeout = value
         if self._sock is None:
             fail(errno.EBADF)
-        self._timeout = value
 
     def gettimeout(self) -> float | None:
         """None: blocking; 0.0: non-blocking."""
@@ -168,6 +182,7 @@ class SimSocket:
 
     def get_inheritable(self) -> bool:
         """Whether a child process would inherit it."""
+        self._open()
         return False
 
     def set_inheritable(self, inheritable: bool) -> None:
@@ -254,6 +269,7 @@ class SimSocket:
             self._wait("accept")
             raise
         new = SimSocket._accepted(child)
+        new._proto = self._proto
         return new, new._tuple(child.remote, child.remote_port)
 
     def connect(self, address: Any) -> None:
@@ -297,6 +313,7 @@ class SimSocket:
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send all or fail."""
+        self._open()
         view = memoryview(data).cast("B")
         while view:
             view = view[self.send(view, flags) :]
@@ -312,10 +329,11 @@ class SimSocket:
         flags: int = 0,
         address: Any = None,
     ) -> int:
-        """sendmsg(2), without ancillary data."""
-        if list(ancdata):
-            fail(errno.EINVAL)
-        return self.send(b"".join(buffers), flags)
+        """sendmsg(2); ancillary data is judged as the kernel does, and means nothing to TCP."""
+        self._open()
+        for level, kind, data in ancdata:
+            _check_ancillary(level, kind, bytes(data))
+        return self.send(b"".join(map(memoryview, buffers)), flags)
 
     def recv(self, bufsize: int, flags: int = 0) -> bytes:
         """recv(2); for no bytes Python does not ask the kernel."""
@@ -402,12 +420,8 @@ class SimSocket:
         """Another object for the same socket: closed when both are."""
         sock = self._open()
         new = SimSocket.__new__(SimSocket)
-        new._family, new._host, new._timeout, new._sock = (
-            self._family,
-            self._host,
-            self._timeout,
-            sock,
-        )
+        new._family, new._proto, new._host = self._family, self._proto, self._host
+        new._timeout, new._sock = self._timeout, sock
         sock.files += 1
         return new
 
@@ -441,7 +455,7 @@ class SimSocket:
         if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
             data = struct.pack("ii", sock.linger is not None, sock.linger or 0)
         elif (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
-            data = bytes([sock.linux_state()]).ljust(248, b"\0")
+            data = bytes([sock.linux_state()]).ljust(_TCP_INFO, b"\0")
         else:
             data = struct.pack("I", sock.get_option(level, option) & 0xFFFFFFFF)
         if buflen:
@@ -506,3 +520,13 @@ def _writable(buffer: Any, nbytes: int, call: str) -> memoryview:
 def _check_flags(flags: int) -> None:
     if flags & ~_KNOWN_FLAGS:
         fail(errno.EOPNOTSUPP)
+
+
+def _check_ancillary(level: int, kind: int, data: bytes) -> None:
+    """`__sock_cmsg_send`: EINVAL for what a socket does not know; it asks of its own level only."""
+    if level != socket.SOL_SOCKET or kind in (socket.SCM_RIGHTS, socket.SCM_CREDENTIALS):
+        return
+    if len(data) != 4 or (kind != _SO_MARK and kind not in _SO_TIMESTAMPING):
+        fail(errno.EINVAL)
+    if kind in _SO_TIMESTAMPING and struct.unpack("I", data)[0] & ~_TX_RECORDS:
+        fail(errno.EINVAL)
