@@ -20,7 +20,7 @@ from timewait import State
 from timewait.explain import Explanation, can_bind, explain_bind, parse_address
 from timewait.kernel import sock_diag
 from timewait.kernel.namespace import Namespace, sysctl
-from timewait.kernel.sock_diag import sockets
+from timewait.kernel.sock_diag import address_text, sockets
 from timewait.kernel.ticks import wheel_step
 from timewait.watching import wait_until_bindable_sync
 
@@ -39,6 +39,16 @@ def private() -> Iterator[None]:
         yield
 
 
+HERE = "127.0.0.1"
+
+
+@pytest.fixture(params=["127.0.0.1", "::1"])
+def either_family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has the test's loopback address be IPv4's and IPv6's in turn."""
+    monkeypatch.setitem(globals(), "HERE", request.param)
+    return "::" if ":" in request.param else "0.0.0.0"
+
+
 @pytest.fixture
 def opened() -> Iterator[ExitStack]:
     with ExitStack() as stack:
@@ -48,8 +58,9 @@ def opened() -> Iterator[ExitStack]:
 @pytest.fixture
 def bound(opened: ExitStack) -> Server:
     def make(
-        host: str = "127.0.0.1", port: int = PORT, *, reuse: bool = False, share: bool = False
+        host: str | None = None, port: int = PORT, *, reuse: bool = False, share: bool = False
     ) -> socket.socket:
+        host = host or HERE
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = opened.enter_context(socket.socket(family))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
@@ -75,7 +86,7 @@ def connect(opened: ExitStack) -> Connect:
     def make(listener: socket.socket, *, port: int = 0) -> tuple[socket.socket, socket.socket]:
         client = opened.enter_context(socket.socket(listener.family))
         if port:
-            client.bind(("127.0.0.1", port))
+            client.bind((HERE, port))
         client.connect(listener.getsockname())
         accepted, _ = listener.accept()
         return opened.enter_context(accepted), client
@@ -83,7 +94,7 @@ def connect(opened: ExitStack) -> Connect:
     return make
 
 
-def tried(host: str = "127.0.0.1", port: int = PORT) -> dict[str, bool]:
+def tried(host: str, port: int) -> dict[str, bool]:
     """Who may bind and listen, tried here in another way than explain_bind does."""
     outcome = {}
     for name, reuse, share in (
@@ -105,8 +116,9 @@ def tried(host: str = "127.0.0.1", port: int = PORT) -> dict[str, bool]:
     return outcome
 
 
-def explained(host: str = "127.0.0.1", port: int = PORT) -> Explanation:
+def explained(host: str | None = None, port: int = PORT) -> Explanation:
     """The explanation, after a look that it told the truth and left nothing behind."""
+    host = host or HERE
     before = sorted((row.local, row.remote) for row in sockets(states=State))
     found = explain_bind(port, host)
     assert sorted((row.local, row.remote) for row in sockets(states=State)) == before
@@ -129,6 +141,7 @@ def wait_for(port: int, state: State) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.usefixtures("either_family")
 def test_free() -> None:
     found = explained()
     assert (found.situation, found.holders, found.free_after) == ("free", (), 0.0)
@@ -136,6 +149,7 @@ def test_free() -> None:
     assert not found.advice
 
 
+@pytest.mark.usefixtures("either_family")
 def test_live_listener(server: Server) -> None:
     server()
     found = explained()
@@ -149,6 +163,7 @@ def test_live_listener(server: Server) -> None:
     assert not found.warnings
 
 
+@pytest.mark.usefixtures("either_family")
 def test_two_listeners_sharing(server: Server) -> None:
     server(share=True)
     server(share=True)
@@ -161,11 +176,12 @@ def test_two_listeners_sharing(server: Server) -> None:
     assert "two would share" in found.warnings[0]
 
 
+@pytest.mark.usefixtures("either_family")
 @pytest.mark.parametrize("reuse", [False, True])
 def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
     listener = server(reuse=reuse)
     accepted, client = connect(listener)
-    remote = client.getsockname()
+    remote = client.getsockname()[:2]
     listener.close()
     accepted.close()
     client.close()
@@ -187,6 +203,7 @@ def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
         assert "wait" in found.advice[0]
 
 
+@pytest.mark.usefixtures("either_family")
 def test_orphaned_fin_wait_2(server: Server, connect: Connect) -> None:
     listener = server()
     accepted, _client = connect(listener)
@@ -238,6 +255,7 @@ def test_the_port_is_free_when_it_was_said_to_be(
     assert found.free_after - 0.1 <= waited <= found.free_after + 0.9
 
 
+@pytest.mark.usefixtures("either_family")
 def test_owned_fin_wait_2(server: Server, connect: Connect) -> None:
     listener = server()
     accepted, _client = connect(listener)
@@ -252,6 +270,7 @@ def test_owned_fin_wait_2(server: Server, connect: Connect) -> None:
     assert found.free_after is None
 
 
+@pytest.mark.usefixtures("either_family")
 def test_close_wait_leak(server: Server, connect: Connect) -> None:
     listener = server()
     _accepted, client = connect(listener)
@@ -264,16 +283,18 @@ def test_close_wait_leak(server: Server, connect: Connect) -> None:
     assert "recv() returns b''" in found.advice[1]
 
 
+@pytest.mark.usefixtures("either_family")
 def test_outbound_established(server: Server, connect: Connect) -> None:
     port = connect(server(port=80))[1].getsockname()[1]
     found = explained(port=port)
     assert found.situation == "outbound-connection"
     assert [(h.kind, h.remote, h.pid) for h in found.holders] == [
-        ("outbound-connection", ("127.0.0.1", 80), os.getpid())
+        ("outbound-connection", (HERE, 80), os.getpid())
     ]
     assert "ip_local_reserved_ports" in found.advice[1]
 
 
+@pytest.mark.usefixtures("either_family")
 def test_outbound_time_wait(server: Server, connect: Connect) -> None:
     accepted, client = connect(server(port=80))
     port = client.getsockname()[1]
@@ -286,28 +307,30 @@ def test_outbound_time_wait(server: Server, connect: Connect) -> None:
     assert 55 < found.free_after < 62.1
 
 
+@pytest.mark.usefixtures("either_family")
 def test_self_connect(opened: ExitStack) -> None:
-    alone = opened.enter_context(socket.socket())
-    alone.bind(("127.0.0.1", PORT))
-    alone.connect(("127.0.0.1", PORT))
+    family = socket.AF_INET6 if ":" in HERE else socket.AF_INET
+    alone = opened.enter_context(socket.socket(family))
+    alone.bind((HERE, PORT))
+    alone.connect((HERE, PORT))
     found = explained()
     assert found.situation == "self-connect"
     assert kinds(found) == ["self-connect"]
     assert "simultaneous open" in found.rule
 
 
-def test_wildcard_against_specific(server: Server) -> None:
-    server("0.0.0.0")
-    found = explained("127.0.0.1")
+def test_wildcard_against_specific(server: Server, either_family: str) -> None:
+    server(either_family)
+    found = explained(HERE)
     assert found.situation == "wildcard-over-specific"
-    assert "listens on 0.0.0.0:9090, which includes it" in found.title
+    assert f"listens on {address_text((either_family, PORT))}, which includes it" in found.title
 
 
-def test_specific_against_wildcard(server: Server) -> None:
-    server("127.0.0.1")
-    found = explained("0.0.0.0")
+def test_specific_against_wildcard(server: Server, either_family: str) -> None:
+    server(HERE)
+    found = explained(either_family)
     assert found.situation == "specific-under-wildcard"
-    assert "listens on 127.0.0.1:9090, a part of it" in found.title
+    assert f"listens on {address_text((HERE, PORT))}, a part of it" in found.title
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
@@ -356,6 +379,7 @@ def test_an_ipv6_only_wildcard_does_not_refuse_ipv4_but_is_treacherous(opened: E
     assert explained("::").situation == "live-listener"
 
 
+@pytest.mark.usefixtures("either_family")
 def test_bound_but_not_listening(bound: Server) -> None:
     bound()
     found = explained()
@@ -373,6 +397,7 @@ def test_a_bind_beside_a_bound_socket_is_treacherous(bound: Server) -> None:
     assert "the other's listen() fails" in found.warnings[0]
 
 
+@pytest.mark.usefixtures("either_family")
 def test_bind_allowed_and_listen_refused(bound: Server) -> None:
     first = bound(reuse=True)
     second = bound(reuse=True)
@@ -481,6 +506,7 @@ def test_a_link_local_address_goes_with_an_interface(opened: ExitStack) -> None:
         explain_bind(PORT, "fe80::1%none")
 
 
+@pytest.mark.usefixtures("either_family")
 def test_exhausted_ephemeral_range(bound: Server) -> None:
     sysctl("net.ipv4.ip_local_port_range", "50000 50009")
     for _ in range(10):
@@ -533,14 +559,14 @@ def test_a_process_whose_first_thread_has_ended_is_found() -> None:
             server.kill()
 
 
-def test_last_ack_lingering(server: Server, connect: Connect) -> None:
+def test_last_ack_lingering(server: Server, connect: Connect, either_family: str) -> None:
     listener = server()
     accepted, client = connect(listener)
     listener.close()
     client.close()
     subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
     accepted.close()
-    found = explained("0.0.0.0")
+    found = explained(either_family)
     assert found.situation == "last-ack"
     assert kinds(found)[0] == "last-ack"
     assert found.free_after is None
@@ -548,6 +574,7 @@ def test_last_ack_lingering(server: Server, connect: Connect) -> None:
     assert "when the peer answers, or the kernel gives up" in str(found)
 
 
+@pytest.mark.usefixtures("either_family")
 def test_closing_before_a_peer_that_does_not_read(server: Server, connect: Connect) -> None:
     listener = server()
     accepted, _client = connect(listener)
@@ -563,6 +590,7 @@ def test_closing_before_a_peer_that_does_not_read(server: Server, connect: Conne
     assert "no timer ends it" not in str(found)
 
 
+@pytest.mark.usefixtures("either_family")
 def test_live_connection(server: Server, connect: Connect) -> None:
     listener = server(reuse=True)
     connect(listener)

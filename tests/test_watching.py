@@ -203,6 +203,24 @@ def test_wait_answers_by_its_exit_status() -> None:
         assert trouble.stderr.count("\n") == 1
 
 
+def test_the_end_of_a_watched_process_is_seen() -> None:
+    program = (
+        "import os, socket\n"
+        f"s = socket.create_server(('127.0.0.1', {PORT}))\n"
+        f"c = socket.create_connection(('127.0.0.1', {PORT}))\n"
+        "a, _ = s.accept(); c.send(b'unread'); os.kill(os.getpid(), 9)\n"
+    )
+    with watch(PORT) as seen:
+        subprocess.run([sys.executable, "-c", program], check=False)
+    assert seen.lost == 0
+    ends = [e for e in seen.events if isinstance(e, Transition) and e.new is State.CLOSED]
+    assert {(e.old, e.cause) for e in ends} == {
+        (State.LISTEN, None),
+        (State.ESTABLISHED, None),
+        (State.ESTABLISHED, "RST received"),
+    }
+
+
 def test_watch_runs_a_command_and_keeps_its_status() -> None:
     program = (
         "import socket, sys\n"
