@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from timewait import State
-from timewait.events import Note, Row, Transition
+from timewait.events import Lost, Note, Row, Transition
 from timewait.kernel import observers
 from timewait.kernel.namespace import Namespace
 from timewait.kernel.observers import OBSERVERS, Sampled, observe
@@ -156,6 +156,13 @@ def test_a_connection_between_two_looks_is_told_of() -> None:
                     break
                 time.sleep(0.005)
     assert f"127.0.0.1:{ends} came and went between two looks" in notes
+
+
+def test_notices_that_were_lost_are_told() -> None:
+    lost = iter([0, 3, 3, 5])
+    observer = Sampled("test", (), dict, lambda port: [], ended=lambda: ({}, next(lost)))
+    told = [[e.count for e in observer.read() if isinstance(e, Lost)] for _ in range(4)]
+    assert (told, observer.lost) == ([[], [3], [], [2]], 5)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeAlias
 
-from timewait.events import Address, Event, Note, Row, Transition
+from timewait.events import Address, Event, Lost, Note, Row, Transition
 from timewait.kernel.sock_diag import Destroyed, SockDiag, address_text
 from timewait.tcp.states import State
 
@@ -77,7 +77,8 @@ class Sampled:
     Each `read` looks once. `period` is when it would look again, in seconds:
     soon while things change, seldom while they do not, and never so often
     that looking takes more than a twentieth of the time. `ended` tells which
-    sockets have been destroyed meanwhile, where anything does.
+    sockets have been destroyed meanwhile, where anything does, and how many
+    such notices have been lost so far.
     """
 
     SOONEST: Final = 0.001
@@ -91,7 +92,7 @@ class Sampled:
         rows: Callable[[int], list[Row]],
         *,
         start: float | None = None,
-        ended: Callable[[], dict[int, Row]] = dict,
+        ended: Callable[[], tuple[dict[int, Row], int]] = lambda: ({}, 0),
         resources: ExitStack | None = None,
     ) -> None:
         self.name = name
@@ -129,12 +130,16 @@ class Sampled:
         began = time.monotonic()
         table = self._look()
         took = time.monotonic() - began
-        ended = self._ended()
+        ended, lost = self._ended()
         events: list[Event] = list(self._changes(table, began - self.start))
         for cookie, row in ended.items():
             if cookie not in table and cookie not in self._table and row.remote[1] != 0:
                 ends = f"{address_text(row.local)} \N{RIGHTWARDS ARROW} {address_text(row.remote)}"
                 events.append(Note(began - self.start, f"{ends} came and went between two looks"))
+        if lost > self.lost:
+            why = "notices of destroyed sockets came faster than they were read"
+            events.append(Lost(began - self.start, self.name, lost - self.lost, why))
+            self.lost = lost
         self._table = table
         wanted = self.period / 2 if events else self.period * 1.5
         self.period = min(max(wanted, self.SOONEST, 20 * took), max(self.LATEST, 20 * took))
@@ -182,8 +187,9 @@ def _sock_diag(ports: frozenset[int] | None, start: float | None) -> Observer:
         for each in notices:
             resources.callback(each.close)
 
-        def ended() -> dict[int, Row]:
-            return {cookie: row for each in notices for cookie, row in each.read().items()}
+        def ended() -> tuple[dict[int, Row], int]:
+            rows = {cookie: row for each in notices for cookie, row in each.read().items()}
+            return rows, sum(each.lost for each in notices)
 
         return Sampled(
             *("sock_diag", (_BETWEEN,), look, diag.sockets),
