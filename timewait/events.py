@@ -149,7 +149,8 @@ class SegmentSeen:
 
     `length` is the text's octets (SYN and FIN not counted); `seq`, `ack` and
     `window` are as on the wire. `ts` is (TSval, TSecr) or None. `source` is
-    "model", "capture" or "wire"; `lost` is true where the link dropped it.
+    "model", "capture" or "wire", or "forged" where `src` never sent it; `lost`
+    is true where the link dropped it.
     """
 
     kind: ClassVar[str] = "segment"

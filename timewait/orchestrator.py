@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from functools import partial
 from ipaddress import ip_address
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import anyio
 import anyio.abc
@@ -34,6 +34,7 @@ from timewait.scenario import (
     Close,
     Connect,
     Eof,
+    Inject,
     Listen,
     Pause,
     Restart,
@@ -42,8 +43,12 @@ from timewait.scenario import (
     Send,
     Shutdown,
     Step,
+    Vanish,
 )
 from timewait.tcp.states import State
+
+if TYPE_CHECKING:
+    from timewait.sim.network import Network
 
 __all__ = ["Orchestrator", "Stack", "StepHung", "Waiting"]
 
@@ -74,6 +79,10 @@ class Stack(Protocol):
     blind: tuple[str, ...]
     profiles: dict[str, str]
     virtual: bool
+
+    @property
+    def network(self) -> Network | None:
+        """The link between the two ends, where it is ours."""
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -132,6 +141,8 @@ class _End:
     eof: bool = False
     open: bool = True
     over: bool = False  # it sends no more: closed, or shut down
+    gone: bool = False  # its machine vanished
+    back: bool = False  # and is there again
 
     @property
     def name(self) -> str:
@@ -244,6 +255,10 @@ class Orchestrator:
                 await anyio.sleep(step.seconds)
             case Restart():
                 self._restart(step)
+            case Vanish():
+                self._vanish(step)
+            case Inject():
+                self._inject(step)
             case Eof():
                 pass  # all of it is waiting, see _unsettled
 
@@ -366,6 +381,23 @@ class Orchestrator:
                 linger = partial(end.sock.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 self._call(end, "setsockopt", linger, result={"SO_LINGER": [1, 0]})
             self._call(end, "close", end.sock.close)
+
+    def _vanish(self, step: Vanish) -> None:
+        network = self.stack.network
+        assert network is not None
+        for end in self._ends(step.who, closed=True):
+            mend = network.cut(end.local, end.remote)
+            end.gone, end.back = True, step.back
+            self._close(end, reset=True)  # of which nobody hears
+            if step.back:
+                mend()
+
+    def _inject(self, step: Inject) -> None:
+        network = self.stack.network
+        assert network is not None
+        for end in self._ends(step.who, closed=True):
+            self._record(Note(self.stack.now(), f"{step}: {end.name}"))
+            network.forge((*end.local, *end.remote), step.bits, step.offset)
 
     def _close_listener(self) -> None:
         if self._listener:
@@ -532,10 +564,10 @@ class Orchestrator:
 
     # When a step has settled
 
-    def _ends(self, who: str) -> list[_End]:
+    def _ends(self, who: str, closed: bool = False) -> list[_End]:
         side, _, number = who.partition("-")
         ends = self._servers if side == "server" else self._clients
-        return [end for end in ends if end.open and number in ("", str(end.number))]
+        return [end for end in ends if (closed or end.open) and number in ("", str(end.number))]
 
     async def _settle(self, step: Step) -> None:
         look = _LOOK_FIRST
@@ -554,6 +586,10 @@ class Orchestrator:
             row = table.get((end.local, end.remote))
             peer = self._peers.get((end.remote, end.local))
             over = peer is not None and peer.over
+            if end.gone or (peer is not None and peer.gone):
+                if peer is not None and peer.back and end.open and end.sent > peer.received:
+                    waits.append(f"{end.name} has not been reset by what came back")
+                continue
             if row and (row.state in _PASSING or (row.state is State.FIN_WAIT_2 and over)):
                 waits.append(f"{end.name} is still in {row.state}")
             elif end.open and not end.eof:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from timewait.events import Address, Row, Snapshot
+from timewait.scenario import Inject, Vanish
 from timewait.tcp.states import State
 
 if TYPE_CHECKING:
@@ -158,6 +159,10 @@ def _answers(run: Run) -> Iterator[tuple[str, str]]:
         yield "waited", f"{again.waited:.2f} s (allowed: {allowed})"
 
 
+def _time_wait(table: Sequence[Snapshot]) -> bool:
+    return any(row.state is State.TIME_WAIT for snapshot in table for row in snapshot.rows)
+
+
 def _sockets(count: int) -> str:
     return "1 socket" if count == 1 else f"{count} sockets"
 
@@ -168,7 +173,10 @@ def story(run: Run) -> str:
     # A port that was waited for is free in the last table, and the one before it tells why not.
     table = run.snapshots[-1 if again.waited is None else -2 :][:1]
     last = {(run.side(row), row.state) for snapshot in table for row in snapshot.rows}
+    steps = run.scenario.steps
     match held.holder:
+        case _ if any(isinstance(step, Vanish) and not step.back for step in steps):
+            text = "What vanished ends nothing: its peers wait until their own timers give up."
         case "both":
             text = "Both ends closed, so each side holds TIME_WAIT."
         case "server" | "client":
@@ -184,6 +192,8 @@ def story(run: Run) -> str:
             text = "A reset ended the connections: no TIME_WAIT on either side."
         case _:
             text = "Nobody closed."
+    if any(isinstance(step, Inject) for step in steps) and held.holder and not _time_wait(table):
+        text += " A segment that nobody sent has ended it."
     if again.ok is None:
         return text
     if again.ok:

@@ -26,6 +26,7 @@ from attrs import NOTHING, evolve, field, fields, frozen, validators
 from cattrs import Converter
 
 from timewait.events import strict_converter
+from timewait.tcp.segment import ACK, FIN, HALF, PSH, RST, SYN, URG
 
 if TYPE_CHECKING:
     from timewait.orchestrator import Stack
@@ -39,6 +40,7 @@ __all__ = [
     "Connect",
     "Eof",
     "Fault",
+    "Inject",
     "Listen",
     "Pause",
     "Restart",
@@ -47,6 +49,7 @@ __all__ = [
     "Send",
     "Shutdown",
     "Step",
+    "Vanish",
 ]
 
 
@@ -76,7 +79,8 @@ def _plural(count: int, noun: str) -> str:
 
 def _does(who: str, verb: str, what: str = "") -> str:
     several = {"client": "clients", "both": "both ends"}.get(who)
-    done = f"{several} {verb}" if several else f"{who} {verb}s"
+    ending = "es" if verb.endswith("sh") else "s"
+    done = f"{several} {verb}" if several else f"{who} {verb}{ending}"
     return f"{done} {what}".rstrip()
 
 
@@ -199,9 +203,64 @@ class Restart:
         return "server starts again"
 
 
-Step: TypeAlias = Listen | Connect | Send | Shutdown | Close | Abort | Eof | Pause | Restart
+@frozen
+class Vanish:
+    """The machine of `who` is gone without a word, and its sockets with it.
+
+    Nothing passes between the two ends any more; with `back` the machine is
+    there again at once, knows nothing, and answers with resets. Nobody waits
+    for the other end to notice. Only where the link is ours: "model" and "wire".
+    """
+
+    do: ClassVar = "vanish"
+    who: str
+    back: bool = False
+
+    def __str__(self) -> str:
+        comes = "come" if self.who == "client" else "comes"
+        return _does(self.who, "vanish", f"and {comes} back" if self.back else "")
 
 
+@frozen
+class Inject:
+    """A segment that nobody sent arrives at `who`'s end, be it closed or in TIME_WAIT.
+
+    `flags` are written as "RST" or "SYN,ACK". Its number is `offset` more than
+    the one that end expects next (RCV.NXT). Only where the link is ours:
+    "model" and "wire".
+    """
+
+    do: ClassVar = "inject"
+    who: str
+    flags: str = "RST"
+    offset: int = field(default=0, validator=[_whole, validators.le(HALF), validators.gt(-HALF)])
+
+    def __attrs_post_init__(self) -> None:
+        self.bits  # noqa: B018
+
+    @property
+    def bits(self) -> int:
+        """The flags as a segment has them. Raises `ValueError` for a name that is none."""
+        total = 0
+        for name in self.flags.split(","):
+            if name not in _FLAGS:
+                raise ValueError(f"flags {self.flags!r}: names of {', '.join(_FLAGS)} are expected")
+            total |= _FLAGS[name]
+        return total
+
+    def __str__(self) -> str:
+        where = f" {self.offset:+d}" if self.offset else ""
+        return f"a forged {self.flags}{where} comes to {self.who}"
+
+
+_FLAGS: Final = {"FIN": FIN, "SYN": SYN, "RST": RST, "PSH": PSH, "ACK": ACK, "URG": URG}
+
+Step: TypeAlias = (
+    Listen | Connect | Send | Shutdown | Close | Abort | Eof | Pause | Restart | Vanish | Inject
+)
+
+
+_ACTS: Final = ("drop", "delay", "duplicate", "reorder", "corrupt", "truncate")
 _SEGMENTS: Final = ("any", "SYN", "SYN,ACK", "FIN", "RST", "ACK", "data", "last-ack")
 
 
@@ -209,13 +268,15 @@ _SEGMENTS: Final = ("any", "SYN", "SYN,ACK", "FIN", "RST", "ACK", "data", "last-
 class Fault:
     """What the link does to chosen segments; only where the link is ours: "model" and "wire".
 
-    `act` is "drop", "delay" or "duplicate"; `segments` "SYN", "SYN,ACK", "FIN",
-    "RST", "ACK", "data", "last-ack" or "any"; `source` "server", "client" or ""
-    for both. It strikes `times` segments (0: all) from the `nth` on; `seconds`
-    is how long they are held up, or how much later they come again.
+    `act` is "drop", "delay", "duplicate", "reorder" (it comes after the next
+    one), "corrupt" (its checksum is wrong) or "truncate" (half of it is
+    missing); `segments` "SYN", "SYN,ACK", "FIN", "RST", "ACK", "data",
+    "last-ack" or "any"; `source` "server", "client" or "" for both. It strikes
+    `times` segments (0: all) from the `nth` on; `seconds` is how long they are
+    held up at most, or how much later they come again.
     """
 
-    act: str = field(validator=validators.in_(("drop", "delay", "duplicate")))
+    act: str = field(validator=validators.in_(_ACTS))
     segments: str = field(validator=validators.in_(_SEGMENTS))
     source: str = field(default="", validator=validators.in_(("", "server", "client")))
     nth: int = field(default=1, validator=[_whole, validators.ge(1)])
@@ -259,15 +320,17 @@ class Scenario:
         if isinstance(self.stacks, str) or not self.stacks or set(self.stacks) - set(_STACKS):
             named = self.stacks if isinstance(self.stacks, str) else list(self.stacks)
             raise ScenarioError(f"stacks {named!r}: a list of {', '.join(_STACKS)} is expected")
-        if self.faults and "kernel" in self.stacks:
-            raise ScenarioError("faults take a link of one's own: stacks are model and wire")
+        odd = any(isinstance(step, Vanish | Inject) for step in self.steps)
+        if (self.faults or odd) and "kernel" in self.stacks:
+            what = "faults take" if self.faults else "vanish and inject take"
+            raise ScenarioError(f"{what} a link of one's own: stacks are model and wire")
         listening, clients = False, 0
         ended: dict[str, str] = {}  # an end, and what its application has ended by itself
         for number, step in enumerate(self.steps, 1):
             wrong = _misplaced(step, listening, clients, ended)
             if wrong:
                 raise ScenarioError(f"step {number}, {step.do}: {wrong}")
-            if isinstance(step, Shutdown | Close | Abort):
+            if isinstance(step, Shutdown | Close | Abort | Vanish):
                 what = "sending" if isinstance(step, Shutdown) else "closed"
                 ends = _ends(step.who, clients)
                 ended |= {end: what for end in ends if ended.get(end) != "closed"}
@@ -280,7 +343,7 @@ class Scenario:
 
     @classmethod
     def built_in(cls, name: str, clients: int = 2) -> Scenario:
-        """A built-in scenario by name, with so many clients.
+        """A built-in scenario by name, with so many clients ("peer-vanishes": at least 5).
 
         Raises `ScenarioError` for a name that is not built in, or fewer than one client.
         """
@@ -312,8 +375,12 @@ class Scenario:
             struck = Fault(act, segments, source, nth, times, seconds)
         except (TypeError, ValueError) as wrong:
             raise ScenarioError(f"fault: {_plainly(wrong)}") from None
-        beyond = tuple(stack for stack in self.stacks if stack != "kernel")
-        return evolve(self, faults=(*self.faults, struck), stacks=beyond)
+        return evolve(self, faults=(*self.faults, struck), stacks=self._beyond)
+
+    @property
+    def _beyond(self) -> tuple[str, ...]:
+        """Where it can run if the link must be ours."""
+        return tuple(stack for stack in self.stacks if stack != "kernel")
 
     def then(self, kind: Callable[..., Step], /, *values: Any, **options: Any) -> Scenario:
         """This scenario with one more step; the methods below are this with a name."""
@@ -321,7 +388,8 @@ class Scenario:
             step = kind(*values, **options)
         except (TypeError, ValueError) as wrong:
             raise ScenarioError(f"step {len(self.steps) + 1}: {_plainly(wrong)}") from None
-        return evolve(self, steps=(*self.steps, step))
+        stacks = self._beyond if isinstance(step, Vanish | Inject) else self.stacks
+        return evolve(self, steps=(*self.steps, step), stacks=stacks)
 
     def listen(
         self,
@@ -391,6 +459,14 @@ class Scenario:
         """The server starts again (`Restart`)."""
         return self.then(Restart, reuse_address=reuse_address, reuse_port=reuse_port)
 
+    def vanish(self, who: str, *, back: bool = False) -> Scenario:
+        """`who` is gone without a word (`Vanish`)."""
+        return self.then(Vanish, who, back)
+
+    def inject(self, who: str, flags: str = "RST", offset: int = 0) -> Scenario:
+        """A segment that nobody sent comes to `who` (`Inject`)."""
+        return self.then(Inject, who, flags, offset)
+
     async def run(self, on: str | Stack = "kernel", **options: Any) -> Run:
         """Run it from async code (asyncio or trio); see `timewait.run.run` for the options."""
         from timewait.run import run
@@ -421,7 +497,8 @@ class Scenario:
         if not isinstance(faults, list) or not all(isinstance(each, dict) for each in faults):
             raise ScenarioError("faults: a list of tables is expected ([[faults]])")
         struck = tuple(_structure(each, Fault, f"fault {n}: ") for n, each in enumerate(faults, 1))
-        if struck and "stacks" not in rest:
+        odd = any(isinstance(step, Vanish | Inject) for step in taken)
+        if (struck or odd) and "stacks" not in rest:
             rest["stacks"] = ["model", "wire"]
         if isinstance(rest.get("stacks"), str):
             raise ScenarioError("stacks: a list is expected")
@@ -499,6 +576,8 @@ def _misplaced(step: Step, listening: bool, clients: int, ended: Mapping[str, st
         return None  # it closes the listener at least
     if not clients:
         return "nobody is connected at this point (connect comes first)"
+    if isinstance(step, Vanish | Inject):
+        return None  # of what has closed too
     done = {ended.get(end) for end in _ends(step.who, clients)}
     has = {"client": "the clients have", "both": "both ends have"}.get(step.who, f"{step.who} has")
     if done == {"closed"} and not (step.who == "both" and listening):
@@ -649,6 +728,41 @@ def _simultaneous_close(clients: int) -> Scenario:
     return _simultaneous(clients).fault("delay", "FIN", times=0, seconds=0.05)
 
 
+def _rst_in_time_wait(clients: int) -> Scenario:
+    return Scenario().listen().connect(clients).close("server").inject("server", "RST").restart()
+
+
+def _syn_in_time_wait(clients: int) -> Scenario:
+    story = Scenario().listen().connect(clients)
+    for number in range(1, clients + 1):
+        story = story.close(f"server-{number}")
+    return story.inject("server", "SYN", 1000).restart()
+
+
+def _half_open(clients: int) -> Scenario:
+    story = Scenario().listen().connect(clients).vanish("client", back=True)
+    return story.send("server", 100).restart()
+
+
+def _peer_vanishes(clients: int) -> Scenario:
+    clients = max(clients, 5)
+    story = Scenario().listen(at_eof="ignore").connect(clients, at_eof="ignore")
+    for n in range(1, clients + 1):
+        gone, left = f"client-{n}", f"server-{n}"
+        match n % 5:
+            case 1:  # ESTABLISHED
+                story = story.vanish(gone)
+            case 2:  # FIN_WAIT_1
+                story = story.vanish(gone).close(left)
+            case 3:  # FIN_WAIT_2
+                story = story.close(left).vanish(gone)
+            case 4:  # CLOSE_WAIT
+                story = story.close(gone).vanish(gone)
+            case _:  # LAST_ACK
+                story = story.close(gone).vanish(gone).close(left)
+    return story.pause(0.5).restart()
+
+
 def _old_duplicate(clients: int) -> Scenario:
     story = Scenario().listen().connect(clients).send("client", 100)
     story = story.close("server").pause(0.5).restart()
@@ -676,5 +790,22 @@ WITH_FAULTS: Final[dict[str, tuple[str, Callable[[int], Scenario]]]] = {
     "old-duplicate": (
         "text arrives once more in TIME_WAIT: its ACK draws the reset that ends it (RFC 1337)",
         _old_duplicate,
+    ),
+    "rst-in-time-wait": (
+        "a forged reset with the right number ends TIME_WAIT: the server starts again at once",
+        _rst_in_time_wait,
+    ),
+    "syn-in-time-wait": (
+        "a SYN above the old numbers ends TIME_WAIT, as a new incarnation (RFC 6191)",
+        _syn_in_time_wait,
+    ),
+    "half-open": (
+        "the clients' machine crashes and is back: the server learns it when it next sends",
+        _half_open,
+    ),
+    "peer-vanishes": (
+        "clients vanish while the server is in ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT "
+        "and LAST_ACK, one each (at least 5 clients)",
+        _peer_vanishes,
     ),
 }

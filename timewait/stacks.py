@@ -57,6 +57,7 @@ class KernelStack:
 
     name = "kernel"
     virtual = False
+    network: Network | None = None
 
     def __init__(self, observer: str = "auto") -> None:
         self.profiles = {"server": "linux", "client": "linux"}
@@ -188,26 +189,27 @@ class ModelStack:
         from timewait.sim import Network
 
         self.profiles = {"server": "linux", "client": "linux"} | (profiles or {})
-        self._network = Network(seed)
+        self.network = Network(seed)
         server, client = self.profiles["server"], self.profiles["client"]
         if ip_address(scenario.host).is_loopback and server == client:
-            both = self._network.host("machine", profile=server)
+            both = self.network.host("machine", profile=server)
             self._hosts = {"server": both, "client": both}
         else:
             self._hosts = {
-                "server": self._network.host("server", *_beyond(scenario.host), profile=server),
-                "client": self._network.host("client", profile=client),
+                "server": self.network.host("server", *_beyond(scenario.host), profile=server),
+                "client": self.network.host("client", profile=client),
             }
-            self._network.connect("server", "client", delay=0.0)
-        self._network.delay("any", delay, times=None)
-        self._observer = self._network.observe()
+            self.network.connect("server", "client", delay=delay)
+        # No fault: it would be the first to strike, and so the only one.
+        self.network.loopback = delay
+        self._observer = self.network.observe()
 
     def close(self) -> None:
         """Nothing is held."""
 
     def now(self) -> float:
         """Virtual seconds."""
-        return self._network.clock.now
+        return self.network.clock.now
 
     def socket(self, actor: str, family: int) -> socket.socket:
         """A non-blocking modelled socket on the actor's host."""
@@ -234,7 +236,7 @@ class ModelStack:
         if len(set(self._hosts.values())) > 1:
             host = next(iter(_beyond(host)), self._hosts["server"].addresses[0])
         chosen = evolve(scenario, host=host, port=scenario.port or _PORT)
-        aim(self._network, chosen)
+        aim(self.network, chosen)
         return chosen
 
     def why_taken(self, scenario: Scenario) -> str:
@@ -246,7 +248,7 @@ class ModelStack:
         from timewait.sim import run
 
         with _outside_any_loop(), self._observer:
-            run(main, hosts=self._network)
+            run(main, hosts=self.network)
 
 
 def aim(network: Network, scenario: Scenario) -> None:
@@ -254,18 +256,18 @@ def aim(network: Network, scenario: Scenario) -> None:
 
     Raises `ScenarioError` for segments of an unknown kind.
     """
+    network.following = True  # for `Network.forge`
     for fault in scenario.faults:
         place: dict[str, int] = {}
         if fault.source:
             place = {"source" if fault.source == "server" else "target": scenario.port}
         often: dict[str, Any] = {"nth": fault.nth, "times": fault.times or None, **place}
         try:
-            if fault.act == "drop":
-                network.drop(fault.segments, **often)
-            elif fault.act == "delay":
-                network.delay(fault.segments, fault.seconds, **often)
+            act = getattr(network, fault.act)
+            if fault.act in ("delay", "duplicate", "reorder"):
+                act(fault.segments, fault.seconds, **often)
             else:
-                network.duplicate(fault.segments, fault.seconds, **often)
+                act(fault.segments, **often)
         except ValueError as wrong:
             raise ScenarioError(f"fault: {wrong}") from None
 

@@ -92,7 +92,7 @@ def on_a_bad_network(seed: int) -> list[Event]:
     rng = random.Random(seed)
     scenario = evolve(random_scenario(rng), host="10.0.0.1", time_limit=500.0)
     stack = ModelStack(scenario, seed=seed, delay=rng.choice([0.001, 0.02]))
-    stack._network.connect(
+    stack.network.connect(
         "server",
         "client",
         delay=0.0,

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import socket
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeGuard
 
 import anyio
 import pytest
 
 import timewait
-from timewait.events import SegmentSeen, Transition
+from timewait.events import Called, Event, SegmentSeen, Transition
 from timewait.kernel.wire import WireError
 from timewait.lab.wire import FAR, KERNEL, WireStack
 from timewait.scenario import BUILT_IN, WITH_FAULTS, Scenario, ScenarioError
@@ -76,6 +84,125 @@ def test_what_only_a_wire_can_do(name: str, kernel: str) -> None:
         case "old-duplicate":
             late = [s.flags for s in segments if s.t > fins[-1].t + 0.1]
             assert late == [ACK, RST]
+        case "rst-in-time-wait":
+            assert [(s.source, s.flags) for s in segments][-1] == ("forged", RST)
+            assert run.time_wait.holder == "server"
+            assert run.restart.ok
+        case "syn-in-time-wait":
+            at = next(n for n, s in enumerate(segments) if s.source == "forged")
+            answered = segments[at + 1]
+            assert (answered.flags, answered.ack) == (SYN | ACK, segments[at].seq + 1)
+            assert segments[-1].flags & RST  # the client's machine knows of no such connection
+            assert run.restart.ok
+        case "half-open":
+            resets = [s for s in segments if s.flags & RST]
+            assert [s.lost for s in resets] == [True, False]
+            read = [e for e in run.events if isinstance(e, Called) and e.call == "recv"]
+            assert [e.errno for e in read] == ["ECONNRESET"]
+            assert (run.time_wait.holder, run.restart.ok) == (None, True)
+        case "peer-vanishes":
+            left = {row.state for row in run.snapshots[-1].rows if run.side(row) == "server"}
+            assert {state.name for state in left} == {
+                "ESTABLISHED", "FIN_WAIT_1", "FIN_WAIT_2", "CLOSE_WAIT", "LAST_ACK"
+            }  # fmt: skip
+            assert run.restart.error == errno.EADDRINUSE
+
+
+@pytest.mark.parametrize("name", WITH_FAULTS)
+def test_the_model_does_on_one_host_what_it_does_on_the_wire(name: str) -> None:
+    scenario = Scenario.built_in(name, clients=1)
+    modelled = scenario.run_sync(on="model")
+    assert modelled.check(), modelled.check().explain()
+    wired = scenario.run_sync(on="wire")
+    assert wired.time_wait.holder == modelled.time_wait.holder
+    assert (wired.restart.ok, wired.restart.error) == (modelled.restart.ok, modelled.restart.error)
+    # Every fault has struck alike; ACKs by themselves come as clocks have it.
+    told = [
+        Counter(
+            (s.flags & (SYN | FIN | RST | ACK), s.lost, s.source == "forged")
+            for s in run.events
+            if _is_segment(s) and (s.lost or s.flags & (SYN | FIN | RST))
+        )
+        for run in (modelled, wired)
+    ]
+    if name != "peer-vanishes":  # whose FINs are sent again as time has it
+        assert told[0] == told[1]
+    assert any(lost or forged for _, lost, forged in told[0]) or scenario.faults
+
+
+def _is_segment(event: Event) -> TypeGuard[SegmentSeen]:
+    return isinstance(event, SegmentSeen)
+
+
+@pytest.mark.parametrize("on", ["model", "wire"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("act", ["corrupt", "truncate", "reorder"])
+def test_a_damaged_or_late_segment_is_made_good(act: str, host: str, on: str) -> None:
+    story = Scenario(host=host).listen().connect().send("client", 3000).close("server")
+    scenario = story.fault(act, "data", "client", seconds=0.3)
+    run = scenario.run_sync(on=on)
+    assert run.check(), run.check().explain()
+    data = [s for s in run.events if isinstance(s, SegmentSeen) and s.length]
+    if act == "reorder":
+        assert not any(s.lost for s in data)
+        acks = [s for s in run.events if _is_segment(s) and s.ack == data[0].seq and s.t]
+        assert acks  # the receiver told that something was missing
+    else:
+        assert data[0].lost
+        assert [s.seq for s in data[1:]].count(data[0].seq) == 1  # sent again
+    assert sum(e.result for e in run.events if _is_recv(e) and isinstance(e.result, int)) == 3000
+
+
+def _is_recv(event: Event) -> TypeGuard[Called]:
+    return isinstance(event, Called) and event.call == "recv" and event.actor == "server"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("device", ["tun", "veth"])
+@pytest.mark.parametrize("act", ["corrupt", "truncate"])
+def test_the_kernel_counts_what_is_damaged(act: str, device: str, family: int) -> None:
+    """It is the kernel that finds the damage: the segment really arrives."""
+    lab = timewait.WireLab(device=device)
+    try:
+        six = family == 6
+        at = socket.AF_INET6 if six else socket.AF_INET
+        with lab.socket(at) as listener, lab.peer_socket(at) as client:
+            listener.bind((KERNEL[six], 9090))
+            listener.listen()
+            getattr(lab.network, act)("SYN", target="kernel")
+            before = _counted(lab)
+            with pytest.raises(BlockingIOError):
+                client.connect((KERNEL[six], 9090))
+            assert [row.state for row in lab.rows(9090)] == [State.LISTEN, State.SYN_SENT]
+            assert _counted(lab) == before + 1
+    finally:
+        lab.close()
+
+
+def _counted(lab: timewait.WireLab) -> int:
+    """Packets that IP or TCP of the namespace has thrown away."""
+
+    def read() -> str:
+        files = ("snmp", "netstat", "snmp6")
+        return "".join(Path(f"/proc/thread-self/net/{name}").read_text() for name in files)
+
+    rows = [line.split() for line in lab.wire.namespace.call(read).splitlines()]
+    counters = {row[0]: int(row[1]) for row in rows if len(row) == 2}
+    for names, values in pairwise(rows):
+        if names[0] == values[0] and values[1].lstrip("-").isdigit():
+            counters |= {names[0] + n: int(v) for n, v in zip(names[1:], values[1:], strict=True)}
+    return sum(
+        counters[n] for n in ("Tcp:InCsumErrors", "IpExt:InTruncatedPkts", "Ip6InTruncatedPkts")
+    )
+
+
+def test_what_cannot_be_forged_is_refused() -> None:
+    lab = timewait.WireLab()
+    try:
+        with pytest.raises(ValueError, match="no segment of"):
+            lab.network.forge((KERNEL[0], 1, FAR[0], 2), RST)
+    finally:
+        lab.close()
 
 
 def test_a_link_with_faults_is_not_the_kernels_own() -> None:
@@ -133,3 +260,30 @@ async def test_waiting_in_vain_ends() -> None:
     async with timewait.wire(None) as lab:
         with pytest.raises(TimeoutError):
             await lab.receive(timeout=0.01)
+
+
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```",
+    Path(__file__).parents[2].joinpath("docs/wire.md").read_text(),
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("who", ["root", "nobody"])
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_the_documented_examples_run(
+    number: int, who: str, importable: Path, nobody: tuple[str, ...]
+) -> None:
+    """Every fault by hand, on TUN and, for an ordinary user, on a veth pair."""
+    ran = subprocess.run(
+        [*(nobody if who == "nobody" else ()), sys.executable, "-c", EXAMPLES[number]],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={"PYTHONPATH": str(importable), "PATH": os.environ["PATH"]},
+        cwd="/",
+        check=False,
+    )
+    if "WireError" in ran.stderr:
+        pytest.skip(ran.stderr.splitlines()[-1])
+    assert (ran.stderr, ran.stdout) == ("", "3000\nTrue\nFalse\n" if number else "")

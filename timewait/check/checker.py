@@ -49,7 +49,7 @@ from timewait.events import (
     Transition,
 )
 from timewait.tcp.profiles import Profile, profile
-from timewait.tcp.segment import ACK, FIN, RST, SYN
+from timewait.tcp.segment import ACK, FIN, RST, SYN, flags_text
 from timewait.tcp.states import Event as Tcp
 from timewait.tcp.states import State
 
@@ -115,6 +115,9 @@ class Checker:
         }
         self._binds = Binds()
         self._port: int | None = None
+        self._doubles = False
+        # What share of a timeout must be seen to pass: a process that reads a wire may be late.
+        self._punctual = 1.0
         self._choose_profiles({})
 
     # The stream.
@@ -220,7 +223,11 @@ class Checker:
         self._blind = event.blind
         self._from_start = True
         self._binds = Binds()
-        self._port = (event.scenario or {}).get("port")
+        told = event.scenario or {}
+        self._port = told.get("port")
+        # A link that does odd things may be one within a host.
+        self._doubles = bool(told.get("faults"))
+        self._punctual = 0.5 if event.stack == "wire" else 1.0
         words = set(event.observer.replace("+", " ").replace(",", " ").split())
         self._declared = 0
         if "tracepoint" in words:
@@ -306,6 +313,9 @@ class Checker:
             )
         connection, end = found
         sequence = connection.sequence
+        if event.source == "forged":
+            self._forged(connection, event)
+            return
         if (
             event.flags & (SYN | ACK | RST | FIN) == SYN
             and sequence is not None
@@ -319,7 +329,10 @@ class Checker:
             sequence = connection.sequence = Sequence(
                 exact,
                 here and not exact,
-                (self._profiles[0].parameters.rto_min, self._profiles[1].parameters.rto_min),
+                (
+                    self._profiles[0].parameters.rto_min * self._punctual,
+                    self._profiles[1].parameters.rto_min * self._punctual,
+                ),
                 (
                     self._profiles[0].parameters.linux_checks,
                     self._profiles[1].parameters.linux_checks,
@@ -339,7 +352,7 @@ class Checker:
             del connection.segments[: KEPT // 2]
         if connection.waiting is not None:
             connection.settle()
-        if connection.divergence is not None:
+        if connection.divergence is not None or connection.forged:
             return
         seen = connection.mode & ex.SEGMENTS
         if not connection.lossy:
@@ -361,6 +374,7 @@ class Checker:
             connection.suspect = event
         if event.lost:
             kind |= DROPPED
+            sequence.dropped(end == 1)
         if connection.lossy or (event.flags & RST and not seen and not self._from_start):
             return  # What it is about, or answers, may have been missed.
         if not event.flags & RST and sequence.is_overtaken(end == 1, kind, event.t):
@@ -369,6 +383,17 @@ class Checker:
         if kind & (SYN | ACK) == SYN | ACK and connection.divergence is None:
             # The answer to a SYN that was seen: nothing went before it.
             connection.presumed = False
+
+    def _forged(self, connection: Connection, event: SegmentSeen) -> None:
+        """Neither end sent it, and it may have done anything to the end that it came to."""
+        connection.settle()
+        self._problems.append(
+            f"what the forged {flags_text(event.flags)} at {event.t:.6f} s did is not checked"
+        )
+        connection.segments.append(event)
+        connection.forged = True
+        connection.number = connection.base = connection.model.anywhere(connection.mode)
+        connection.history.clear()
 
     def _snapshot(self, event: Snapshot) -> None:
         self._sources.add("states at instants")
@@ -578,13 +603,15 @@ class Checker:
             else:
                 passive = local[1] < remote[1]
         ends = (local, remote) if passive else (remote, local)
-        mode = 0 if _same_host(*ends) else ex.DOUBLES
+        mode = 0
         if self._declared and _same_host(*ends):
             by = "model" if self._declared == ex.EVERY else "tracepoint"
             self._sources.add(f"every transition ({by})")
             mode = self._declared | self._declared << 2 | self._declared_segments
         elif self._from_start and ends[0][1] == self._port and _same_host(*ends):
             mode = self._declared_segments  # the run's own: no segment of it was before
+        if self._doubles or not _same_host(*ends):
+            mode |= ex.DOUBLES
         # What a run does not make itself may be older than it, or seen in part: a connect() is
         # reported before it has a port.
         known = self._from_start and not self._forgotten and self._port in (None, ends[0][1])
@@ -674,9 +701,9 @@ class Checker:
         if connection.suspect and suspicion and connection.divergence is None:
             connection.diverge(connection.suspect, str(suspicion), suspicion.rule)
         seen = connection.mode
-        both = ex.SEES_A & seen and ex.SEES_B & seen
+        both = ex.SEES_A & seen and ex.SEES_B & seen and not connection.forged
         sequence = connection.sequence
-        whole = sequence is not None and not connection.lossy
+        whole = sequence is not None and not connection.lossy and not connection.forged
         if both or (sequence and whole and (sequence.exact or sequence.presumed)):
             self._strong += 1
         elif seen & (ex.SEES_A | ex.SEES_B | ex.SEGMENTS):

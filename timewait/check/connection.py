@@ -84,6 +84,7 @@ class Connection:
     held: list[Entry] = field(factory=list)
     elsewhere: bool = False  # in another network namespace, as far as can be told
     lossy: bool = False  # some of its segments were missed
+    forged: bool = False  # a segment came that neither end had sent: nothing is known from then on
     suspect: SegmentSeen | None = None  # a gap before it, and no sign that segments get lost
     stuck: bool = False  # something is held, or it has diverged
     expires: list[float] = field(factory=lambda: [0.0, 0.0])  # by its timer, when last looked at
@@ -147,6 +148,8 @@ class Connection:
 
     def advance(self, symbol: int, event: Event | Begun) -> None:
         """Follow one observation of a self."""
+        if self.forged:
+            return
         t = event.t
         if self.stuck:
             if self.divergence is None:

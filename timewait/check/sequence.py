@@ -296,6 +296,10 @@ class Sequence:
         if seq_diff(ack, y.isn) > 0 and not (x.former and x.former.next == seq):
             self._missed("its SYN,ACK was not seen", _HANDSHAKE)
 
+    def dropped(self, from_b: bool) -> None:
+        """The segment just taken never arrives: nobody can acknowledge it in time."""
+        (self.b if from_b else self.a).due = None
+
     def _fin_in_time(
         self, x: Flow, y: Flow, kind: int, length: int, t: float, rto_min: float
     ) -> None:

@@ -48,8 +48,9 @@ class WireLab:
 
     `peer` is a modelled host with the far addresses, or None where the test
     itself is the peer. `network` carries segments between the two: its faults
-    (`drop`, `delay`, `duplicate`) apply to real segments, `source="kernel"` or
-    `source="peer"`. `packets` holds every packet the kernel has sent so far.
+    (`drop`, `delay`, `duplicate`, `reorder`, `corrupt`, `truncate`) apply to
+    real segments, `source="kernel"` or `source="peer"`, and `forge` and `cut`
+    do what nobody sent. `packets` holds every packet the kernel has sent so far.
     """
 
     def __init__(self, profile: str | None = "linux", *, device: str | None = None) -> None:
@@ -57,6 +58,7 @@ class WireLab:
         self.network = Network(0, link=Link(delay=0.0))
         self._kernel = self.network.host("kernel", *KERNEL)
         self._kernel.arrive = self._to_kernel  # type: ignore[method-assign]
+        self._kernel.damaged = self._damaged  # type: ignore[method-assign]
         self.peer: Host | None = None
         if profile is not None:
             self.peer = self.network.host("peer", *FAR, profile=profile)
@@ -128,6 +130,15 @@ class WireLab:
 
     def _to_kernel(self, key: Key, segment: Segment) -> None:
         self.wire.send(encode(Packet((key[2], key[3]), (key[0], key[1]), segment)))
+
+    def _damaged(self, key: Key, segment: Segment, how: str) -> None:
+        octets = encode(Packet((key[2], key[3]), (key[0], key[1]), segment))
+        if how == "truncate":
+            octets = octets[: len(octets) // 2]
+        else:
+            octets = octets[:-1] + bytes([octets[-1] ^ 0xFF])
+        with suppress(OSError):  # too short to be a packet at all
+            self.wire.send(octets)
 
     def pump(self) -> None:
         """Bring the modelled side up to now, and hand it what the kernel has sent."""
@@ -262,6 +273,7 @@ class WireStack:
             self._lab = WireLab(self.profiles[other])
         except OSError as trouble:
             raise ScenarioError(str(trouble.strerror or trouble)) from None
+        self.network: Network | None = self._lab.network
         self._seen = self._lab.network.observe()
 
     def close(self) -> None:

@@ -476,6 +476,10 @@ class Host:
             return
         self._embryo(listener, key, segment)
 
+    def damaged(self, key: Key, segment: Segment, how: str) -> None:
+        """A segment has come that is no whole one any more: IP or TCP throws it away."""
+        self.counters["InErrs" if how == "truncate" else "InCsumErrors"] += 1
+
     def _embryo(self, listener: Sock, key: Key, segment: Segment) -> None:
         """A SYN for a listener: a connection that is nobody's yet."""
         sock = Sock(self, listener.family)

@@ -91,10 +91,11 @@ class Fault:
 
 @define
 class _Flow:
-    """What `last-ack` needs to know of one direction: the number after its FIN."""
+    """What is kept of one direction: the numbers after its FIN and after all it has sent."""
 
     fin: int | None = None
     acked: bool = False
+    next: int | None = None
 
 
 _KINDS: dict[str, Callable[[Segment], bool]] = {
@@ -130,6 +131,9 @@ class Network:
         self._last: dict[tuple[str, str], float] = {}
         self._by_address: dict[str, Host] = {}
         self._flows: dict[Key, _Flow] = {}
+        self.following = False  # whether to keep numbers for `forge` where there are no faults
+        self.loopback = 0.0  # seconds that a segment takes within a host
+        self._held: dict[tuple[str, int, str, int], list[tuple[Host, Key, Segment]]] = {}
         self.queue: deque[tuple[Host, Key, Segment]] = deque()
         self._draining = False
 
@@ -248,6 +252,79 @@ class Network:
         """Deliver segments, and once more `seconds` later; chosen as in `drop`."""
         return self._aim("duplicate", segments, source, target, nth, times, seconds)
 
+    def corrupt(
+        self,
+        segments: str,
+        *,
+        source: Place | None = None,
+        target: Place | None = None,
+        nth: int = 1,
+        times: int | None = 1,
+    ) -> Fault:
+        """Deliver segments with an octet changed: the checksum is wrong; chosen as in `drop`."""
+        return self._aim("corrupt", segments, source, target, nth, times, 0.0)
+
+    def truncate(
+        self,
+        segments: str,
+        *,
+        source: Place | None = None,
+        target: Place | None = None,
+        nth: int = 1,
+        times: int | None = 1,
+    ) -> Fault:
+        """Deliver only the first half of segments' octets; chosen as in `drop`."""
+        return self._aim("truncate", segments, source, target, nth, times, 0.0)
+
+    def reorder(
+        self,
+        segments: str,
+        seconds: float = 0.2,
+        *,
+        source: Place | None = None,
+        target: Place | None = None,
+        nth: int = 1,
+        times: int | None = 1,
+    ) -> Fault:
+        """Deliver segments after the one that follows them, `seconds` later at most."""
+        return self._aim("reorder", segments, source, target, nth, times, seconds)
+
+    def forge(self, key: Key, flags: int, offset: int = 0) -> Segment:
+        """Deliver a segment that its sender never sent, as if from `key`'s remote address.
+
+        It has the number that `key`'s host expects next, and `offset` more, and
+        with the ACK flag acknowledges all that host has sent. Needs `following`
+        (or a fault) to have been set before the connection began. Raises
+        `ValueError` where nothing is known of such a connection.
+        """
+        sent, answered = self._flows.get(key), self._flows.get((key[2], key[3], key[0], key[1]))
+        receiver = self._by_address.get(key[0]) or next(
+            (host for host in self.hosts.values() if host.is_local(key[0])), None
+        )
+        if sent is None or sent.next is None or answered is None or receiver is None:
+            raise ValueError(f"no segment of {key[2]}:{key[3]} to {key[0]}:{key[1]} was seen")
+        ack = (answered.next or 0) if flags & ACK else 0
+        window = 0 if flags & RST else 0xFFFF
+        segment = Segment(seq_add(sent.next, offset), ack, flags, window)
+        self._tap(key, segment, source="forged")
+        self.queue.append((receiver, key, segment))
+        self.drain()
+        return segment
+
+    def cut(self, end: tuple[str, int], other: tuple[str, int]) -> Callable[[], None]:
+        """Lose everything between two ends from now on; what is returned mends it."""
+        cuts = [
+            self.drop("any", source=source, target=target, times=None)
+            for source, target in ((end, other), (other, end))
+        ]
+        self.faults[:] = cuts + self.faults[:-2]  # before any fault that would strike first
+
+        def mend() -> None:
+            for fault in cuts:
+                self.faults.remove(fault)
+
+        return mend
+
     def _aim(
         self,
         act: str,
@@ -299,9 +376,12 @@ class Network:
         out = self._flows.setdefault(key, _Flow())
         other = self._flows.setdefault(back, _Flow())
         if segment.flags & SYN:
-            out.fin, out.acked = None, False
+            out.fin, out.acked, out.next = None, False, None
         if segment.flags & FIN:
             out.fin = seq_add(segment.seq, segment.length)
+        end = seq_add(segment.seq, segment.length)
+        if segment.length and (out.next is None or seq_le(out.next, end)):
+            out.next = end
         if segment.flags & ACK and other.fin is not None and seq_le(other.fin, segment.ack):
             other.acked = True
             return out.fin is not None
@@ -319,15 +399,27 @@ class Network:
         if receiver is None:
             self._tap(key, segment, lost=True)
             return
-        fault = self._struck(sender, receiver, key, segment) if self.faults else None
-        if fault is not None and fault.act == "drop":
+        fault = None
+        if self.faults:
+            fault = self._struck(sender, receiver, key, segment)
+        elif self.following:
+            self._follow(key, segment)
+        if fault is not None and fault.act not in ("delay", "duplicate"):
+            if fault.act == "reorder":
+                self._tap(key, segment)
+                self._held.setdefault(key, []).append((receiver, key, segment))
+                self.clock.at(self.clock.now + fault.seconds, self._release, key)
+                return
             self._tap(key, segment, lost=True)
+            if fault.act != "drop":
+                receiver.damaged(key, segment, fault.act)
             return
         extra = fault.seconds if fault is not None and fault.act == "delay" else 0.0
         repeat = fault.seconds if fault is not None and fault.act == "duplicate" else None
         if receiver is sender:
             if self.observers:
                 self._tap(key, segment)
+            extra += self.loopback
             if extra:
                 self.clock.at(self.clock.now + extra, self._arrive, (receiver, key, segment))
             else:
@@ -336,6 +428,16 @@ class Network:
             self._carry(sender, receiver, key, segment, extra)
         if repeat is not None:
             self.clock.at(self.clock.now + repeat, self._arrive, (receiver, key, segment))
+        if self._held:
+            # Whatever was held up comes after this one.
+            if self.clock.next > self.clock.now and not extra:
+                self.queue.extend(self._held.pop(key, ()))
+            else:
+                self.clock.at(self.clock.now + extra, self._release, key)
+
+    def _release(self, key: Key) -> None:
+        self.queue.extend(self._held.pop(key, ()))
+        self.drain()
 
     def _carry(
         self, sender: Host, receiver: Host, key: Key, segment: Segment, extra: float
@@ -426,7 +528,7 @@ class Network:
         for observer in self.observers:
             observer.tell(event)
 
-    def _tap(self, key: Key, segment: Segment, lost: bool = False) -> None:
+    def _tap(self, key: Key, segment: Segment, lost: bool = False, source: str = "model") -> None:
         if not self.observers:
             return
         options = segment.options
@@ -443,7 +545,7 @@ class Network:
                 ts=(options.ts_val, options.ts_ecr or 0)
                 if options is not None and options.ts_val is not None
                 else None,
-                source="model",
+                source=source,
                 lost=lost,
             )
         )
