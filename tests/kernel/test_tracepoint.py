@@ -313,6 +313,18 @@ def test_an_overrun_is_counted_exactly(port: int) -> None:
         assert "overran" in lost[0].why
 
 
+def test_what_the_program_could_not_record_is_counted(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Tracepoint([port]) as seen:
+        assert seen.read() == []
+        monkeypatch.setattr(tracepoint.Recorder, "not_run", lambda self: 3)
+        (lost,) = seen.read()
+        assert isinstance(lost, Lost)
+        assert (lost.count, seen.lost) == (3, 3)
+        assert seen.read() == []
+
+
 @pytest.mark.usefixtures("recorded")
 def test_readable_when_there_is_something_to_read(port: int) -> None:
     with Tracepoint([port], resets=False) as seen:

@@ -36,19 +36,20 @@ __all__ = ["RECORD", "STAMP", "Recorder"]
 RECORD: Final = struct.Struct("=8xQBBHHH16s16s8x")
 STAMP: Final = struct.Struct("=Q56x")
 _SIZE: Final = RECORD.size
-_HEAD: Final = struct.Struct("=Q")
+_HEAD: Final = struct.Struct("@Q")  # read as a whole ("=Q" is read octet by octet)
+_MOST: Final = 1 << 28  # bytes for all rings together; the kernel takes 1 << 29
 
 _SYS_BPF: Final = 321  # x86_64, whose stores are seen in the order they are made
 _MAP_CREATE, _PROG_LOAD, _RAW_TRACEPOINT_OPEN = 0, 5, 17
 _ARRAY, _TRACING, _RAW_TP, _MMAPABLE = 2, 26, 23, 1 << 10
 _NOT_RUN: Final = "recursion_misses:"
 
-# Instructions: what is done, with 64 or fewer bits.
+# Instructions, by what they do and, of memory, to how many octets.
 _LOAD = {1: 0x71, 2: 0x69, 4: 0x61, 8: 0x79}
 _STORE = {1: 0x73, 2: 0x6B, 4: 0x63, 8: 0x7B}
 _SET, _COPY, _SET_32 = 0xB7, 0xBF, 0xB4
-_ADD, _ADD_REGISTER, _TIMES, _AND, _AND_32, _SHIFT = 0x07, 0x0F, 0x27, 0x57, 0x54, 0x67
-_EQUAL, _UNEQUAL_32, _JUMP, _CALL, _EXIT = 0x15, 0x56, 0x05, 0x85, 0x95
+_ADD, _ADD_REGISTER, _TIMES, _AND = 0x07, 0x0F, 0x27, 0x57
+_EQUAL, _UNEQUAL_32, _ABOVE, _JUMP, _CALL, _EXIT = 0x15, 0x56, 0x25, 0x05, 0x85, 0x95
 _TO_BIG_ENDIAN, _WIDE, _MAP_VALUE = 0xDC, 0x18, 2
 _KTIME, _PROCESSOR, _AS_TCP = 5, 8, 137  # helper functions
 _Line: TypeAlias = str | tuple[int, int, int, int, int] | tuple[int, int, int, int, int, str]
@@ -58,7 +59,8 @@ class Recorder:
     """Records the transitions of TCP sockets with these ports (None: all) from now on.
 
     Those of the calling thread's network namespace alone. `size` is each
-    processor's ring in bytes. Needs root (CAP_BPF and CAP_PERFMON).
+    processor's ring in bytes, or somewhat less. Needs root (CAP_BPF and
+    CAP_PERFMON).
 
     Raises `OSError` where this kernel or this user cannot have it.
     """
@@ -66,13 +68,12 @@ class Recorder:
     def __init__(self, ports: Iterable[int] | None, size: int) -> None:
         if platform.machine() != "x86_64":
             raise OSError(errno.ENOSYS, "recorded by a program on x86_64 only")
-        processors = int(
-            Path("/sys/devices/system/cpu/possible").read_text().replace(",", "-").split("-")[-1]
-        )
-        self._slots = 1 << max(size // _SIZE, 2).bit_length() - 1
-        self._rings = 1 << processors.bit_length()
+        online = Path("/sys/devices/system/cpu/online").read_text()
+        last = int(online.replace(",", "-").split("-")[-1])
+        self._rings = 1 << last.bit_length()
+        self._slots = 1 << max(min(size, _MOST // self._rings) // _SIZE, 2).bit_length() - 1
         self._heads = self._rings * self._slots * _SIZE
-        self._read = [0] * (processors + 1)
+        self._read = [0] * (last + 1)
         self._resources = ExitStack()
         try:
             self._open(ports)
@@ -172,7 +173,7 @@ def _program(
         (_CALL, 0, 0, 0, _KTIME),
         (_STORE[8], 10, 0, -16, 0),
         (_CALL, 0, 0, 0, _PROCESSOR),
-        (_AND_32, 0, 0, 0, rings - 1),
+        (_ABOVE, 0, 0, 0, rings - 1, "end"),  # one that was not there when this began
         (_WIDE, 1, _MAP_VALUE, 0, memory),
         (0, 0, 0, 0, 0),
         (_COPY, 3, 1, 0, 0),
