@@ -18,7 +18,10 @@ from contextlib import ExitStack
 
 import pytest
 
+import timewait.record
 from timewait.connections import UnusedPort
+from timewait.kernel.namespace import Namespace
+from timewait.kernel.tracepoint import Tracepoint
 from timewait.ledger import Ledger
 from timewait.port import HeldPort, hold_port
 from timewait.tcp.states import State
@@ -285,6 +288,109 @@ def test_a_server_in_a_child_process(seen: Witness, who: str) -> None:
             seen.assert_closed_by("client", port)
         child.communicate("\n")
     assert any("child processes" in words for words in seen.blind)
+
+
+QUICK = """
+import socket, sys
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+for _ in sys.stdin:
+    for _ in range(3):
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        client.sendall(b"unread")
+        server.close()  # a reset leaves nothing
+        client.close()
+    print(flush=True)
+"""
+
+root = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs root")
+
+
+def quick(port: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", QUICK, str(port)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def converse(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    print(file=child.stdin, flush=True)
+    assert child.stdout.readline() == "\n"
+
+
+@root
+def test_what_children_do_between_two_looks_is_told_where_it_is_permitted(seen: Witness) -> None:
+    assert seen.observer == "tracepoint"
+    with quick() as child:
+        converse(child)
+        seen.look()  # its listener is known from here on
+        before = len(seen.connections)
+        with seen._lock:  # nobody looks
+            converse(child)
+        child.communicate()
+    connections = seen.connections[before:]
+    assert [(each.closed_by, each.how) for each in connections] == [("server", "RST")] * 3
+    assert {each.reset_by for each in connections} == {"server"}
+    verdict = seen.check()
+    assert verdict, verdict.explain()
+    assert verdict.evidence.strength == "strong"
+
+
+@root
+@pytest.mark.parametrize("kernel", ["tells of this namespace only", "tells of all"])
+def test_the_same_port_in_another_namespace_is_not_blamed(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    timewait.record._close()  # to be opened again
+    if kernel == "tells of all":
+        monkeypatch.setattr("timewait.kernel.tracepoint.Recorder", refused)
+    with Namespace() as other, hold_port() as port:
+        number = port.number
+        with other.entered():
+            stranger = quick(number)
+        with stranger, Witness() as seen, port.listen():
+            converse(stranger)
+            assert seen.connections == []
+            assert seen.opened == 1  # the listener
+            stranger.communicate()
+    timewait.record._close()
+
+
+@root
+def test_a_record_follows_into_another_namespace() -> None:
+    with Namespace() as other, Witness() as outside:
+        with other.entered(), Witness() as seen:
+            assert seen.observer == "sock_diag"  # outside is being recorded
+        assert outside.observer == "tracepoint"
+    with Namespace() as other, other.entered(), Witness() as seen, quick() as child:
+        assert seen.observer == "tracepoint"
+        converse(child)
+        assert len(seen.connections) == 3
+        child.communicate()
+
+
+@root
+def test_the_record_is_opened_once_and_gone_with_the_process() -> None:
+    program = """
+import os
+from timewait import Witness
+from timewait.record import record
+with Witness(), Witness():
+    pass
+home = record()._recorder._tracepoint.home
+if not (pid := os.fork()):
+    os.abort() if record()._recorder._tracepoint.home == home else os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert len([name for name in os.listdir(home.parent) if f"-{os.getpid()}-" in name]) == 1
+print(home.name)
+"""
+    with Tracepoint([1]) as other:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.strip() not in os.listdir(other.home.parent)
 
 
 def test_asyncio_settles_while_its_loop_runs(port: HeldPort) -> None:

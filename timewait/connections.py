@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
 
 from attrs import define, field, frozen
 
-from timewait.events import Address, Row
+from timewait.events import Address, Row, Transition
 from timewait.ledger import End, Entry, Place
 from timewait.port import HeldPort
 from timewait.tcp.states import State
@@ -135,7 +135,10 @@ class Connection:
 
 @define(eq=False)
 class Seen:
-    """An endpoint while it is being watched; `history` is its states in their order."""
+    """An endpoint while it is being watched; `history` is its states in their order.
+
+    `told` are the transitions as the kernel made them, where it told of them.
+    """
 
     local: Address
     remote: Address
@@ -146,17 +149,26 @@ class Seen:
     pid: int | None = None
     reset: str = ""  # how a RST of this side's was seen, in words
     history: list[tuple[float, State]] = field(factory=list)
+    told: list[Transition] = field(factory=list)
 
     def move(self, state: State | None, now: float) -> None:
         """It was in this state (None: gone) at this time, perhaps before what is known already."""
         if now < self.since and self.history:
             if state is not None:
-                self.history.append((now, state))
-                self.history.sort()
+                self._was(state, now)
         elif state is not self.state or not self.history:
             self.state, self.since = state, now
             if state is not None:
                 self.history.append((now, state))
+
+    def _was(self, state: State, then: float) -> None:
+        later = next(n for n, (t, _) in enumerate([*self.history, (self.since, None)]) if t > then)
+        if later < len(self.history) and self.history[later][1] is state:
+            self.history[later] = then, state  # known already, but not since when
+            if later == len(self.history) - 1 and state is self.state:
+                self.since = then
+        else:
+            self.history.insert(later, (then, state))
 
     @property
     def states(self) -> set[State]:
@@ -379,6 +391,30 @@ class Connections(ABC):
 
     # --- putting the evidence together
 
+    def _take_transition(self, event: Transition, t: float) -> Seen:
+        """What a transition at the time `t` tells of a connection's ends; whose it was."""
+        if event.old is State.CLOSED:
+            self._forget_before(event.local, event.remote, t)
+        one = self._endpoint_at(event.local, event.remote, t)
+        one.move(None if event.new is State.CLOSED else event.new, t)
+        if event.cause == "RST received":
+            peer = self._endpoint_at(event.remote, event.local, t)
+            peer.reset = f"{_text(event.local)} received a RST in {event.old}"
+        return one
+
+    def _forget_before(self, local: Address, remote: Address, t: float) -> None:
+        """A connection begins: what was seen of these addresses till now was another."""
+        pair = {(local, remote), (remote, local)}
+        known = [self._seen[key] for key in pair if key in self._seen]
+        if any(end.history and t > end.history[-1][0] for end in known):
+            if any(map(self._ours, known)):
+                self._past.append(known)
+            for key in pair:
+                self._seen.pop(key, None)
+
+    def _endpoint_at(self, local: Address, remote: Address, t: float) -> Seen:
+        return self._seen.setdefault((local, remote), Seen(local, remote, None, t))
+
     def _all(self) -> list[Seen]:
         return [*(seen for pair in self._past for seen in pair), *self._seen.values()]
 
@@ -507,12 +543,12 @@ class Connections(ABC):
                     why = f"{end.unread} bytes unread" if end.unread else "SO_LINGER of 0 s"
                     return side, f"the {side} called {end.call} with {why}, at {end.place}"
         for side, seen in sides.items():
-            if seen.reset:
-                return side, seen.reset
-        for side, seen in sides.items():
             first = _first_end(seen)
             if first is not None and first.state is State.CLOSED:
                 return _OTHER[side], f"the {side}'s socket was dead when it called {first.call}"
+        for side, seen in sides.items():
+            if seen.reset:
+                return side, seen.reset
         return None, ""
 
     # --- telling

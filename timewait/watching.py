@@ -19,7 +19,7 @@ import anyio
 import anyio.lowlevel
 
 from timewait.connections import CLOSED_FIRST, LEFT_OPEN, Connections, Key, Seen
-from timewait.events import Address, Event, Row, RunStarted, SegmentSeen, Transition
+from timewait.events import Event, Row, RunStarted, SegmentSeen, Transition
 from timewait.explain import Explanation, can_bind, explain_bind, port_number
 from timewait.kernel.observers import Observer, observe
 from timewait.report import address
@@ -178,13 +178,7 @@ class Watch(Connections):
         if isinstance(event, Transition) and event.new is State.LISTEN:
             self._listening[event.local[1]] = True
         elif isinstance(event, Transition) and event.remote[1]:
-            if event.old is State.CLOSED:
-                self._forget_before(event.local, event.remote, t)
-            one = self._endpoint_at(event.local, event.remote, t)
-            one.move(None if event.new is State.CLOSED else event.new, t)
-            if event.cause == "RST received":
-                peer = self._endpoint_at(event.remote, event.local, t)
-                peer.reset = f"{address(event.local)} received a RST in {event.old}"
+            self._take_transition(event, t)
         elif isinstance(event, SegmentSeen):
             self._take_segment(event, t)
 
@@ -209,18 +203,6 @@ class Watch(Connections):
             for end in (one, peer):
                 if not end.states - {State.SYN_SENT, State.SYN_RECEIVED}:
                     end.move(State.ESTABLISHED, t)
-
-    def _forget_before(self, local: Address, remote: Address, t: float) -> None:
-        """A connection begins: what was seen of these addresses till now was another."""
-        pair = {(local, remote), (remote, local)}
-        known = [self._seen[key] for key in pair if key in self._seen]
-        if any(end.history and t > end.history[-1][0] for end in known):
-            self._past.append(known)
-            for key in pair:
-                self._seen.pop(key, None)
-
-    def _endpoint_at(self, local: Address, remote: Address, t: float) -> Seen:
-        return self._seen.setdefault((local, remote), Seen(local, remote, None, t))
 
     def _table(self) -> list[Row]:
         return self._list(self.port)

@@ -8,6 +8,7 @@ together what it can see without privilege:
 - the kernel's table (sock_diag): of a connection's two ends whenever one of them
   moves, of everything whenever something is asked, and now and then while this
   process has children, whose calls it does not see;
+- where it is permitted, the kernel's own record of every transition (`Record`);
 - `/proc`: whose a socket is.
 
 A TIME_WAIT has no owner; it is this code's when its connection is, or when it
@@ -30,6 +31,8 @@ from typing import TYPE_CHECKING, Final, Self
 
 from attrs import evolve
 
+from attrs import evolve
+
 from timewait.connections import LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Called, Event, Row, RunStarted, Snapshot, Transition
 from timewait.ledger import Entry, Ledger
@@ -37,10 +40,12 @@ from timewait.tcp.states import State
 
 if TYPE_CHECKING:
     from timewait.kernel.sock_diag import SockDiag
+    from timewait.record import Record
 
 __all__ = ["Witness", "descendants", "table"]
 
 _PERIOD: Final = 0.02  # seconds between looks at the children's sockets
+_BEGINNINGS: Final = {State.CLOSED, State.LISTEN}
 
 
 class Witness(Connections):
@@ -65,6 +70,7 @@ class Witness(Connections):
         self._ledger = Ledger(stacks=stacks, on_change=self._moved)
         self._list = table()
         self._before: dict[Key, Row] = {}
+        self._record: Record | None = None
         self._owned: dict[int, int] | None = None  # inode -> pid, as of this look
         self._not_ours: set[int] = set()
         self._children: set[int] = set()
@@ -77,6 +83,7 @@ class Witness(Connections):
     def __enter__(self) -> Self:
         self._began = time.monotonic()
         self._diag = _sock_diag()
+        self._record = _record() if self._diag is not None else None
         for row in self._list(None):
             self._before[row.local, row.remote] = row
             if row.state is State.LISTEN:
@@ -97,6 +104,8 @@ class Witness(Connections):
         self._watching = False
         _watching.discard(self)
         self.pause()
+        if self._record is not None:
+            self._record.close()
         self._ledger.__exit__(kind, error, trace)
         if self._diag is not None:
             self._diag.close()
@@ -138,7 +147,10 @@ class Witness(Connections):
                 return
             now = time.monotonic()
             self._owned = None
+            if self._record is not None:
+                self._record.read()  # before the table, which is newer then
             rows = self._list(None)
+            self._take_record({(row.local, row.remote) for row in rows})
             present: set[Key] = set()
             for row in rows:
                 key = row.local, row.remote
@@ -157,6 +169,18 @@ class Witness(Connections):
                     seen.move(None, now)
                     if not self._ours(seen):
                         del self._seen[key]  # a stranger's: it came and went
+
+    def _take_record(self, table: set[Key]) -> None:
+        """Take in what the kernel has recorded of connections in this namespace."""
+        if self._record is None:
+            return
+        for event in self._record.take(table | {*self._seen}):
+            key = event.local, event.remote
+            if event.old in _BEGINNINGS:
+                self._before.pop(key, None)
+            elif key in self._before and key not in self._seen:
+                continue  # it was there already
+            self._take_transition(event, event.t).told.append(event)
 
     def _note(self, key: Key, row: Row, now: float) -> Seen:
         seen = self._seen.get(key)
@@ -180,6 +204,10 @@ class Witness(Connections):
             self._owned = None
             now = time.monotonic()
             seen = self._seen.get(key)
+            if self._record is not None and seen is not None and seen.entry not in (None, entry):
+                self._record.read()
+                self._take_record(set())  # the end of the connection that was
+                seen = self._seen.get(key)
             if seen is None or (seen.entry is not None and seen.entry is not entry):
                 if seen is not None:
                     self._past.append(
@@ -240,6 +268,13 @@ class Witness(Connections):
         return self._owned.get(inode)
 
     @property
+    def observer(self) -> str:
+        """Who tells of states: "tracepoint", "sock_diag" or "psutil"."""
+        if self._record is not None:
+            return "tracepoint"
+        return "psutil" if self._diag is None else "sock_diag"
+
+    @property
     def opened(self) -> int:
         """How many TCP sockets this process tree was seen to open."""
         own = [seen for seen in self._all() if seen.pid is not None]
@@ -254,6 +289,15 @@ class Witness(Connections):
             blind.append("timers and queues: psutil shows states only")
             blind.append("states at the moment of a call, but for what the call itself tells")
             blind.append("sockets of other processes, and TIME_WAIT, where psutil lists only ours")
+        if self._record is not None:
+            if len(self._children) > 1:
+                blind.append(
+                    "connections between child processes whose listener came and went between "
+                    f"two looks, {_PERIOD * 1000:.0f} ms apart"
+                )
+            if self._record.lost:
+                blind.append(f"{self._record.lost} transitions that the kernel had no room for")
+            return tuple(blind)
         if len(self._children) > 1:
             blind.append(
                 f"what child processes did between two looks, {_PERIOD * 1000:.0f} ms apart"
@@ -271,24 +315,31 @@ class Witness(Connections):
                 if self._ours(seen):
                     events += self._events_of(seen)
             rows = tuple(s.row for s in self._seen.values() if s.row and self._ours(s))
-        source = "psutil" if self._diag is None else "sock_diag"
-        head = RunStarted(0.0, "kernel", source, blind=self.blind)
-        tail = Snapshot(time.monotonic() - self._began, "end", rows, source)
+        head = RunStarted(0.0, "kernel", self.observer, blind=self.blind)
+        tail = Snapshot(time.monotonic() - self._began, "end", rows, self.observer)
         return [head, *sorted(events, key=attrgetter("t")), tail]
 
     def _events_of(self, seen: Seen) -> Iterator[Event]:
-        source = "psutil" if self._diag is None else "sock_diag"
         actor = self._side(seen)
         if seen.entry is not None:
             if seen.entry.side in ("client", "server"):
                 call = "connect" if seen.entry.side == "client" else "accept"
-                t = seen.entry.t - self._began
+                t = seen.entry.t
+                for event in seen.told:  # a connect() that went on in the background
+                    if event.new is State.ESTABLISHED or seen.entry.failed:
+                        t = max(t, event.t + 1e-6)
+                t -= self._began
                 yield Called(t, actor, call, seen.local, seen.remote, seen.entry.failed)
             for end in seen.entry.ends:
                 yield Called(end.t - self._began, actor, end.call, seen.local, seen.remote)
+        if seen.told:
+            for event in seen.told:
+                yield evolve(event, t=event.t - self._began)
+            return
         old = State.CLOSED
         for t, state in seen.history:
-            yield Transition(t - self._began, seen.local, seen.remote, old, state, source, True)
+            t -= self._began
+            yield Transition(t, seen.local, seen.remote, old, state, self.observer, True)
             old = state
 
     def _table(self) -> list[Row]:
@@ -313,6 +364,16 @@ class Witness(Connections):
             return seen.pid is not None
         waiting = seen.entry is None and seen.pid is None and seen.state is not State.FIN_WAIT_2
         return waiting and self._listening.get(seen.local[1], False)
+
+
+def _record() -> Record | None:
+    """The kernel's record of transitions, where this process may have it."""
+    from timewait.record import record
+
+    try:
+        return record()
+    except OSError:
+        return None
 
 
 _watching: Final[weakref.WeakSet[Witness]] = weakref.WeakSet()

@@ -373,3 +373,16 @@ def test_without_root_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(PermissionError, match="tracepoints need root"):
         Tracepoint([1])
     assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_a_reset_is_not_told_of_the_next_socket_at_the_same_place_in_memory() -> None:
+    home = socket.inet_aton("127.0.0.1").rjust(16, b"\0")
+    ports_and_hosts = (1000, 2000, socket.IPPROTO_TCP, home, home)
+    with Tracepoint([1]) as tracepoint:
+        events: list[Event] = []
+        tracepoint._on_reset(lambda *_: (7, 1000, 2000, home, home), 0.0, b"", 0, events)
+        for old, new in ((7, 2), (2, 1), (1, 7)):  # SYN_SENT, ESTABLISHED, and a close
+            tracepoint._on_state(
+                lambda *_, old=old, new=new: (7, old, new, *ports_and_hosts), 0.0, b"", 0, events
+            )
+    assert [event.cause for event in events if isinstance(event, Transition)] == [None] * 3

@@ -58,6 +58,7 @@ _PORTS: Final = "sport dport"
 _HOSTS: Final = "saddr_v6 daddr_v6"
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
+_UNCONNECTED: Final = frozenset((7, 10))  # CLOSE, LISTEN
 _BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
 _LOOKS_FOR_NAMES: Final = 50
 _RECORDED: Final = 0  # the kind of our own records; the kernel's numbers begin above
@@ -222,7 +223,7 @@ class Tracepoint:
         pid = os.getpid()
         self.home = home = root / "instances" / f"timewait-{pid}-{_started(pid)}-{next(_serial)}"
         home.mkdir()
-        self._resources.callback(_remove, home)
+        self._resources.callback(_remove, home, pid)
         (home / "trace_clock").write_text("mono")
         with suppress(FileNotFoundError):  # since Linux 5.0
             (home / "buffer_percent").write_text("0")
@@ -321,6 +322,8 @@ class Tracepoint:
             self._connecting.discard((local, remote))
         if was is not became:
             cause = self._causes.pop(sock, None) if self._causes else None
+            if became is not State.CLOSED or old in _UNCONNECTED:
+                cause = None  # it was of a socket that had this address in memory before
             events.append(Transition(at, local, remote, was, became, self.name, cause=cause))
 
     def _on_reset(
@@ -589,7 +592,9 @@ def _sweep(instances: Path) -> None:
                     left.rmdir()
 
 
-def _remove(instance: Path) -> None:
+def _remove(instance: Path, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked child lets go of its descriptors only
     with suppress(OSError):
         (instance / "events/enable").write_text("0")
     instance.rmdir()

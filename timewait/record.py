@@ -1,0 +1,141 @@
+"""The kernel's record of every transition, shared by all witnesses of this process.
+
+Where the kernel's tracepoint is permitted (to root), a witness knows each state
+of its children's connections, and of those made below Python, and not only the
+states they are in when the table is read. To open it takes some 40 ms and to
+close it as much, so it is opened once, and kept until the process ends.
+
+On some kernels the tracepoint tells of all network namespaces and does not say
+which. A connection is of this one if its addresses are in this one's table, or
+among the sockets that this one's sock_diag tells were destroyed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import Final
+
+from timewait.connections import Key
+from timewait.events import Transition
+from timewait.kernel.sock_diag import Destroyed
+from timewait.kernel.tracepoint import Tracepoint
+
+__all__ = ["Record", "record"]
+
+_BUFFER: Final = 1 << 20  # bytes for each processor: some 13,000 transitions between two looks
+_PATIENCE: Final = 1.0  # seconds until a transition that was seen nowhere here is another's
+
+
+class Record:
+    """What happens from now on, for one witness."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+        self._lost_before = recorder.lost
+        self.waiting: list[Transition] = []
+        self.destroyed: set[Key] = set()
+        recorder.readers.append(self)
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._recorder.readers.remove(self)
+
+    @property
+    def lost(self) -> int:
+        """How many transitions were missed."""
+        return self._recorder.lost - self._lost_before
+
+    def read(self) -> None:
+        """Have the kernel's buffers emptied into this record and all others."""
+        self._recorder.read()
+
+    def take(self, known: set[Key]) -> list[Transition]:
+        """The transitions, not taken yet, of connections of this namespace; times are monotonic.
+
+        `known` are those in its table. Of the others some may turn out to be later.
+        """
+        known = known | self.destroyed
+        found, old = [], time.monotonic() - _PATIENCE
+        waiting, self.waiting = self.waiting, []
+        for each in waiting:
+            if {(each.local, each.remote), (each.remote, each.local)} & known:
+                found.append(each)
+            elif each.t > old:
+                self.waiting.append(each)
+        if not self.waiting:
+            self.destroyed.clear()
+        return found
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.namespace = _namespace()
+        self.readers: list[Record] = []
+        self._lock = threading.Lock()
+        self._tracepoint = Tracepoint(None, start=0.0, buffer=_BUFFER)
+        self._notices = Destroyed()
+
+    @property
+    def lost(self) -> int:
+        return self._tracepoint.lost
+
+    def read(self) -> None:
+        with self._lock:
+            events = [
+                event
+                for event in self._tracepoint.read()
+                if isinstance(event, Transition) and event.remote[1]
+            ]
+            gone = {(row.local, row.remote) for row in self._notices.read().values()}
+            for reader in self.readers:
+                reader.waiting += events
+                reader.destroyed |= gone
+
+    def close(self) -> None:
+        with suppress(OSError):  # (a forked child may have it open)
+            self._tracepoint.close()
+        self._notices.close()
+
+
+_shared: _Recorder | None = None
+_refused: OSError | None = None
+
+
+def record() -> Record:
+    """A record from now on. Raises `OSError` that says why there is none here."""
+    global _shared, _refused
+    if _refused is not None:
+        raise _refused
+    if _shared is not None and _shared.namespace != _namespace():
+        if _shared.readers:
+            raise OSError(errno.EBUSY, "another network namespace is being recorded")
+        _close()
+    if _shared is None:
+        try:
+            _shared = _Recorder()
+        except OSError as refused:
+            _refused = refused
+            raise
+    _shared.read()  # what happened till now is not this record's
+    return Record(_shared)
+
+
+def _close() -> None:
+    global _shared
+    if _shared is not None:
+        _shared.close()
+        _shared = None
+
+
+def _namespace() -> int:
+    return os.stat("/proc/thread-self/ns/net").st_ino
+
+
+atexit.register(_close)
+if hasattr(os, "register_at_fork"):  # what is recorded is the parent's; its descriptors are not
+    os.register_at_fork(after_in_child=_close)
