@@ -38,7 +38,7 @@ class Record:
         self._recorder = recorder
         self._lost_before = recorder.lost
         self.waiting: list[Transition] = []
-        self.destroyed: set[Key] = set()
+        self.destroyed: dict[Key, float] = {}  # when it was told
         recorder.readers.append(self)
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Record:
 
         `known` are those in its table. Of the others some may turn out to be later.
         """
-        known = known | self.destroyed
+        known = known | self.destroyed.keys()
         found, old = [], time.monotonic() - _PATIENCE
         waiting, self.waiting = self.waiting, []
         for each in waiting:
@@ -67,8 +67,8 @@ class Record:
                 found.append(each)
             elif each.t > old:
                 self.waiting.append(each)
-        if not self.waiting:
-            self.destroyed.clear()
+        # A notice may come before the transitions that it is about.
+        self.destroyed = {key: t for key, t in self.destroyed.items() if t > old}
         return found
 
 
@@ -91,7 +91,8 @@ class _Recorder:
                 for event in self._tracepoint.read()
                 if isinstance(event, Transition) and event.remote[1]
             ]
-            gone = {(row.local, row.remote) for row in self._notices.read().values()}
+            now = time.monotonic()
+            gone = {(row.local, row.remote): now for row in self._notices.read().values()}
             for reader in self.readers:
                 reader.waiting += events
                 reader.destroyed |= gone

@@ -31,8 +31,6 @@ from typing import TYPE_CHECKING, Final, Self
 
 from attrs import evolve
 
-from attrs import evolve
-
 from timewait.connections import LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Called, Event, Row, RunStarted, Snapshot, Transition
 from timewait.ledger import Entry, Ledger
