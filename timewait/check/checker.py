@@ -355,8 +355,6 @@ class Checker:
         if connection.divergence is not None or connection.forged:
             return
         seen = connection.mode & ex.SEGMENTS
-        if not connection.lossy:
-            connection.mode |= ex.SEGMENTS
         try:
             kind = sequence.take(
                 end == 1,
@@ -370,14 +368,20 @@ class Checker:
         except Contradiction as wrong:
             connection.diverge(event, str(wrong), wrong.rule)
             return
+        # Where one direction is captured, what the other side does is anybody's guess.
+        half = sequence.one_sided and not sequence.exact and not event.flags & SYN
+        if half and seen:
+            connection.begin_anywhere(connection.mode & ~ex.SEGMENTS)
+        elif not half and not connection.lossy:
+            connection.mode |= ex.SEGMENTS
         if sequence.suspicion is not None and connection.suspect is None:
             connection.suspect = event
         if event.lost:
             kind |= DROPPED
             sequence.dropped(end == 1)
-        if connection.lossy or (event.flags & RST and not seen and not self._from_start):
+        if half or connection.lossy or (event.flags & RST and not seen and not self._from_start):
             return  # What it is about, or answers, may have been missed.
-        if not event.flags & RST and sequence.is_overtaken(end == 1, kind, event.t):
+        if not event.flags & RST and sequence.is_overtaken(end == 1, kind, event.ack, event.t):
             return
         connection.advance(kind, event)
         if kind & (SYN | ACK) == SYN | ACK and connection.divergence is None:
@@ -392,8 +396,7 @@ class Checker:
         )
         connection.segments.append(event)
         connection.forged = True
-        connection.number = connection.base = connection.model.anywhere(connection.mode)
-        connection.history.clear()
+        connection.begin_anywhere(connection.mode)
 
     def _snapshot(self, event: Snapshot) -> None:
         self._sources.add("states at instants")
@@ -479,10 +482,9 @@ class Checker:
             return
         if what:
             connection.settle()
+            if what == ex.CONNECTED and event.began is not None:
+                connection.mode |= ex.CALLS_A << end  # from its return on, not a moment later
             connection.advance(ex.told(end, what), event)
-            if what == ex.CONNECTED and event.began is not None and connection.divergence is None:
-                connection.mode |= ex.CALLS_A << end
-                connection.number = self._model.close(connection.mode, connection.number)
 
     def _called_without_peer(self, event: Called) -> None:
         if event.local is not None and event.remote is None and event.call in ("listen", "close"):
@@ -608,7 +610,7 @@ class Checker:
             by = "model" if self._declared == ex.EVERY else "tracepoint"
             self._sources.add(f"every transition ({by})")
             mode = self._declared | self._declared << 2 | self._declared_segments
-        elif self._from_start and ends[0][1] == self._port and _same_host(*ends):
+        elif self._from_start and self._port in (None, ends[0][1]) and _same_host(*ends):
             mode = self._declared_segments  # the run's own: no segment of it was before
         if self._doubles or not _same_host(*ends):
             mode |= ex.DOUBLES
@@ -698,7 +700,8 @@ class Checker:
 
     def _end(self, connection: Connection) -> None:
         suspicion = connection.sequence and connection.sequence.suspicion
-        if connection.suspect and suspicion and connection.divergence is None:
+        sided = connection.sequence and connection.sequence.one_sided
+        if connection.suspect and suspicion and not sided and connection.divergence is None:
             connection.diverge(connection.suspect, str(suspicion), suspicion.rule)
         seen = connection.mode
         both = ex.SEES_A & seen and ex.SEES_B & seen and not connection.forged

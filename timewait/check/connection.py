@@ -111,6 +111,12 @@ class Connection:
             latest = self.since[4 + end] + lasts + _WHEEL
         return self.since[end] + lasts, latest
 
+    def begin_anywhere(self, mode: int) -> None:
+        """Follow it from here on as one of which nothing is known."""
+        self.mode = mode
+        self.number = self.base = self.model.anywhere(mode)
+        self.history.clear()
+
     def may_be_over(self, number: int, due: int = 0, end: int = 0) -> bool:
         """Whether neither end may have a connection any more, and `end` has nothing `due`."""
         over = (ex.CLOSED, ex.TIME_WAIT)
@@ -147,7 +153,7 @@ class Connection:
             self.advance(ex.seen_in(end, state), event)
 
     def advance(self, symbol: int, event: Event | Begun) -> None:
-        """Follow one observation of a self."""
+        """Follow one observation of it."""
         if self.forged:
             return
         t = event.t
@@ -373,11 +379,9 @@ class Connection:
         ):
             return False
         self.elsewhere = True
-        self.mode &= ~ex.SEGMENTS
         self.lossy = True
         self.stuck = False
-        self.number = self.base = self.model.anywhere(self.mode)
-        self.history.clear()
+        self.begin_anywhere(self.mode & ~ex.SEGMENTS)
         self.held.clear()
         self.findings.sources.add("transitions in another network namespace (tracepoint)")
         return True

@@ -332,6 +332,11 @@ class Explanations:
                     continue
                 if context & 16 and not _licensed(x, event):
                     continue
+                if event is Event.ABORT and segments and _fin_unsent(x, y):
+                    # tcp_disconnect: in silence only where the FIN has been sent
+                    row = table[State.FIN_WAIT_1, event]
+                    yield from self._apply(end, event, row, x, 0, segments)
+                    continue
                 yield from by(event)
         if state == TIME_WAIT:
             # A new connect() may take the place of an old TIME_WAIT (RFC 6191, tcp_tw_reuse).
@@ -610,6 +615,12 @@ def _arrivals(
         yield Event.ACK_OF_FIN, FIN_ACKED
     if x & ORPHAN and y & text and state in (FIN_WAIT_1, FIN_WAIT_2):
         yield Event.TEXT_AFTER_CLOSE, 0
+
+
+def _fin_unsent(x: int, y: int) -> bool:
+    """Whether a FIN that follows the peer's is queued and has not been seen to be sent."""
+    sent = x & (W_FIN | W_FIN_ACK | FIN_ACKED) or y & FIN_IN
+    return x & 15 in (CLOSING, LAST_ACK) and not sent
 
 
 def reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None, ...]:

@@ -115,7 +115,7 @@ def _by_the_wire(
 ) -> tuple[str, str, str | None] | None:
     """Whose RST came first, or whose FIN without knowing of the other's."""
     sequence = connection.sequence
-    if sequence is None:
+    if sequence is None or (sequence.one_sided and not sequence.exact):
         return None
     if sequence.a.isn is None and sequence.b.isn is None:
         # A FIN that comes first here may be one of two, unless the other is sent in answer to it.

@@ -109,15 +109,18 @@ class Flow:
     due: int | None = None  # what the peer has to acknowledge in time: all before it was, and it
     due_at: float = 0.0  # was sent once, then
     ack: int | None = None  # the last acknowledgment it sent
+    ack_at: int | None = None  # where the segment was that first acknowledged so much
     acks: list[int] = field(factory=list)  # it and those before
     gaps: list[tuple[int, int]] = field(factory=list)  # octets that have not been seen
     missed: list[int] = field(factory=list)  # where those gaps began when they were noticed
     gap_at: float = 0.0  # when the last gap was noticed
+    gap_ack: int = 0  # what the segment after it acknowledged
     gap: Contradiction | None = None  # the suspicion that the first of them raised
     gap_told: bool = False  # the peer has asked for it since, or it was long ago
     ends: list[int] = field(factory=list)  # where its last segments ended
     last: float = _NEVER  # when it last sent anything
-    reset_at: float = _NEVER  # when it sent a RST
+    reset_at: float = _NEVER  # when it sent a RST,
+    reset_ack: int | None = None  # and what it had acknowledged by then
     probed: float = _NEVER  # when it last repeated an octet that was acknowledged
     former: Flow | None = None  # the flow that its newest SYN wants to follow
     recent: list[tuple[float, int, int, int, int]] = field(factory=list)  # its last segments
@@ -172,8 +175,14 @@ class Sequence:
         again.whole = False
         return again
 
+    @property
+    def one_sided(self) -> bool:
+        """Whether only one side has been seen to send: the capture may show one direction."""
+        return (self.a.last == _NEVER) != (self.b.last == _NEVER)
+
     def forget(self) -> None:
         """Segments were missed: begin again with whatever comes next."""
+        self.whole = False
         self.a = Flow(fin=self.a.fin)
         self.b = Flow(fin=self.b.fin)
 
@@ -191,12 +200,14 @@ class Sequence:
         recent.append((t, *what))
         return False
 
-    def is_overtaken(self, from_b: bool, kind: int, t: float) -> bool:
+    def is_overtaken(self, from_b: bool, kind: int, ack: int, t: float) -> bool:
         """Whether this was sent before the RST that it came in after (see `_overtaken`)."""
         x = self.b if from_b else self.a
         nothing_new = kind & OLD or not kind & (SYN | FIN | RST | TEXT)
         within = _OVERTAKEN if self.presumed else 1.0
-        return bool(nothing_new) and not self.exact and t - x.reset_at < within
+        if not nothing_new or self.exact or t - x.reset_at >= within:
+            return False
+        return x.reset_ack is None or seq_diff(ack, x.reset_ack) <= 0
 
     def take(
         self,
@@ -273,7 +284,7 @@ class Sequence:
         if late:
             kind |= OLD
         if ack != x.ack:
-            self._acknowledge(x, y, ack, kind)
+            self._acknowledge(x, y, seq, ack, kind)
         if y.fin is not None and (ack - y.fin & 0xFFFFFFFF) == 1:
             kind |= ACKS_FIN
             if flags & FIN and placed and not kind & OLD:
@@ -353,7 +364,7 @@ class Sequence:
                 self.suspicion = x.gap = wrong
             x.gaps.append((x.next, seq))
             x.missed.append(x.next)
-            x.gap_at = x.last
+            x.gap_at, x.gap_ack = x.last, ack
             x.gap_told = False
             return max(new, 1)
         if x.gaps:
@@ -370,13 +381,14 @@ class Sequence:
             ]
             if not x.gaps:
                 x.missed.clear()
-                if x.last - x.gap_at < _OVERTAKEN and new <= 0 and self.suspicion is x.gap:
+                overtaken = new <= 0 and seq_diff(ack, x.gap_ack) <= 0
+                if overtaken and x.last - x.gap_at < _OVERTAKEN and self.suspicion is x.gap:
                     self.suspicion = None
             if x.gaps != before:
                 return 1  # it was sent before, but it is new to the observer
         if end == seq:  # An acknowledgment alone stands at SND.NXT; only a probe goes back.
-            probe = y.ack is not None and seq_diff(seq, y.ack) == -1
-            if (self.exact or (self.presumed and not self._overtaken(x, seq, ack))) and not (
+            probe = y.last == _NEVER or (y.ack is not None and seq_diff(seq, y.ack) == -1)
+            if (self.exact or (self.presumed and not self._overtaken(x, y, seq, ack))) and not (
                 probe and quiet >= PROBE_AFTER
             ):
                 raise Contradiction(
@@ -397,7 +409,7 @@ class Sequence:
             )
         return new
 
-    def _overtaken(self, x: Flow, seq: int, ack: int) -> bool:
+    def _overtaken(self, x: Flow, y: Flow, seq: int, ack: int) -> bool:
         """Whether an acknowledgment at this number may be one that others have overtaken.
 
         Coming in on the loopback interface it may be: each processor has a queue there. Those
@@ -406,9 +418,12 @@ class Sequence:
         if x.isn is None or not self.whole:
             return True
         known = seq in x.ends or seq in (x.fin, seq_add(x.isn, 1))
+        if y.ack is not None and y.ack_at is not None and seq_diff(seq, y.ack) < 0:
+            # The peer had more than this by then, and what it sent afterwards is acknowledged.
+            known = known and seq_diff(ack, y.ack_at) <= 0
         return known and (x.ack is None or seq_diff(ack, x.ack) <= 0)
 
-    def _acknowledge(self, x: Flow, y: Flow, ack: int, kind: int) -> None:
+    def _acknowledge(self, x: Flow, y: Flow, seq: int, ack: int, kind: int) -> None:
         if y.next is None or y.guessed:
             if y.next is None or seq_diff(ack, y.next) > 0:
                 y.next = ack
@@ -440,7 +455,7 @@ class Sequence:
         if known is not None and seq_diff(ack, known) < 0:
             if x.former is not None and x.former.ack == ack:
                 return
-            overtaken = y.isn is not None and (ack in y.ends or ack == seq_add(y.isn, 1))
+            overtaken = y.isn is None or ack in y.ends or ack == seq_add(y.isn, 1)
             if self.exact or (self.presumed and self.whole and not overtaken):
                 raise Contradiction(
                     f"it acknowledges {ack}, and {known} was acknowledged already", _BACKWARDS
@@ -451,7 +466,7 @@ class Sequence:
                     _BACKWARDS,
                 )
             return
-        x.ack = ack
+        x.ack, x.ack_at = ack, seq
         _remember(x.acks, ack)
 
     def _syn(
@@ -488,7 +503,7 @@ class Sequence:
                     f"a SYN,ACK acknowledges {ack}, and the SYN is at {y.isn}", _UNSENT
                 )
             if y.next is None:
-                y.next = ack
+                y.next, y.guessed = ack, True
             elif x.ack is None and y.isn is not None:
                 self.latency = None if y.syn_again else x.last - y.last
             x.ack = ack
@@ -501,6 +516,7 @@ class Sequence:
         if x.fin is None and y.fin is None and self.reset_by is None and not begins:
             self.reset_by = 1 if x is self.b else 0
         x.reset_at = x.last
+        x.reset_ack = ack if flags & ACK else x.ack
         here = self.exact or self.presumed
         own = [flow.next for flow in (x, x.former) if flow is not None and flow.next is not None]
         answers = list(y.acks)
@@ -512,7 +528,11 @@ class Sequence:
             # It answers an acknowledgment: Linux sends none of these otherwise.
             replies = self.whole and self.linux[from_b]
             at = answers if replies else own + answers
-            if replies and x.last - y.last > _ANSWERED + 4 * (self.latency or 0.0):
+            if (
+                replies
+                and y.last != _NEVER
+                and x.last - y.last > _ANSWERED + 4 * (self.latency or 0.0)
+            ):
                 raise Contradiction(
                     f"a reset without ACK answers a segment, and the last came "
                     f"{x.last - y.last:.3f} s before",
@@ -523,11 +543,12 @@ class Sequence:
             # answers a segment without ACK.
             at = own if here and own and not y.shut else own + answers
             at.append(0)
-            if y.next is not None and seq_diff(ack, y.next) > 0:
+            if y.next is not None and not y.guessed and seq_diff(ack, y.next) > 0:
                 raise Contradiction(f"a reset acknowledges {ack}, sent is up to {y.next}", _UNSENT)
             if self.whole and y.next is None:
-                raise Contradiction(f"a reset acknowledges {ack}, and nothing was sent", _UNSENT)
-        if at and (self.whole or at != [0]) and seq not in at:
+                self._missed(f"a reset acknowledges {ack}, and nothing was sent", _UNSENT)
+        heard = y.last != _NEVER or flags & ACK
+        if heard and at and (self.whole or at != [0]) and seq not in at:
             due = _or(list(dict.fromkeys(at))[-4:])
             raise Contradiction(f"a reset at {seq}; {due} was due", _RESET)
         kind = RST

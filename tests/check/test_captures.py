@@ -1,0 +1,155 @@
+"""Captures as they are made: late, of one direction, overtaken, with text in the SYN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+from timewait.check import Answers, Checker, Connection, Verdict, answers, check
+from timewait.check.evidence import read
+from timewait.events import Address, Event, Restart, SegmentSeen
+from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
+
+TRACES = Path(__file__).parent / "traces"
+LOCAL = (("127.0.0.1", 9090), ("127.0.0.1", 40000))
+APART = (("10.2.0.1", 9090), ("10.1.0.1", 40000))
+FLAGS = {"SYN": SYN, "RST": RST, "ACK": ACK, "FIN": FIN | ACK, "TXT": PSH | ACK}
+FLAGS |= {"SYNACK": SYN | ACK, "RSTACK": RST | ACK, "FINTXT": FIN | PSH | ACK}
+
+
+def seen(lines: str, ends: tuple[Address, Address] = LOCAL) -> list[Event]:
+    """Segments: a time in ms, whose (c, s), flags, seq, ack, and how much text."""
+    found: list[Event] = []
+    for line in lines.split("|"):
+        t, who, what, seq, ack, *length = line.split()
+        src, dst = ends if who == "s" else ends[::-1]
+        octets = int(length[0]) if length else 0
+        found.append(
+            SegmentSeen(float(t) / 1000, src, dst, FLAGS[what], int(seq), int(ack), octets, 512)
+        )
+    return found
+
+
+def told(events: Iterable[Event]) -> tuple[Verdict, list[Answers]]:
+    found: list[Answers] = []
+
+    def ended(connection: Connection) -> None:
+        found.append(answers(connection))
+
+    checker = Checker(on_end=ended)
+    for event in events:
+        checker.feed(event)
+    return checker.verdict(), found
+
+
+OPEN = "0 c SYN 4 0|0.01 s SYNACK 8 5|0.02 c ACK 5 9|"
+
+
+@pytest.mark.parametrize(
+    ("ends", "lines"),
+    [
+        # As tcpdump showed them on Linux 6.18, both processors busy.
+        (LOCAL, "1 c FIN 5 9|1.9 c ACK 5 9|2 s FIN 9 6|2.1 c ACK 6 10"),
+        (LOCAL, "1 c TXT 5 9 4|1.1 c FIN 9 9|9 s TXT 9 10 7|9.1 c RST 10 0|11 c FIN 9 9"),
+        (LOCAL, "1 s FIN 9 5|1.1 c ACK 652 10|3 c FINTXT 5 9 646|3.1 s ACK 10 652"),
+        (APART, "1 s TXT 9 5 100|1.1 c RSTACK 5 109|1.13 c ACK 5 109"),
+        # A probe comes when the peer has been silent, even if its last was acknowledged late.
+        (LOCAL, "1 c TXT 5 9 100|42 s ACK 9 105|206 s ACK 8 105|206.1 c ACK 105 9"),
+    ],
+)
+def test_what_overtakes_what_or_repeats_it_conforms(
+    ends: tuple[Address, Address], lines: str
+) -> None:
+    verdict, _ = told(seen(OPEN + lines, ends))
+    assert verdict, verdict.explain()
+
+
+def test_text_in_the_syn_conforms() -> None:
+    # RFC 7413, as Linux 6.18 does it: the server answers before the handshake is done.
+    lines = (
+        "0 c SYN 4 0 150|0.01 s SYNACK 8 155|0.015 s TXT 9 155 500|0.02 c ACK 155 9|"
+        "0.03 c ACK 155 509|1 s FIN 509 155|2 c FIN 155 510|2.1 s ACK 510 156"
+    )
+    verdict, (answer,) = told(seen(lines))
+    assert verdict, verdict.explain()
+    assert answer.closed_first == "server"
+    half = lines.replace("SYNACK 8 155", "SYNACK 8 100")  # all of the text, or none
+    assert not check(seen(half))
+
+
+@pytest.mark.parametrize(
+    ("lines", "rule"),
+    [
+        ("0 c SYN 4 0|0.02 c ACK 5 9|1 s FIN 9 5|1.1 c ACK 5 10", "RFC 9293 §3.5:"),
+        ("0 c SYN 4 0|0.01 c ACK 5 9|0.02 s SYNACK 8 5|1 s FIN 9 5", "RFC 9293 §3.4"),
+        ("0 s SYN 4 0|0.01 s SYNACK 8 5|0.02 c ACK 5 9", "RFC 9293 §3.4"),
+        (OPEN + "1 s FIN 9 5|1.1 s RST 10 0|1.2 c ACK 5 10", "RFC 9293 §3.5.2"),  # in answer to?
+        (OPEN + "1 s FIN 9 5|2 c ACK 5 10|700 s RST 10 0", "RFC 9293 §3.5.2"),  # so late?
+        (OPEN + "1 s FIN 9 5|1.1 c ACK 5 10|2 s RSTACK 9 5", "RFC 9293 §3.5.2"),  # not SND.NXT
+        ("0 c SYN 4 0|0.01 s RSTACK 1 5", "RFC 9293 §3.5.2"),
+        (OPEN + "1 c TXT 4 9 1|1.1 s ACK 9 5", "RFC 9293 §3.4"),  # where the SYN was
+        (OPEN + "1 c TXT 5 9 9|1.1 c ACK 13 9|1.2 s ACK 9 14", "RFC 9293 §3.4"),
+        (OPEN + "1 s FIN 9 5|1.1 c FIN 5 10|1.2 s ACK 9 6", "RFC 9293 §3.4"),
+        (OPEN + "1 c FIN 5 9|1.5 c FIN 5 9|2 s FIN 9 6|2.1 c FIN 5 10", "RFC 6298"),
+        (OPEN + "1 c TXT 5 9 9|1.1 c TXT 14 9 9|900 s ACK 9 23", "RFC 9293 §3.8.6.3"),
+        ("0 c SYN 4 0|0.01 s SYNACK 8 5|0.02 s FIN 9 5|0.03 c ACK 5 9", "RFC 9293 §3.10.4"),
+        (OPEN + "1 c ACK 5 9|1.1 c SYN 99 0|1.2 s RSTACK 9 5", "RFC 9293 §3.5"),
+    ],
+)
+def test_what_a_capture_of_one_machine_cannot_show(lines: str, rule: str) -> None:
+    verdict = check(seen(lines))
+    assert verdict.divergence is not None
+    assert verdict.divergence.rule.startswith(rule), verdict.explain()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_direction_alone_conforms_and_tells_nothing_of_who_closed_first(side: int) -> None:
+    listening: set[Address] = set()
+    half: list[Event] = []
+    for event in read(TRACES / "loopback.pcap", lambda problem: None):
+        assert isinstance(event, SegmentSeen)
+        if event.flags & (SYN | ACK) == SYN:
+            listening.add(event.dst)
+        if (event.src in listening) == bool(side):
+            half.append(event)
+    verdict, found = told(half)
+    assert verdict, verdict.explain()
+    assert {answer.closed_first for answer in found} <= {None, "nobody"}
+
+
+def test_an_interface_that_shows_each_segment_twice_changes_nothing() -> None:
+    once = list(read(TRACES / "loopback.pcap", lambda problem: None))
+    twice = [copy for event in once for copy in (event, evolve(event, t=event.t + 0.000_005))]
+    verdict, found = told(sorted(twice, key=lambda event: event.t))
+    assert verdict, verdict.explain()
+    assert found == told(once)[1]
+
+
+def test_a_port_is_free_from_the_attempt_on_even_if_the_table_was_read_late() -> None:
+    events = list(read(TRACES / "server-first.jsonl", lambda problem: None))
+    for early, conforms in ((0.8, True), (1.5, False)):
+        moved = [
+            evolve(e, free_after=e.free_after - early)
+            if isinstance(e, Restart) and e.free_after
+            else e
+            for e in events
+        ]
+        assert bool(check(moved)) is conforms
+
+
+@pytest.mark.parametrize("name", ["abort", "orphan", "server-first", "unread-data"])
+def test_a_file_whose_writer_was_stopped_conforms_wherever_it_ends(
+    name: str, tmp_path: Path
+) -> None:
+    lines = (TRACES / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    for number in range(2, len(lines)):
+        cut.write_bytes(b"".join(lines[:number]) + lines[number][: len(lines[number]) // 2])
+        faults: list[str] = []
+        verdict = check(read(cut, faults.append))
+        assert verdict, f"{number} lines: {verdict.explain()}"
+        assert faults == [f"line {number + 1}: cut off in the middle (its writer was stopped)"]
+        assert verdict.evidence.strength != "strong"
