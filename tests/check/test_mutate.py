@@ -12,7 +12,9 @@ from timewait.events import Event
 from timewait.lab.mutate import OPERATORS, Result, mutants, run
 from timewait.tcp.profiles import profile
 
-TRACES = sorted((Path(__file__).parent / "traces").glob("*.jsonl"))
+HERE = Path(__file__).parent / "traces"
+TRACES = sorted(HERE.glob("*.jsonl"))
+OTHERS = [HERE / "loopback.pcap", *sorted(HERE.glob("*/*.jsonl"))]
 
 
 def trace(path: Path) -> list[Event]:
@@ -32,6 +34,14 @@ def test_one_run_of_the_kernel() -> None:
     result = held_to([path for path in TRACES if path.stem == "server-first"])
     assert len(result.outcomes) >= 20
     assert result.rejected > 0.95 * result.made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_segments_alone_looks_alone_and_every_other_trace(path: Path) -> None:
+    result = held_to([path])
+    assert result.rejected > 0.75 * result.made
 
 
 @pytest.mark.slow

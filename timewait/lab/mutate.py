@@ -23,7 +23,7 @@ from timewait.events import (
     Snapshot,
     Transition,
 )
-from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
+from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, seq_diff
 from timewait.tcp.states import State
 
 __all__ = ["OPERATORS", "Mutant", "Outcome", "Result", "mutants", "run"]
@@ -593,12 +593,7 @@ def why_allowed(mutant: Mutant, events: Events) -> str | None:
     if isinstance(event, Called):
         return _call_without_effect(event, events)
     if isinstance(event, SegmentSeen):
-        plain = not event.flags & (SYN | FIN | RST) and not event.length
-        if plain and mutant.operator in ("segment-dropped", "ack-off-by-one"):
-            return "acknowledgments of text are cumulative: one may be missing, or be of less"
-        if mutant.operator == "segment-dropped" and _next_between(events, mutant.at) is None:
-            return "nothing follows: it may have been sent after the capture ended"
-        return None
+        return _segment_class(mutant, events, event)
     if isinstance(event, Transition):
         if (
             mutant.operator == "transition-dropped"
@@ -649,15 +644,240 @@ def _shortly_before(mutant: Mutant, events: Events, snapshot: Snapshot) -> str |
     return None
 
 
-def _next_between(events: Events, at: int) -> int | None:
-    event = events[at]
-    assert isinstance(event, SegmentSeen)
-    ends = {event.src, event.dst}
-    for i in range(at + 1, len(events)):
-        later = events[i]
-        if isinstance(later, SegmentSeen) and {later.src, later.dst} == ends:
-            return i
+# How long a segment may wait for the processor in whose queue another has overtaken it.
+_OVERTAKEN: Final = 0.02
+_TWICE: Final = 0.001  # a capture of several interfaces shows a segment twice, so far apart
+
+
+def _segment_class(mutant: Mutant, events: Events, event: SegmentSeen) -> str | None:
+    """Why TCP allows it, from the segments of its connection alone."""
+    before = _of_the_same(event, reversed(events[: mutant.at]))
+    before.reverse()
+    after = _of_the_same(event, events[mutant.at + 1 :])
+    explain = _CLASSES.get(mutant.operator)
+    return explain(mutant, event, before, after) if explain else None
+
+
+def _of_the_same(event: SegmentSeen, events: Iterable[Event]) -> list[SegmentSeen]:
+    """The segments of its connection, from it on, either way: a new SYN begins another."""
+    found: list[SegmentSeen] = []
+    for other in events:
+        if isinstance(other, SegmentSeen) and {other.src, other.dst} == {event.src, event.dst}:
+            found.append(other)
+            if other.flags & (SYN | ACK) == SYN:
+                break
+    return found
+
+
+def _space(event: SegmentSeen) -> int:
+    """The number after the segment's last octet, SYN and FIN counted."""
+    used = event.length + (event.flags & FIN) + (event.flags >> 1 & 1)
+    return event.seq + used & 0xFFFFFFFF
+
+
+def _plain(event: SegmentSeen) -> bool:
+    return not event.flags & (SYN | FIN | RST) and not event.length
+
+
+def _same(a: SegmentSeen, b: SegmentSeen) -> bool:
+    return (a.src, a.flags, a.seq, a.ack, a.length) == (b.src, b.flags, b.seq, b.ack, b.length)
+
+
+def _sent_again(event: SegmentSeen, others: list[SegmentSeen]) -> bool:
+    """Whether the octets of a segment that has any were sent in another one too."""
+    return _space(event) != event.seq and any(
+        e.src == event.src
+        and e.flags & SYN == event.flags & SYN
+        and seq_diff(e.seq, event.seq) <= 0 <= seq_diff(_space(e), _space(event))
+        for e in others
+    )
+
+
+def _answers(later: SegmentSeen, event: SegmentSeen) -> bool:
+    """Whether one side's segment acknowledges what the other's brings."""
+    brings = _space(event) != event.seq
+    return bool(brings and later.flags & ACK and seq_diff(later.ack, event.seq) > 0)
+
+
+def _closed(event: SegmentSeen, before: list[SegmentSeen]) -> bool:
+    """Whether the sender of `event` has sent its FIN and may have had its peer's."""
+    return {e.src for e in (*before, event) if e.flags & FIN} == {event.src, event.dst}
+
+
+_Segments: TypeAlias = list[SegmentSeen]
+
+
+def _why_dropped(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    if _plain(event):
+        return _CUMULATIVE
+    if not after:
+        return "nothing follows: it may have been sent after the capture ended"
+    if not before:
+        return "the first of its connection: a capture may begin in the middle of one"
+    if _sent_again(event, before + after):
+        return "sent more than once: a timer is bounded from below only (RFC 6298 §2.4)"
     return None
+
+
+def _why_swapped(
+    mutant: Mutant, event: SegmentSeen, before: _Segments, after: _Segments
+) -> str | None:
+    other = after[0]
+    if _same(event, other):
+        return "the two are one segment, sent again"
+    if event.flags & SYN and not before:
+        return (
+            "a handshake that began before the capture: what is seen of it was sent again, and "
+            "may cross"
+        )
+    if other.flags & (SYN | ACK) == SYN:
+        return _GONE if _closed(other, [*before, event]) else None
+    if other.src == event.src:
+        if other.t - event.t < _OVERTAKEN and seq_diff(event.ack, other.ack) <= 0:
+            return _OVERTOOK
+        return _ONE_MORE if _plain(event) and _sent_again(other, before) else None
+    if not _answers(other, event):
+        return "segments of the two sides cross: neither answers the other"
+    if _sent_again(event, before):
+        return "what it answers had been sent before"
+    return None
+
+
+def _why_moved(
+    mutant: Mutant, event: SegmentSeen, before: _Segments, after: _Segments
+) -> str | None:
+    moved = mutant.events[mutant.at]
+    assert isinstance(moved, SegmentSeen)
+    if event.flags & RST:
+        asked = any(e.src == event.dst and e.ack == moved.seq for e in before)
+        return (
+            "a reset answers whichever acknowledgment was on its way (RFC 9293 §3.5.2)"
+            if asked and not event.flags & ACK
+            else None
+        )
+    near = [
+        e
+        for e in before + after
+        if e.src == event.src and abs(e.t - event.t) < _OVERTAKEN and e.ack == event.ack
+    ]
+    if _plain(event) and any(moved.seq in (e.seq, _space(e)) for e in near):
+        return _OVERTOOK
+    return None
+
+
+def _why_less(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    if any(
+        e.src == event.dst and e.flags & FIN and _space(e) == event.ack and not e.flags & RST
+        for e in before
+    ):
+        later = [e for e in after if e.src == event.src and not e.flags & (SYN | RST)]
+        if all(e.ack == event.ack for e in later):
+            return (
+                "the peer's FIN had not arrived yet: it is acknowledged later, or nothing follows"
+            )
+        return None
+    return _CUMULATIVE
+
+
+def _why_fin(mutant: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    added = mutant.events[mutant.at]
+    assert isinstance(added, SegmentSeen)
+    if any(_same(added, e) and abs(e.t - event.t) < _TWICE for e in before + after):
+        return "the same within a millisecond: a capture of several interfaces shows it twice"
+    number = event.seq + event.length & 0xFFFFFFFF
+    if event.length and any(e.src == event.dst and e.ack == number for e in after):
+        return (
+            "its text was acknowledged without the FIN, which was beyond the window "
+            "(RFC 9293 §3.10.7.4) and is sent again"
+        )
+    if event.length and any(e.src == event.src and _space(e) == _space(added) for e in after):
+        return _PROBE
+    if all(e.flags & RST for e in after if e.src == event.src):
+        return "its user may have closed then: nothing that follows shows that it had not"
+    return None
+
+
+def _why_no_fin(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    if not any(
+        e.src == event.src and e.flags & FIN and _space(e) == _space(event) for e in before + after
+    ):
+        return None
+    if event.length:
+        return "sent again in part: a retransmission need not be what was sent (RFC 9293 §3.8.1)"
+    return _ONE_MORE
+
+
+def _why_unanswered(
+    mutant: Mutant, event: SegmentSeen, before: _Segments, after: _Segments
+) -> str | None:
+    kept = [e for e in mutant.events if isinstance(e, SegmentSeen)]
+    left = [e for e in after if e in kept and e.flags & (SYN | ACK) != SYN]
+    again = [i for i, e in enumerate(left) if e.src == event.src and _sent_again(event, [e])]
+    if not any(e.src == event.dst for e in left[again[-1] if again else 0 :]):
+        return "nothing of the peer's follows: it may have answered after the capture ended"
+    return None
+
+
+def _why_reset(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    mine = [e for e in after if e.src == event.src]
+    if event.flags & SYN or not all(e.flags & RST for e in mine):
+        return None
+    return "its user may abort at any time (SO_LINGER 0, or text unread): nothing but a RST follows"
+
+
+def _why_syn(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    return _GONE if _closed(event, before) else None
+
+
+def _why_soon(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    told = [e.ack for e in before if e.src == event.dst and e.flags & ACK]
+    if told and told[-1] == event.seq and not _sent_again(event, before):
+        return None
+    return _PROBE
+
+
+def _why_late(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    if _sent_again(before[-1], before[:-1]):
+        return "sent more than once: which of them is acknowledged cannot be told"
+    return None
+
+
+def _why_turned(
+    mutant: Mutant, event: SegmentSeen, before: _Segments, after: _Segments
+) -> str | None:
+    turned = mutant.events[mutant.at]
+    assert isinstance(turned, SegmentSeen)
+    if all(e.src == turned.src for e in before + after):
+        return "one direction is left: what the other side sent is not seen"
+    return None
+
+
+_CUMULATIVE: Final = "acknowledgments of text are cumulative: one may be missing, or be of less"
+_PROBE: Final = "text was on its way with it: a probe may follow at once (RFC 8985 §7)"
+_ONE_MORE: Final = (
+    "an acknowledgment more: an open socket may send one at any time (RFC 9293 §3.8.6)"
+)
+_OVERTOOK: Final = (
+    "one overtook the other, from different processors' queues (measured on Linux 6.18)"
+)
+_GONE: Final = (
+    "after both FINs the socket may be gone: TIME_WAIT is left for a new connection (RFC 1122 "
+    "§4.2.2.13), and Linux aborts in silence from LAST_ACK and CLOSING (tcp_disconnect)"
+)
+_CLASSES: Final[dict[str, Callable[[Mutant, SegmentSeen, _Segments, _Segments], str | None]]] = {
+    "segment-dropped": _why_dropped,
+    "segments-swapped": _why_swapped,
+    "segment-from-the-peer": _why_turned,
+    "sequence-off-by-one": _why_moved,
+    "ack-off-by-one": _why_less,
+    "fin-added": _why_fin,
+    "fin-removed": _why_no_fin,
+    "ack-of-fin-dropped": _why_unanswered,
+    "rst-invented": _why_reset,
+    "syn-again": _why_syn,
+    "fin-again-too-soon": _why_soon,
+    "acknowledged-too-late": _why_late,
+}
 
 
 def _next_of_connection(events: Events, at: int) -> int | None:
