@@ -7,7 +7,9 @@ over it, answered in the same run.
 
 import asyncio
 import contextvars
+import ctypes.util
 import errno
+import gc
 import logging
 import os
 import re
@@ -292,6 +294,21 @@ async def ancillary_data():
     return seen
 
 
+async def sending_nothing():
+    """It waits for a connection all the same."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", PORT))
+        listener.listen(0)
+        seen = []
+        for sock in (first, second):
+            sock.setblocking(False)
+            seen.append(attempt(sock.send, b""))
+            seen.append(sock.connect_ex(("127.0.0.1", PORT)))
+            await asyncio.sleep(0.01)
+            seen.append(attempt(sock.send, b""))
+        return seen
+
+
 async def options():
     with socket.socket() as sock:
         seen = [
@@ -353,6 +370,7 @@ def on(stack, program):
             return namespace.call(asyncio.run, program()), log.lines
     finally:
         logger.removeHandler(log)
+        gc.collect()  # what a program left open is complained of here, not in another test
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -370,6 +388,7 @@ def on(stack, program):
         use_after_close,
         odd_addresses,
         ancillary_data,
+        sending_nothing,
         options,
         keepalive,
     ],
@@ -378,6 +397,15 @@ def test_a_program_sees_the_same_on_both_stacks(program):
     ours, log = on("model", program)
     assert (ours, log) == on("kernel", program)
     assert ours
+
+
+def test_a_module_that_is_imported_inside_finds_its_libraries():
+    """trio does so when httpx first sends a request: it asks ldconfig, in a subprocess."""
+
+    async def find():
+        return ctypes.util.find_library("pthread")
+
+    assert sim.run(find) == ctypes.util.find_library("pthread")
 
 
 def test_waiting_for_another_thread_is_an_error_that_says_so():

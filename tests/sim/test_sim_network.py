@@ -698,22 +698,58 @@ PROGRAM = textwrap.dedent(
 )
 
 
-def event_log(seed: int, hash_seed: str) -> bytes:
+UVICORN = textwrap.dedent(
+    """
+    import asyncio, random, sys
+    import httpx, uvicorn
+    from timewait import sim
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(random.random() / 10)
+        headers = [(b"content-length", b"5000")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"x" * 5000})
+
+    async def ask():
+        await asyncio.sleep(random.random())
+        async with httpx.AsyncClient(timeout=60) as client:
+            for _ in range(2):
+                response = await client.get("http://web:8000/")
+                print("got", len(response.content), asyncio.get_running_loop().time())
+                await asyncio.sleep(3 * random.random())
+
+    async def main():
+        network = sim.current_host().network
+        clients = [host for host in network.hosts.values() if host.name != "web"]
+        for host in clients:
+            network.connect(host, "web", jitter=0.05, loss=0.05, duplicate=0.05, reorder=0.05)
+        config = uvicorn.Config(app, host="0.0.0.0", port=8000, log_level="error", lifespan="off")
+        config.timeout_keep_alive = 2
+        server = uvicorn.Server(config)
+        with network.observe(print):
+            serving = asyncio.create_task(server.serve())
+            await asyncio.gather(*[host.run(ask()) for host in clients])
+            server.should_exit = True
+            await serving
+            await asyncio.sleep(130)
+
+    sim.run(main, seed=int(sys.argv[1]), hosts=["web", *(f"client-{n}" for n in range(10))])
+    """
+)
+
+
+def event_log(program: str, seed: int, hash_seed: str) -> bytes:
     return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            PROGRAM.replace("*{", "*[").replace("range(5)}", "range(5)]"),
-            str(seed),
-        ],
+        [sys.executable, "-c", program, str(seed)],
         env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         check=True,
     ).stdout
 
 
-def test_the_same_seed_is_the_same_run_in_every_process():
-    first = event_log(4, "1")
+@pytest.mark.parametrize("program", [PROGRAM, pytest.param(UVICORN, marks=pytest.mark.slow)])
+def test_the_same_seed_is_the_same_run_in_every_process(program):
+    first = event_log(program, 4, "1")
     assert first.count(b"\n") > 50
-    assert first == event_log(4, "2") == event_log(4, "random")
-    assert first != event_log(5, "1")
+    assert first == event_log(program, 4, "2") == event_log(program, 4, "random")
+    assert first != event_log(program, 5, "1")

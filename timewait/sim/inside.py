@@ -14,6 +14,7 @@ from __future__ import annotations
 import _posixsubprocess
 import _thread
 import asyncio
+import ctypes.util
 import errno
 import random
 import select
@@ -54,13 +55,15 @@ class LeavesSimulation(RuntimeError):
 
 # They keep what they call as attributes, which a function would make methods.
 _SELECTORS: Final = (selectors.SelectSelector, selectors.PollSelector, selectors.EpollSelector)
+_machine_find_library: Final = ctypes.util.find_library
+_machine_fork_exec: Final = _posixsubprocess.fork_exec
 _machine_getaddrinfo: Final = socket.getaddrinfo
 _machine_getnameinfo: Final = socket.getnameinfo
 _turn: Final = threading.Lock()
 _machine_socket: Final = socket.socket
 _thread_inside = 0
 _hooked = False
-_numeric = False  # while the machine is asked what no look-up is needed for
+_asking = False  # while the machine itself is asked, whom no program can tell from another
 
 
 @contextmanager
@@ -131,7 +134,9 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         (selectors.EpollSelector, "_selector_cls", polling.Epoll),
         (asyncio, "new_event_loop", lambda: leaves("another event loop")),
         (asyncio.events, "new_event_loop", lambda: leaves("another event loop")),
-        (_posixsubprocess, "fork_exec", lambda *a: leaves("a subprocess")),
+        (_posixsubprocess, "fork_exec", _fork_exec),
+        # Modules that are imported only now look for their libraries, by asking ldconfig.
+        (ctypes.util, "find_library", lambda name: _machine(_machine_find_library, name)),
         (_thread, "start_new_thread", lambda *a, **k: leaves("a thread")),
         (time, "monotonic", lambda: clock.now),
         (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
@@ -195,6 +200,10 @@ class _Socket(SimSocket, metaclass=_ByCaller):
     __slots__ = ()
 
 
+def _fork_exec(*args: Any) -> Any:
+    return _machine_fork_exec(*args) if _asking else leaves("a subprocess")
+
+
 def _start(thread: threading.Thread) -> None:
     """Refuse a thread, except anyio's workers: they do at once what they are given."""
     if (type(thread).__module__, type(thread).__name__) != _ANYIO_WORKER:
@@ -241,7 +250,7 @@ _REFUSED: Final = {
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if event in _REFUSED and threading.get_ident() == _thread_inside and not _numeric:
+    if event in _REFUSED and threading.get_ident() == _thread_inside and not _asking:
         leaves(_REFUSED[event])
 
 
@@ -280,13 +289,13 @@ def getaddrinfo(
 
 
 def _machine(function: Callable[..., Any], *args: Any) -> Any:
-    """What the machine answers where that takes no look-up."""
-    global _numeric
-    _numeric = True
+    """What the machine answers: numeric addresses, or what is installed."""
+    global _asking
+    _asking = True
     try:
         return function(*args)
     finally:
-        _numeric = False
+        _asking = False
 
 
 def _getnameinfo(sockaddr: Any, flags: int) -> tuple[str, str]:

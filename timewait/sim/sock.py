@@ -373,8 +373,8 @@ class Sock:
             self.after(old)
         if self.network.queue:
             self.network.drain()
-        if taken == 0 and data:
-            fail(errno.EAGAIN)
+        if taken == 0 and (data or old in (State.SYN_SENT, State.SYN_RECEIVED)):
+            fail(errno.EAGAIN)  # even with no text, it waits for the connection
         return taken
 
     def pass_text(self, data: bytes) -> bool:
