@@ -225,6 +225,7 @@ class Tracepoint:
         home.mkdir()
         self._resources.callback(_remove, home, pid)
         (home / "trace_clock").write_text("mono")
+        (home / "trace_options").write_text("norecord-cmd")  # which is noted at each switch
         with suppress(FileNotFoundError):  # since Linux 5.0
             (home / "buffer_percent").write_text("0")
         self._page = bytearray(_subbuffer_size(home, root))
