@@ -156,7 +156,7 @@ def test_a_leak_is_told_with_its_stack(suite: Run) -> None:
         ("time_wait_budget=0", "server_first", "tcp(time_wait_budget=0): 1 socket left in TIME_W*"),
         ("time_wait_budget=1", "server_first", None),
         ("no_resets=True", "server_first", None),
-        ("no_leaks=True, port=1", "client_first", None),
+        ("no_leaks=True, port=1", "client_first", "*: port 1 was never used; the ports used were*"),
         ("closed_by='client', port=1", "client_first", "*: *no connection to port 1; the ports*"),
     ],
 )
@@ -352,6 +352,46 @@ def test_a_port_the_test_never_used_is_an_error_that_says_so(suite: Run) -> None
     """)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["E*UnusedPort: port 1 was never used; the ports used were *"])
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        (
+            "tcp.assert_closed_by('client', tcp_port)",
+            "UnusedPort: no connection to port *: nobody*",
+        ),
+        ("tcp.assert_no_reset(1)", "UnusedPort: port 1 was never used; no port was used"),
+        ("tcp.active_closer('http')", "TypeError: a port is a number or a HeldPort, not 'http'"),
+        ("tcp.assert_no_leak(port='80')", "TypeError: a port is a number or a HeldPort, not '80'"),
+        ("tcp.assert_bindable(tcp_port, host='no.such.invalid')", "OSError: no such address: 'no*"),
+    ],
+)
+def test_a_wrong_question_is_answered_in_the_tests_own_line(
+    suite: Run, question: str, answer: str
+) -> None:
+    listen = "tcp_port.listen().close()" if "tcp_port" in question else "pass"
+    result = suite(f"def test_it(tcp, tcp_port):\n    {listen}\n    {question}\n", "--tb=short")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["test_suite.py:*: in test_it*", "E *" + answer])
+    assert "connections.py" not in result.stdout.str()
+
+
+def test_a_simulated_host_is_not_there_for_a_fixture(suite: Run) -> None:
+    result = suite("""
+        @pytest.fixture
+        def host(tcp_sim): return tcp_sim.host
+        @pytest.mark.tcp_sim
+        def test_it(host): pass
+    """)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["E*tcp_sim's host is there only while the test's body runs"])
+
+
+def test_a_seed_below_0_is_refused(suite: Run) -> None:
+    result = suite("def test_it(tcp_sim): pass", "--tcp-sim-seed=-1")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*--tcp-sim-seed is a number from 0, not -1"])
 
 
 def test_the_held_port_is_bindable_until_something_holds_it(suite: Run) -> None:

@@ -10,6 +10,7 @@ were seen, else by the states.
 from __future__ import annotations
 
 import errno
+import operator
 import socket
 import threading
 import time
@@ -250,6 +251,7 @@ class Connections(ABC):
 
         Raises `UnusedPort`.
         """
+        __tracebackhide__ = True
         closers = {each.closed_by for each in self._of(port)} - {None}
         return "mixed" if len(closers) > 1 else closers.pop() if closers else None
 
@@ -269,6 +271,7 @@ class Connections(ABC):
         __tracebackhide__ = True
         if side not in _OTHER:
             raise ValueError(f'closed_by is "client" or "server", not {side!r}')
+        self._of(port)
         self._wait(lambda: [each for each in self._of(port) if each.closed_by is None])
         wrong = [each for each in self._of(port) if each.closed_by != side]
         if wrong:
@@ -298,13 +301,16 @@ class Connections(ABC):
                 + "\n".join(map(self._tell_end, left))
             )
 
-    def assert_no_leak(self) -> None:
+    def assert_no_leak(self, port: SupportsIndex | None = None) -> None:
         """This process tree has no connection left in ESTABLISHED, CLOSE_WAIT or FIN_WAIT_2.
 
-        Raises `AssertionError`.
+        With `port`, none with that port at either end.
+
+        Raises `AssertionError`; `UnusedPort` where nothing was seen on the port.
         """
         __tracebackhide__ = True
-        left = self._wait(lambda: self.leaks)
+        number = self._used(port)
+        left = self._wait(lambda: [end for end in self.leaks if number in (None, *_ports(end))])
         if left:
             raise AssertionError(
                 f"{_count(left, 'socket')} left open\n" + "\n".join(map(self._tell_end, left))
@@ -382,6 +388,7 @@ class Connections(ABC):
 
     def _wait(self, trouble: Callable[[], Any], limit: float = _PATIENCE) -> Any:
         """What `trouble` finds, giving it time to go away."""
+        __tracebackhide__ = True
         deadline = time.monotonic() + limit
         while found := trouble():
             if not self._watching or time.monotonic() > deadline:
@@ -419,9 +426,12 @@ class Connections(ABC):
         return [*(seen for pair in self._past for seen in pair), *self._seen.values()]
 
     def _of(self, port: SupportsIndex | None, *, none: bool = False) -> list[Connection]:
-        number = None if port is None else port.__index__()
+        __tracebackhide__ = True
+        number = None if port is None else _number(port)
         found = [each for each in self.connections if number in (None, each.port)]
         if not found and not none:
+            if number in self.ports:
+                raise UnusedPort(f"no connection to port {number}: nobody but its listener used it")
             where = (
                 "no connection was seen" if number is None else f"no connection to port {number}"
             )
@@ -430,9 +440,10 @@ class Connections(ABC):
 
     def _used(self, port: SupportsIndex | None) -> int | None:
         """The port's number; an error where nothing at all was seen on it."""
+        __tracebackhide__ = True
         if port is None:
             return None
-        number = port.__index__()
+        number = _number(port)
         self.look()
         ends = {p for s in self._all() if self._ours(s) for p in _ports(s)}
         if number not in ends and number not in self.ports:
@@ -615,6 +626,14 @@ def _aborts(end: End | None) -> bool:
     )
 
 
+def _number(port: SupportsIndex) -> int:
+    __tracebackhide__ = True
+    try:
+        return operator.index(port)
+    except TypeError:
+        raise TypeError(f"a port is a number or a HeldPort, not {port!r}") from None
+
+
 def _ports(end: Endpoint | Seen) -> tuple[int, int]:
     return end.local[1], end.remote[1]
 
@@ -630,12 +649,15 @@ def _count(things: list[Any], name: str) -> str:
 
 def _refusal(port: int, host: str, reuse_address: bool) -> str:
     """The error that a server would get there, or an empty string."""
+    __tracebackhide__ = True
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse_address)
         try:
             sock.bind((host, port))
             sock.listen()
+        except socket.gaierror as unknown:
+            raise OSError(f"no such address: {host!r} ({unknown.strerror})") from None
         except OSError as refused:
             return errno.errorcode.get(refused.errno or 0, str(refused))
     return ""

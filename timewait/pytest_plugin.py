@@ -241,7 +241,7 @@ def _broken(witness: Witness, limits: dict[str, Any], strict: bool) -> Iterator[
     port = limits.get("port")
     checks: dict[str, Callable[[], None]] = {}
     if limits.get("no_leaks"):
-        checks["no_leaks"] = witness.assert_no_leak
+        checks["no_leaks"] = lambda: witness.assert_no_leak(port)
     if limits.get("no_resets"):
         checks["no_resets"] = lambda: witness.assert_no_reset(port)
     if "closed_by" in limits and (strict or witness.connections):
@@ -278,7 +278,10 @@ class Simulated:
         """The simulated host that the body runs on."""
         from timewait.sim import current_host
 
-        return current_host()
+        try:
+            return current_host()
+        except RuntimeError:
+            raise RuntimeError("tcp_sim's host is there only while the test's body runs") from None
 
     @property
     def network(self) -> Network:
@@ -324,6 +327,8 @@ def _simulation(
         if not named and not isinstance(hosts, Network):
             raise pytest.UsageError(f"tcp_sim: hosts are names, or a Network, not {hosts!r}")
     only = config.getoption("tcp_sim_seed")
+    if only is not None and only < 0:
+        raise pytest.UsageError(f"--tcp-sim-seed is a number from 0, not {only}")
     return (seeds if only is None else [only]), made_of
 
 
