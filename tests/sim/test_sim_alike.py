@@ -132,6 +132,24 @@ async def selecting():
     ]
 
 
+async def watching():
+    """By the socket, not its number."""
+    loop = asyncio.get_running_loop()
+    listener, client, conn = pair()
+    seen = []
+    for data in (b"one", b"two"):
+        loop.add_reader(conn, lambda: seen.append(conn.recv(10)))
+        loop.add_reader(conn, lambda: seen.append((2, conn.recv(10))))
+        loop.add_writer(conn, lambda: (seen.append("writable"), loop.remove_writer(conn)))
+        client.send(data)
+        await asyncio.sleep(0.01)
+        seen.extend([loop.remove_reader(conn), loop.remove_reader(conn)])
+        seen.append(loop.remove_writer(conn))
+    for sock in (listener, client, conn):
+        sock.close()
+    return sorted(map(str, seen))
+
+
 async def files():
     loop = asyncio.get_running_loop()
     seen, sizes = [], []
@@ -380,6 +398,7 @@ def on(stack, program):
     [
         names,
         selecting,
+        watching,
         files,
         signals,
         contexts,

@@ -51,12 +51,24 @@ class Livelock(RuntimeError):
     """Something is always ready, so time stands still: the message names what goes round."""
 
 
+class _Keys(dict[int, selectors.SelectorKey]):
+    """What is watched, by number; asked for a file object too, as asyncio does from 3.13 on."""
+
+    def get(self, file: Any, default: Any = None) -> Any:
+        return super().get(file if isinstance(file, int) else file.fileno(), default)
+
+    def __missing__(self, file: Any) -> selectors.SelectorKey:
+        if isinstance(file, int):
+            raise KeyError(file)
+        return self[file.fileno()]
+
+
 class SimSelector(selectors.BaseSelector):
     """Readiness from modelled sockets; waiting moves the clock."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self._keys: dict[int, selectors.SelectorKey] = {}
+        self._keys = _Keys()
         # Sockets to look at: whatever happened to them, and those found ready last time.
         self.touched: dict[Sock, None] = {}
         self.stuck: Callable[[], NoReturn] | None = None
