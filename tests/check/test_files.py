@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,16 @@ def test_events_out_of_order_are_named_and_left_out(tmp_path: Path) -> None:
     assert conforms
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_lines_in_any_order_are_held_against_nobody(tmp_path: Path, seed: int) -> None:
+    head, *lines = GOOD.read_text().splitlines()
+    random.Random(seed).shuffle(lines)
+    told, conforms = problems([head, *lines], tmp_path / "shuffled.jsonl")
+    assert told
+    assert all("out of order" in text for text in told)
+    assert conforms
+
+
 def test_two_runs_in_one_file(tmp_path: Path) -> None:
     lines = GOOD.read_text().splitlines() + (TRACES / "abort.jsonl").read_text().splitlines()
     told, conforms = problems(lines, tmp_path / "two.jsonl")
@@ -117,9 +128,15 @@ def test_two_runs_in_one_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_such_file_is_one_line(tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
+    empty, noise = tmp_path / "empty", tmp_path / "noise"
     empty.write_text("")
-    for wrong, why in ((empty, "no event could be read"), (tmp_path / "none", "does not exist")):
+    noise.write_bytes(bytes(range(128, 256)))
+    for wrong, why in (
+        (empty, "no event could be read"),
+        (noise, "no event could be read (line 1: cut off in the middle"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "none", "does not exist"),
+    ):
         done = timewait_check(wrong)
         assert done.exception is not None
         assert why in str(done.exception)

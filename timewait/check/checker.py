@@ -132,10 +132,10 @@ class Checker:
             self._done = float("-inf")
         if type(event) is Called and event.began is not None and event.remote is not None:
             self._insert(event.began, Begun(event.began, event))
-        if type(event) is Lost:
-            t = max(t, self._done)
         if not waiting or t >= waiting[-1][0]:
             waiting.append((t, event))
+        elif type(event) is Lost:
+            self._insert(max(t, self._done), event)
         else:
             self._insert(t, event)
         before = waiting[-1][0] - self._window
@@ -369,10 +369,10 @@ class Checker:
             connection.diverge(event, str(wrong), wrong.rule)
             return
         # Where one direction is captured, what the other side does is anybody's guess.
-        half = sequence.one_sided and not sequence.exact and not event.flags & SYN
+        half = not sequence.exact and not event.flags & SYN and sequence.one_sided
         if half and seen:
             connection.begin_anywhere(connection.mode & ~ex.SEGMENTS)
-        elif not half and not connection.lossy:
+        elif not half and not seen and not connection.lossy:
             connection.mode |= ex.SEGMENTS
         if sequence.suspicion is not None and connection.suspect is None:
             connection.suspect = event
@@ -381,7 +381,9 @@ class Checker:
             sequence.dropped(end == 1)
         if half or connection.lossy or (event.flags & RST and not seen and not self._from_start):
             return  # What it is about, or answers, may have been missed.
-        if not event.flags & RST and sequence.is_overtaken(end == 1, kind, event.ack, event.t):
+        if not (sequence.exact or event.flags & RST) and sequence.is_overtaken(
+            end == 1, kind, event.ack, event.t
+        ):
             return
         connection.advance(kind, event)
         if kind & (SYN | ACK) == SYN | ACK and connection.divergence is None:

@@ -75,7 +75,7 @@ def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
             tell(left_out + "; left out")
         # What is left out was seen by somebody: it must not be missed by the check.
         if left_out:
-            yield Lost(before, "file", 1, left_out)
+            yield Lost(min(before, event.t), "file", 1, left_out)
             left_out = ""
         if event.t >= before - _JITTER:
             last[source] = max(event.t, before)
@@ -84,7 +84,7 @@ def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
             # The two may be mixed: nothing is taken to have been seen from its beginning.
             yield Lost(event.t, "file", 0, "another run began before")
     # Each observer writes when it has been read: the others' share of the last moments is lost.
-    if cut:
+    if cut and last:
         lanes = [t for (kind, _), t in last.items() if kind in ("call", "transition", "segment")]
         yield Lost(min(lanes, default=0.0), "rest of the file", 1, cut[0])
 
