@@ -291,7 +291,9 @@ def _stack(
     if on == "wire":
         from timewait.lab.wire import WireStack
 
-        return WireStack(scenario, profiles)
+        if observer not in ("auto", "tracepoint"):
+            raise ScenarioError(f"on the wire there is no observer {observer!r}, but tracepoint")
+        return WireStack(scenario, profiles, tracepoint=observer == "tracepoint")
     return KernelStack(observer) if on == "kernel" else ModelStack(scenario, profiles)
 
 

@@ -196,6 +196,19 @@ def _counted(lab: timewait.WireLab) -> int:
     )
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a tracepoint needs root")
+def test_the_kernels_transitions_are_seen_where_asked_for() -> None:
+    scenario = Scenario.built_in("clients-first", clients=1)
+    run = scenario.run_sync(on="wire", observer="tracepoint")
+    kernel = [e for e in run.events if isinstance(e, Transition) and e.source == "tracepoint"]
+    assert [e.new.name for e in kernel if e.local[0] == KERNEL[0]][:4] == [
+        "SYN_SENT", "ESTABLISHED", "FIN_WAIT_1", "FIN_WAIT_2"
+    ]  # fmt: skip
+    assert run.observer == "model+sock_diag+tracepoint"
+    with pytest.raises(ScenarioError, match="no observer 'psutil'"):
+        scenario.run_sync(on="wire", observer="psutil")
+
+
 def test_what_cannot_be_forged_is_refused() -> None:
     lab = timewait.WireLab()
     try:

@@ -18,9 +18,10 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from ipaddress import ip_address
 from socket import AF_INET, SOCK_STREAM
-from typing import Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import anyio
 from attrs import evolve
@@ -36,6 +37,9 @@ from timewait.sim.socket import SimSocket
 from timewait.stacks import aim
 from timewait.tcp.packet import NotTCP, Packet, decode, encode
 from timewait.tcp.segment import Segment
+
+if TYPE_CHECKING:
+    from timewait.kernel.tracepoint import Tracepoint
 
 __all__ = ["WireLab", "WireStack", "wire"]
 
@@ -64,11 +68,11 @@ class WireLab:
             self.peer = self.network.host("peer", *FAR, profile=profile)
         self.packets: list[Packet] = []
         self._taken = 0
-        self._origin = time.monotonic()
+        self.origin = time.monotonic()
 
     def now(self) -> float:
         """Seconds since the lab was made."""
-        return time.monotonic() - self._origin
+        return time.monotonic() - self.origin
 
     def socket(
         self, family: int = AF_INET, kind: int = SOCK_STREAM, *, blocking: bool = False
@@ -251,6 +255,9 @@ class WireStack:
     """A stack for scenarios with the kernel at one end and the model at the other.
 
     `kernel` says which side is the kernel's; `profiles` names the other's TCP.
+    With `tracepoint`, which takes root, the kernel's transitions are seen as
+    they happen; segments have the time at which this process read them, so
+    that on a busy machine the two may be told in the wrong order.
     Raises `ScenarioError` where there can be no wire.
     """
 
@@ -265,8 +272,10 @@ class WireStack:
         profiles: dict[str, str] | None = None,
         *,
         kernel: Literal["client", "server"] = "client",
+        tracepoint: bool = False,
     ) -> None:
         self.kernel = kernel
+        self._tracepoint = tracepoint
         other = "server" if kernel == "client" else "client"
         self.profiles = {kernel: "linux", other: (profiles or {}).get(other, "linux")}
         try:
@@ -275,9 +284,12 @@ class WireStack:
             raise ScenarioError(str(trouble.strerror or trouble)) from None
         self.network: Network | None = self._lab.network
         self._seen = self._lab.network.observe()
+        self._transitions: Tracepoint | None = None
 
     def close(self) -> None:
-        """End the namespace."""
+        """End the namespace, and stop looking."""
+        if self._transitions is not None:
+            self._transitions.close()
         self._lab.close()
 
     def now(self) -> float:
@@ -297,8 +309,24 @@ class WireStack:
         return self._lab.rows(port)
 
     def seen(self) -> list[Event]:
-        """The model's transitions, and every segment that passed."""
-        return self._seen.read()
+        """The model's transitions, every segment that passed, the kernel's own transitions."""
+        seen = self._seen.read()
+        if self._transitions is not None:
+            seen += self._lab.wire.namespace.call(self._transitions.read)
+        return sorted(seen, key=lambda event: event.t)
+
+    def _watch(self, port: int) -> None:
+        """See the kernel's transitions as they happen."""
+        from timewait.kernel.tracepoint import Tracepoint
+
+        try:
+            self._transitions = self._lab.wire.namespace.call(
+                partial(Tracepoint, [port], start=self._lab.origin, resets=False)
+            )
+        except OSError as refused:
+            raise ScenarioError(f"no tracepoint here: {refused.strerror or refused}") from None
+        self.observer += "+tracepoint"
+        self.blind = self._transitions.blind
 
     def prepare(self, scenario: Scenario) -> Scenario:
         """Put the server where it is: every port is free there."""
@@ -306,6 +334,8 @@ class WireStack:
         host = addresses[ip_address(scenario.host).version == 6]
         chosen = evolve(scenario, host=host, port=scenario.port or 9090)
         aim(self._lab.network, chosen)
+        if self._tracepoint:
+            self._watch(chosen.port)
         return chosen
 
     def why_taken(self, scenario: Scenario) -> str:
