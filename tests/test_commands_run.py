@@ -48,6 +48,12 @@ def test_server_first_on_the_kernel_as_json() -> None:
     assert [row["state"] for row in run["snapshots"][-1]["rows"]] == ["TIME_WAIT"] * 2
 
 
+def test_both_is_the_wire_where_the_kernel_alone_will_not_do() -> None:
+    told = document("half-open", "--on", "both", "--clients", "1")
+    assert [run["stack"] for run in told["runs"]] == ["wire", "model"]
+    assert [run["restart"]["ok"] for run in told["runs"]] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [

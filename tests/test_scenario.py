@@ -1,7 +1,9 @@
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 from attrs.exceptions import FrozenInstanceError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -226,3 +228,39 @@ def test_a_file_that_cannot_be_read_is_named(data: bytes | None, tmp_path: Path)
         path.write_bytes(data)
     with pytest.raises(ScenarioError, match=r"gone\.toml: (not TOML|No such file)"):
         Scenario.load(path)
+
+
+def test_what_vanishes_and_what_is_forged_needs_a_link_of_its_own() -> None:
+    story = Scenario().listen().connect().inject("server-1", "SYN,ACK", -5).vanish("client")
+    assert story.stacks == ("model", "wire")
+    assert [str(step) for step in story.steps[2:]] == [
+        "a forged SYN,ACK -5 comes to server-1",
+        "clients vanish",
+    ]
+    assert Scenario.from_toml(story.to_toml()) == story
+    gone = {"do": "vanish", "who": "client-1", "back": True}
+    plain = Scenario.from_dict({"steps": [{"do": "listen"}, {"do": "connect"}, gone]})
+    assert (plain.stacks, str(plain.steps[-1])) == (
+        ("model", "wire"),
+        "client-1 vanishes and comes back",
+    )
+    with pytest.raises(ScenarioError, match="vanish and inject take a link of one's own"):
+        evolve(plain, stacks=("kernel",))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (lambda s: s.inject("server", "RTS"), "flags 'RTS': names of FIN, SYN"),
+        (lambda s: s.inject("nobody"), "who is 'nobody'"),
+        (lambda s: s.inject("server", "RST", 1 << 40), "offset"),
+        (lambda s: s.vanish("client-2"), "there is no client-2"),
+        (lambda s: s.vanish("client").close("client"), "the clients have closed before"),
+        (lambda s: s.fault("melt", "FIN"), "act"),
+    ],
+)
+def test_a_forged_segment_or_a_vanishing_that_makes_no_sense(
+    wrong: Callable[[Scenario], Scenario], why: str
+) -> None:
+    with pytest.raises(ScenarioError, match=why):
+        wrong(Scenario().listen().connect())

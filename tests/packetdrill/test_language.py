@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -516,3 +517,29 @@ OPENED = """\
 +.01 < . 1:1(0) ack 1 win 257
 +0 accept(3, ..., ...) = 4
 """
+
+
+@pytest.mark.parametrize("command", ["packetdrill --on kernel", "run fin-lost --on wire", "fuzz"])
+def test_without_a_namespace_the_commands_say_so_in_one_line(
+    command: str, importable: Path, tmp_path: Path
+) -> None:
+    """In a user namespace that allows no further ones, as a "root" without any capability."""
+    path = tmp_path / "any.pkt"
+    path.write_text("0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3\n")
+    words = ["packetdrill", "--on", "kernel", str(path)] if "packetdrill" in command else None
+    words = words or ([*command.split()] if command != "fuzz" else ["fuzz", "segments"])
+    deny = 'echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set=-all "$@"'
+    ran = subprocess.run(
+        ["unshare", "-Ur", "sh", "-c", deny, "sh", sys.executable, "-m", "timewait", *words],
+        env={"PYTHONPATH": str(importable), "PATH": os.environ["PATH"]},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    if "unshare:" in ran.stderr:
+        pytest.skip(ran.stderr.strip())
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.count("\n") == 1
+    assert "user namespaces are disabled here" in ran.stderr

@@ -124,7 +124,7 @@ def command(
         with ExitStack() as stack:
             writer = None if events is None else stack.enter_context(Writer(events))
             runs = []
-            real = "wire" if chosen.faults else "kernel"
+            real = "kernel" if "kernel" in chosen.stacks else "wire"
             for each in (real, "model") if on == "both" else (on,):
                 with _progress(wait and each == "kernel") as waiting:
                     runs.append(
