@@ -45,7 +45,8 @@ def command(
     is this process, and then to the model: segments sent, results, states,
     readiness and the end of TIME_WAIT must be the same. What differs, and still
     does when it is run again, is shrunk and printed as a packetdrill script
-    that expects what the kernel did. Exit status 1 if anything differs.
+    that expects what the kernel did. What differs and is explained (see
+    docs/differences.md) is counted by its name. Exit status 1 if anything else differs.
     """
     from timewait.lab import coverage as lab
     from timewait.lab.segments import Fuzzer
@@ -84,6 +85,7 @@ def command(
             "seed": seed,
             "profile": profile,
             "seconds": round(took, 3),
+            "kept": dict(fuzzer.kept),
             "differences": [difference.to_json() for difference in fuzzer.differences],
             "reached": {
                 f"{state} {event}": times
@@ -94,8 +96,9 @@ def command(
     else:
         if coverage:
             click.echo(lab.table(fuzzer.reached, PROFILES[profile]) + "\n")
+        kept = "".join(f", kept: {name} ({n})" for name, n in fuzzer.kept.items())
         click.echo(
             f"{fuzzer.steps:,} steps in {fuzzer.cases:,} connections, "
-            f"{len(fuzzer.differences)} differences (seed {seed}, {took:.0f} s)"
+            f"{len(fuzzer.differences)} differences{kept} (seed {seed}, {took:.0f} s)"
         )
     return 1 if fuzzer.differences else 0

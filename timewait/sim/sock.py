@@ -339,6 +339,7 @@ class Sock:
         self.conn = host.connection(self)
         self.tell_options()
         self.conn.read_shut = bool(self.shut & 1)
+        self.error = 0  # tcp_connect_init
         host.tcp[self.key] = self
         host.counters["ActiveOpens"] += 1
         self.conn.open_active(self.clock.now)

@@ -40,6 +40,11 @@ def send_syn(c: Connection, _seg: None, now: float) -> None:
 def _start_retransmitting(c: Connection, now: float) -> None:
     c.first_sent = now
     c.t_retransmit = now + c.rto
+    if (c.srtt is None or c.srtt > 0.2) and c.sack and not c._probed and c.snd_una != c.iss:
+        # tcp_schedule_loss_probe; with a shorter round trip the timeout proper is due first.
+        after = 1.0 if c.srtt is None else 2 * c.srtt + (0.002 if c._ends else 0.2)
+        if after < c.rto:
+            c.t_retransmit = now + after
     limit = c.options.user_timeout
     if limit is None:
         return
@@ -501,6 +506,8 @@ def retransmit(c: Connection, _seg: None, now: float) -> None:
         c._recover = c.snd_nxt  # a FIN behind it waits (tcp_enter_loss)
     if c.state is SYN_SENT:
         _emit_syn(c, SYN, now)
+        if c.t_user == inf and c.options.user_timeout is not None and c.first_sent is not None:
+            c.t_user = max(now, c.first_sent + c.options.user_timeout)
         if c.retransmits <= parameters.syn_linear:
             c.t_retransmit = now + c.rto
             return

@@ -415,7 +415,9 @@ class Connection:
 
     def abort(self, now: float) -> None:
         """The RFC's ABORT (§3.10.5): a RST, and everything is forgotten."""
-        self._step(_CLOSE_UNREAD if self._rx else _ABORT, None, now)
+        # tcp_disconnect: a RST also where a FIN that the peer waits for was not sent yet.
+        waiting = self._fin == 1 and self.fin_received and self.profile.parameters.linux_checks
+        self._step(_CLOSE_UNREAD if self._rx or waiting else _ABORT, None, now)
 
     def status(self) -> Status:
         """The RFC's STATUS (§3.10.6)."""
