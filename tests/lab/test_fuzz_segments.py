@@ -9,15 +9,16 @@ from collections import Counter
 from random import Random
 
 import pytest
+from attrs import evolve
 
 from timewait.kernel.wire import WireError
 from timewait.lab.coverage import counted, table
 from timewait.lab.segment_cases import View
-from timewait.lab.segments import Case, Fuzzer, Step, _Kernel
+from timewait.lab.segments import Case, Fuzzer, Step, _Kernel, _Trace
 from timewait.packetdrill import play
 from timewait.tcp.connection import Connection
 from timewait.tcp.profiles import profile
-from timewait.tcp.segment import ACK, PSH, RST, SYN, Segment
+from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from timewait.tcp.states import Event, State
 
 HANDSHAKE = (
@@ -132,3 +133,42 @@ def test_what_was_reached_is_counted() -> None:
     lines = table(reached, linux).splitlines()
     assert lines[1 + Event.OPEN_ACTIVE].split()[1:3] == ["1", "."]
     assert lines[1 + Event.SYN_ACK].split() == ["SYN_ACK", "1"]  # elsewhere it cannot happen
+
+
+CUT = (
+    Step("connect"),
+    Step("", 0, SYN | ACK, 0, 0, 1, 100),
+    Step("send", 500),
+    Step("", 0, ACK, 1, 0, 101),
+    Step("wait", 100),
+)
+DELAYED = (
+    Step("", 0, SYN, wscale=7),
+    *HANDSHAKE[1:],
+    Step("", 0, FIN | PSH | ACK, 1, 1000, 1),
+    Step("wait", 100),
+)
+
+
+def test_what_is_kept_is_told_by_its_name_and_nothing_else_is(kernel: _Kernel) -> None:
+    fuzzer = Fuzzer(1)
+
+    def kept(case: Case, trace: _Trace) -> str | None:
+        found = fuzzer._judge(case, trace)
+        return None if found is None else found.kept
+
+    try:
+        (cut, trace), (delayed, ack) = fuzzer._play(
+            kernel, [(Case(True, False, CUT), None), (Case(False, False, DELAYED), None)], 0, 0.06
+        )
+        assert kept(cut, trace) == "text cut when it was queued"
+        assert fuzzer._confirmed(kernel, [cut]) == []  # it is not unexplained
+        # The same pieces, but no window had been small.
+        wide = evolve(cut, steps=(CUT[0], evolve(CUT[1], window=65535), *CUT[2:]))
+        assert kept(wide, trace) == ""
+        at_once = ack.times[3]
+        for after, name in ((0.050, "ACK of text and a FIN delayed"), (0.08, ""), (0.0, None)):
+            ack.sent[-1] = evolve(ack.sent[-1], t=at_once + after)
+            assert kept(delayed, ack) == name
+    finally:
+        kernel.close()

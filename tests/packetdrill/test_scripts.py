@@ -13,6 +13,7 @@ from timewait.packetdrill import Outcome, play
 HERE = Path(__file__).parent
 SCRIPTS = sorted(HERE.glob("*.pkt"))
 EVERYDAY = sorted((HERE / "everyday").glob("*.pkt"))
+KEPT = sorted((HERE / "kept").glob("*.pkt"))
 STATES = sorted((HERE / "grid").iterdir())
 STACKS = ["model", "kernel"]
 
@@ -96,6 +97,16 @@ def test_everyday_on_ipv6_sockets(version: str, stack: str) -> None:
         pytest.skip(str(why))
     assert len(outcomes) > 60
     assert [text for outcome in outcomes if (text := wrong(outcome))] == []
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_what_is_kept_of_differences_is_still_one(path: Path) -> None:
+    """The kernel does it, the model does not: see docs/differences.md."""
+    try:
+        assert wrong(play(path, on="kernel")) is None
+    except WireError as why:
+        pytest.skip(str(why))
+    assert play(path, on="model").outcome != "passed"
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda path: path.name)

@@ -561,6 +561,44 @@ def _took_first(case: Case, kernel: _Trace, a: _Sent, b: _Sent) -> bool:
     )
 
 
+def _cut_when_queued(case: Case, kernel: _Trace, a: _Sent, b: _Sent) -> bool:
+    """Whether the kernel sends a shorter piece of text queued while all windows had been small.
+
+    send(2) cuts it by the largest window so far (tcp_xmit_size_goal,
+    tcp_bound_to_half_wnd), and what is cut stays so when the window has grown.
+    """
+    windows, smallest = [0], None
+    for step in case.steps[: kernel.at(a.t) + 1]:
+        if step.call == "send":
+            smallest = max(windows) if smallest is None else smallest
+        elif not step.call:
+            windows.append(step.window)
+    if smallest is None or smallest >= 2 * 1460:
+        return False
+    mss = max(48, smallest if smallest <= 536 else smallest // 2)
+    return (
+        0 < a.length < b.length
+        and a.length <= 2 * mss
+        and (a.seq, a.ack, a.timestamp) == (b.seq, b.ack, b.timestamp)
+    )
+
+
+def _delayed_with_text(case: Case, kernel: _Trace, a: _Sent, b: _Sent) -> bool:
+    """Whether the kernel delayed an ACK of text and the FIN after it by its 40 ms.
+
+    More than a segment is acknowledged at once only where memory lets the window
+    stay as large (__tcp_ack_snd_check, __tcp_select_window).
+    """
+    step = case.steps[kernel.at(b.t)]
+    return (
+        step.length > 0
+        and step.flags & FIN != 0
+        and not a.length
+        and a.ack == step.seq + step.length + 1
+        and 0.036 < a.t - b.t < 0.06
+    )
+
+
 def _compare(case: Case, kernel: _Trace, model: _Trace) -> Difference | None:
     """The first thing on which the two records differ."""
     found: list[tuple[float, str, str, str]] = []
@@ -574,10 +612,14 @@ def _compare(case: Case, kernel: _Trace, model: _Trace) -> Difference | None:
             found.append((min(a.t, b.t), "segment", str(a), str(b)))
             if _took_first(case, kernel, a, b):
                 kept = "text taken before its ACK"
+            elif _cut_when_queued(case, kernel, a, b):
+                kept = "text cut when it was queued"
             break
         before, late = late, max(late, a.t - b.t)
         grain = _GRAIN if b.t - started < _LONG else 0.3
         if not -_GRAIN <= a.t - b.t <= before + grain:
+            if _delayed_with_text(case, kernel, a, b):
+                kept = "ACK of text and a FIN delayed"
             found.append((min(a.t, b.t), "time", f"{a} at {a.t:.3f} s", f"{b} at {b.t:.3f} s"))
             break
     else:

@@ -257,8 +257,10 @@ def queue_fin(c: Connection, _seg: None, now: float) -> None:
         send_text(c, None, now)
         return
     c._fin = 2
-    # No round trip is measured: nothing that follows would use it.
     seq = c.snd_nxt
+    if c._backoff and c._rtt_seq is None:
+        # Nothing that follows would use a round trip, but that it ends the backoff.
+        c._rtt_seq, c._rtt_at = (seq + 1) & MASK, now
     if seq != c.snd_una and c.profile.parameters.linux_checks:
         c._ends += (seq,)
     c.snd_nxt = (seq + 1) & MASK
