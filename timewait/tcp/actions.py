@@ -40,9 +40,15 @@ def send_syn(c: Connection, _seg: None, now: float) -> None:
 def _start_retransmitting(c: Connection, now: float) -> None:
     c.first_sent = now
     c.t_retransmit = now + c.rto
-    if (c.srtt is None or c.srtt > 0.2) and c.sack and not c._probed and c.snd_una != c.iss:
-        # tcp_schedule_loss_probe; with a shorter round trip the timeout proper is due first.
-        after = 1.0 if c.srtt is None else 2 * c.srtt + (0.002 if c._ends else 0.2)
+    srtt = c.srtt
+    if (
+        (srtt is None or srtt > 0.2 or c._backoff)
+        and c.sack
+        and not c._probed
+        and c.snd_una != c.iss
+    ):
+        # tcp_schedule_loss_probe; else the timeout proper is due first.
+        after = 1.0 if srtt is None else 2 * srtt + (0.002 if c._ends else 0.2)
         if after < c.rto:
             c.t_retransmit = now + after
     limit = c.options.user_timeout
