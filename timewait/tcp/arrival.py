@@ -229,6 +229,7 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         of_syn = True  # tcp_ack finds nothing wrong with an ACK of nothing
     if of_syn and c.write_shut and c.state is SYN_RECEIVED:
         # The user has shut down already: go on from FIN_WAIT_1.
+        c.snd_wnd = seg.window << c.snd_scale
         c._step(_ACK_OF_SYN_AFTER_SHUTDOWN, seg, now)
         of_syn = False
     # SND.WND, unless the segment is older than the last that told it.
