@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 
@@ -23,7 +24,8 @@ NAMES = sorted(
 def figures(names: list[str], quick: bool) -> Iterator[tuple[str, Figure]]:
     for name in names:
         for figure in import_module(f"benchmarks.{name}").measure(quick):
-            print(f"  {name}: {figure.what}", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"  {name}: {figure.what}", file=sys.stderr, flush=True)
             yield name, figure
 
 
@@ -33,7 +35,7 @@ def number(value: float) -> str:
 
 def cells(name: str, figure: Figure) -> list[str]:
     sign = "≤" if figure.lower_is_better else "≥"
-    theirs = "" if not figure.peer else "not installed"
+    theirs = figure.peer and f"{figure.peer}: not installed"
     if figure.theirs is not None:
         theirs = f"{number(figure.theirs)} ({figure.peer})"
     target = "" if figure.target is None else f"{sign} {figure.target:g}"
@@ -66,7 +68,8 @@ def main() -> int:
         print(json.dumps(documents, indent=1))
         return 0
     system = f"{platform.system()} {platform.release()}"
-    print(f"Python {platform.python_version()}, {system}, {os.cpu_count()} cores\n")
+    python = f"Python {platform.python_version()}"
+    print(f"{date.today()}: {python}, {system}, {os.cpu_count()} cores\n")
     print("| room | what | ours | peer | ratio | target | reached |")
     print("|---|---|---|---|---|---|---|")
     for name, figure in rows:

@@ -9,12 +9,17 @@ from statistics import median
 
 from benchmarks import Figure
 
+LOADED = "import sys; old = set(sys.modules); {}; print(len(set(sys.modules) - old))"
 TIMED = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
 
 
 def milliseconds(statement: str, runs: int) -> float:
     command = [sys.executable, "-c", TIMED.format(statement)]
     return 1000 * median(float(subprocess.check_output(command, text=True)) for _ in range(runs))
+
+
+def modules(statement: str) -> int:
+    return int(subprocess.check_output([sys.executable, "-c", LOADED.format(statement)]))
 
 
 def measure(quick: bool) -> Iterator[Figure]:
@@ -27,5 +32,13 @@ def measure(quick: bool) -> Iterator[Figure]:
         "ms",
         peer="import asyncio",
         theirs=milliseconds("import asyncio", runs),
+        lower_is_better=True,
+    )
+    yield Figure(
+        "modules that import timewait loads",
+        modules("import timewait"),
+        "",
+        peer="import asyncio",
+        theirs=modules("import asyncio"),
         lower_is_better=True,
     )

@@ -3,12 +3,14 @@
     python docs/regenerate.py            rewrite docs/*.md and README.md
     python docs/regenerate.py --check    exit 1 if a page is stale, naming it
     python docs/regenerate.py FILE...    only these pages
+    python docs/regenerate.py --campaign WORDS FILE...    there only the campaigns with WORDS in
+                                                          their command
 
 A block is an HTML comment with a command, and the fenced block after it:
 
     <!-- $ COMMAND -->    the same on every run: `--check` reruns it and compares
     <!-- $~ COMMAND -->   varies (ports, times): rerun here, only required to exist by `--check`
-    <!-- $$ COMMAND -->   a campaign too long to rerun: never touched, dated in the text
+    <!-- $$ COMMAND -->   a campaign too long to rerun: touched by `--campaign` only, dated
 
 `timewait` and `python` in a command mean this interpreter's. A command is run
 by the shell in the repository's root; no page is written with one that ends
@@ -19,6 +21,7 @@ closing `<!-- $ -->`.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -60,12 +63,15 @@ def output_of(command: str) -> str:
     return "".join(line.rstrip() + "\n" for line in done.stdout.splitlines())
 
 
-def fresh(text: str, *, check: bool) -> str:
+def fresh(text: str, *, check: bool, campaign: str | None = None) -> str:
     """The page with each block's output as it is now."""
 
     def block(match: re.Match[str]) -> str:
         kind = match["kind"]
-        if kind == "$" or (kind == "~" and check and match["body"].strip()):
+        if campaign is not None:
+            if kind != "$" or campaign not in match["command"]:
+                return match[0]
+        elif kind == "$" or (kind == "~" and check and match["body"].strip()):
             return match[0]
         print(f"  $ {match['command']}", file=sys.stderr, flush=True)
         return match["head"] + output_of(match["command"]) + match["tail"]
@@ -75,12 +81,17 @@ def fresh(text: str, *, check: bool) -> str:
 
 def main(arguments: list[str]) -> int:
     """Rewrite or check the pages; the exit status."""
-    check = "--check" in arguments
-    named = [Path(name).resolve() for name in arguments if name != "--check"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--campaign", metavar="WORDS")
+    parser.add_argument("pages", nargs="*", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    check: bool = options.check
+    named = [page.resolve() for page in options.pages]
     stale = []
     for page in named or sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")]):
         before = page.read_text()
-        after = fresh(before, check=check)
+        after = fresh(before, check=check, campaign=options.campaign)
         if after != before:
             stale.append(page.relative_to(ROOT))
             if not check:
