@@ -270,7 +270,10 @@ def _closes_of(closes: list[Close]) -> list[RenderableType]:
             _time(settled),
             f"{settled.spread * 100:.0f}%" if settled else "",
             f"{settled.median / close.model.settled:.3g}" if settled else "",
-            Text(close.holder or "-", "bold red" if close.outside else ""),
+            Text(
+                f"{close.holder} {close.time_wait:.3g}" if close.holder else "-",
+                "bold red" if close.outside else "",
+            ),
         )
     return titled(f"{first.kind}, {first.connections} open, IPv4: from the close call until", table)
 
