@@ -13,7 +13,7 @@ from timewait.kernel.namespace import Namespace
 from timewait.tcp.connection import Connection
 from timewait.tcp.explorer import WORLDS, explore
 from timewait.tcp.profiles import profile
-from timewait.tcp.states import Event, State
+from timewait.tcp.states import CLOSED, TIME_WAIT, Event, State
 from timewait.tcp.time_wait import TimeWaits
 
 RFC = profile("rfc9293")
@@ -40,8 +40,8 @@ def lifecycle(now: float, hook: Hook = None, timestamps: bool = False) -> tuple[
     server.close(now)
     client.segment(to_client.pop(), now)  # type: ignore[arg-type]
     server.segment(to_server.pop(), now)  # type: ignore[arg-type]
-    assert client.state is State.TIME_WAIT
-    assert server.state is State.CLOSED
+    assert client.state is TIME_WAIT
+    assert server.state is CLOSED
     return client, 7
 
 
@@ -72,6 +72,21 @@ def kernel(listener: socket.socket) -> Callable[[int], None]:
     def work(n: int) -> None:
         for _ in range(n):
             client = socket.create_connection(address)
+            server, _ = listener.accept()
+            client.close()
+            server.close()
+
+    return work
+
+
+def kernel_bare(listener: socket.socket) -> Callable[[int], None]:
+    """The same without `create_connection`, which looks the address up each time."""
+    address = listener.getsockname()
+
+    def work(n: int) -> None:
+        for _ in range(n):
+            client = socket.socket()
+            client.connect(address)
             server, _ = listener.accept()
             client.close()
             server.close()
@@ -235,7 +250,7 @@ def cost_beside(waits: TimeWaits[tuple[str, int, str, int]], n: int) -> float:
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    n, rounds = (300, 5) if quick else (1000, 9)
+    n, rounds = (100, 9) if quick else (200, 41)
     with ExitStack() as resources:
         namespace = resources.enter_context(Namespace())
         listener = resources.enter_context(namespace.socket(socket.AF_INET))
@@ -243,17 +258,21 @@ def measure(quick: bool) -> Iterator[Figure]:
             listener.setblocking(True)
             listener.bind(("127.0.0.1", 0))
             listener.listen(64)
-            ours, stamped, noted, theirs = side_by_side(
+            ours, stamped, noted, theirs, bare = side_by_side(
                 (silent, n),
                 (with_timestamps, n),
                 (recorded, n),
                 (kernel(listener), n),
+                (kernel_bare(listener), n),
                 rounds=rounds,
             )
     peer = "kernel, loopback"
     yield Figure("lifecycle, seven segments", ours, "/s", peer, theirs, 3)
     yield Figure("lifecycle, timestamps on", stamped, "/s", peer, theirs)
     yield Figure("lifecycle, transitions recorded", noted, "/s", peer, theirs, 1.5)
+    peer = "kernel, no create_connection()"
+    yield Figure("lifecycle, seven segments", ours, "/s", peer, bare)
+    yield Figure("lifecycle, transitions recorded", noted, "/s", peer, bare, 1.5)
 
     n = 30_000 if quick else 300_000
     steps, bare = side_by_side((walk_ours, n), (walk_dict, n))

@@ -136,7 +136,6 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool
         else:
             acknowledged(b, ack, flight, flight, now)
     b.snd_wl1 = seq
-    b.snd_wl2 = ack
     b.snd_wnd = window = window << b.snd_scale
     if window > b.max_wnd:
         b.max_wnd = window
@@ -223,8 +222,8 @@ class Volley:
         asked = (a.snd_nxt - len(a._tx)) & MASK
         answered = (b.snd_nxt - len(b._tx)) & MASK
         for c in (a, b):
-            c._small = c.snd_wl2 = c.snd_una = c.snd_nxt
-        b.snd_una = b.snd_wl2 = answered
+            c._small = c.snd_una = c.snd_nxt
+        b.snd_una = answered
         a.snd_wl1, b.snd_wl1 = answered, asked
         a.rcv_wup, b.rcv_wup = answered, b.rcv_nxt
         for c in (a, b):

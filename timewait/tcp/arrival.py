@@ -196,33 +196,37 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
             return event
 
     # Fifth, ACK.
-    flight = (c.snd_nxt - c.snd_una) & MASK
-    acked = (seg.ack - c.snd_una) & MASK
+    una = c.snd_una
+    acked = 0
     of_syn = of_fin = False
-    if acked > flight:
-        if not acked & HALF:
+    if seg.ack != una:
+        acked = (seg.ack - una) & MASK
+        flight = (c.snd_nxt - una) & MASK
+        if acked <= flight:
+            of_fin = c._fin == 2 and acked == flight
+            if una == c.iss:
+                of_syn = c.state is SYN_RECEIVED or c.state is FIN_WAIT_1
+            echo = seg.options.ts_ecr if c.timestamps and seg.options is not None else None
+            acknowledged(c, seg.ack, acked, flight, now, echo)
+            if of_fin and c.orphaned and c.state is FIN_WAIT_1 and (c.options.linger2 or 0) < 0:
+                return _TEXT_AFTER_CLOSE  # TCP_ABORT_ON_LINGER: nobody is to wait for the FIN
+        elif not acked & HALF:
             return _ACK_OF_UNSENT
-        predicted = _predicted(c, seg, flags)
-        if predicted and c.timestamps and c.rcv_wup == c.rcv_nxt:
-            _note_timestamp(c, seg)
-        most = c.max_wnd
-        if c.profile.parameters.linux_checks:
-            # Nobody can have held back an ACK of what was never acknowledged.
-            most = min(most, (c.snd_una - c.iss - c.passive) & MASK)
-        if MASK + 1 - acked > most or c.state is SYN_RECEIVED:
-            if not (predicted and seg.data and (c._rx or c._tx)):
-                return _ACK_TOO_OLD
-            _take(c, seg, now)
-            challenge_ack(c, seg, now)
-            return _SEGMENT
-    elif acked:
-        of_fin = c._fin == 2 and acked == flight
-        if c.snd_una == c.iss:
-            of_syn = c.state is SYN_RECEIVED or c.state is FIN_WAIT_1
-        echo = seg.options.ts_ecr if c.timestamps and seg.options is not None else None
-        acknowledged(c, seg.ack, acked, flight, now, echo)
-        if of_fin and c.orphaned and c.state is FIN_WAIT_1 and (c.options.linger2 or 0) < 0:
-            return _TEXT_AFTER_CLOSE  # TCP_ABORT_ON_LINGER: nobody is to wait for the FIN
+        else:
+            predicted = _predicted(c, seg, flags)
+            if predicted and c.timestamps and c.rcv_wup == c.rcv_nxt:
+                _note_timestamp(c, seg)
+            most = c.max_wnd
+            if c.profile.parameters.linux_checks:
+                # Nobody can have held back an ACK of what was never acknowledged.
+                most = min(most, (una - c.iss - c.passive) & MASK)
+            if MASK + 1 - acked > most or c.state is SYN_RECEIVED:
+                if not (predicted and seg.data and (c._rx or c._tx)):
+                    return _ACK_TOO_OLD
+                _take(c, seg, now)
+                challenge_ack(c, seg, now)
+                return _SEGMENT
+            acked = -1  # older than others: it tells nothing
     elif c.state is SYN_RECEIVED:
         if not c.profile.parameters.linux_checks:
             return _ACK_TOO_OLD
@@ -232,36 +236,29 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         c.snd_wnd = seg.window << c.snd_scale
         c._step(_ACK_OF_SYN_AFTER_SHUTDOWN, seg, now)
         of_syn = False
-    # SND.WND, unless the segment is older than the last that told it.
-    window = seg.window << c.snd_scale
-    wl1 = (seg.seq - c.snd_wl1) & MASK
-    if acked <= flight and (
-        (
-            not (wl1 or (seg.ack - c.snd_wl2) & MASK) & HALF
+    if acked >= 0:
+        # SND.WND, unless the segment is older than the last that told it. (SND.WL2 would add
+        # nothing: what it acknowledged is never beyond SND.UNA.)
+        window = seg.window << c.snd_scale
+        later = (seg.seq - c.snd_wl1) & MASK
+        linux = c.profile.parameters.linux_checks
+        if (
             # tcp_may_update_window: what is only smaller is no news.
-            and (
-                wl1
-                or acked
-                or window >= c.snd_wnd
-                or not (window and c.profile.parameters.linux_checks)
-            )
-        )
-        # Nor is a new ACK ever old.
-        or (acked and c.profile.parameters.linux_checks)
-    ):
-        c.snd_wl1 = seg.seq
-        c.snd_wl2 = seg.ack
-        c.snd_wnd = window
-        if window > c.max_wnd or (of_syn and c.passive and c.profile.parameters.linux_checks):
-            c.max_wnd = window  # tcp_create_openreq_child: not the SYN's
-    if acked <= flight:
+            (later < HALF and (later or acked or not 0 < window < c.snd_wnd or not linux))
+            # Nor is a new ACK ever old.
+            or (acked and linux)
+        ):
+            c.snd_wl1 = seg.seq
+            c.snd_wnd = window
+            if window > c.max_wnd or (of_syn and c.passive and linux):
+                c.max_wnd = window  # tcp_create_openreq_child: not the SYN's
         c.heard = now
         if c.t_probe != inf:
             probe_answered(c, now)
         elif c.t_keepalive != inf:
             c.retransmits = 0
-    if c.timestamps and acked <= flight:
-        _note_timestamp(c, seg)
+        if c.timestamps:
+            _note_timestamp(c, seg)
 
     data = seg.data
     if flags & FIN or data:

@@ -24,7 +24,9 @@ from __future__ import annotations
 import errno as errnos
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from math import inf
 from typing import Any, Final, TypeAlias
 
@@ -53,7 +55,6 @@ __all__ = ["Connection", "Hook", "SocketOptions", "Status", "TCPError"]
 
 Hook: TypeAlias = Callable[[State, State, Event, float], None]
 
-_EVENTS = tuple(Event)
 _LOOK: Final = len(Event)  # after a state's cells: how it looks at a segment
 _TIMERS = (
     (Timer.RETRANSMIT, "t_retransmit"),
@@ -144,30 +145,37 @@ def _impossible(state: State, event: Event, row: Row) -> _Action:
     return impossible
 
 
-def _functions(names: tuple[str, ...]) -> Iterator[_Action]:
-    """The functions of these actions; two that nearly always follow each other are one call."""
-    text = " ".join(names)
-    for name in re.sub(r"\bsend_text acknowledge\b", "send_text_and_acknowledge", text).split():
-        yield getattr(actions, name)
+@cache
+def _in_order(names: tuple[str, ...]) -> _Action:
+    """These actions as one function, which calls them faster than a loop would."""
+    # Two that nearly always follow each other are one call.
+    text = re.sub(r"\bsend_text acknowledge\b", "send_text_and_acknowledge", " ".join(names))
+    calls = [f"{name}(c, seg, now)" for name in text.split()]
+    made: dict[str, _Action] = {}
+    exec(f"def perform(c, seg, now): {'; '.join(calls) or 'pass'}", vars(actions), made)
+    return made["perform"]
 
 
 def _compile(profile: Profile) -> list[list[Any]]:
     """The table as lists indexed by small numbers.
 
-    A cell is (next state or None, that state's cells, actions, the row); after
-    a state's cells comes the function by which it looks at a segment.
+    A cell is (next state or None, that state's cells, what to do, changes of state
+    to tell); after a state's cells comes the function by which it looks at a
+    segment.
     """
     cells: list[list[Any]] = [[] for _ in State]
     for (state, event), row in sorted(profile.table.items()):
         if row.kind == "error":
-            performed: tuple[_Action, ...] = (_refuse(row),)
+            perform = _refuse(row)
         elif row.kind == "never":
-            performed = (_impossible(state, event, row),)
+            perform = _impossible(state, event, row)
         else:
-            performed = tuple(_functions(row.actions))
+            perform = _in_order(row.actions)
         assert len(cells[state]) == event, "the table is not total"
         onwards = None if row.next is None else cells[row.next]
-        cells[state].append((row.next, onwards, performed, row))
+        passed = [place for place in (state, row.via, row.next) if place is not None]
+        changes = tuple((old, new, event) for old, new in pairwise(passed))
+        cells[state].append((row.next, onwards, perform, changes))
     for state, look in LOOKS.items():
         cells[state].append(look)
     return cells
@@ -235,7 +243,6 @@ class Connection:
         "snd_scale",
         "snd_una",
         "snd_wl1",
-        "snd_wl2",
         "snd_wnd",
         "srtt",
         "state",
@@ -255,6 +262,10 @@ class Connection:
     state: State
     error: int | None
     on_transition: Hook | None
+    srtt: float | None
+    first_sent: float | None
+    _recover: int | None
+    _rtt_seq: int | None
 
     def __init__(
         self,
@@ -270,58 +281,68 @@ class Connection:
         parameters = profile.parameters
         self.profile = profile
         self.out: list[Segment] = [] if outbox is None else outbox
-        self.state = CLOSED
         cells = profile.compiled
         if not cells:
             cells.extend(_compile(profile))
         self._cells: Any = cells[0]
-        self.on_transition = None
-        self.error = None
-        self.passive = False
-        self.orphaned = False
-        self.read_shut = False
-        self.write_shut = False
-        self.fin_received = False
+        self.state = CLOSED
         self.iss = self.snd_una = self.snd_nxt = iss
-        self.irs = self.rcv_nxt = self.rcv_wup = self.rcv_adv = 0
-        self.snd_wnd = self.max_wnd = 0
-        self.snd_wl1 = self.snd_wl2 = 0
+        self._small = iss  # SND.NXT after the last segment that was not full
         self.mss = self.adv_mss = mss
+        self._rcv_mss = mss if mss < 536 else 536
         self.rcv_buf = rcv_buf
         self.snd_buf = snd_buf
-        self.snd_scale = self.rcv_scale = 0
         self.timestamps: bool = parameters.timestamps if timestamps is None else timestamps
         self.offers_timestamps = self.timestamps  # whatever the peer's SYN says of it
-        self.sack = False
-        self.ts_recent = self.ts_offset = 0
+        self._probed = False if parameters.tail_loss_probe else None  # None: it never does
+        self.rto = parameters.rto_initial
         self.options = _DEFAULT
         self._tx = self._rx = b""
-        self._eof_read = False
-        self._fin = 0  # 1: queued behind the text, 2: sent
         self._out_of_order: tuple[tuple[int, bytes, bool], ...] = ()
+        self._ends: tuple[int, ...] = ()  # of the segments in flight but the last, on Linux
+        self._rtt_at = self._ato = self.rttvar = 0.0
+        # Together, because a new connection costs as much as three segments.
+        (
+            self.passive,
+            self.orphaned,
+            self.read_shut,
+            self.write_shut,
+            self.fin_received,
+            self._eof_read,
+            self._pingpong,
+            self.sack,
+            self._frto,  # nothing new was tried yet since the timeout (RFC 5682)
+        ) = (False,) * 9
+        (
+            self.irs,
+            self.rcv_nxt,
+            self.rcv_wup,
+            self.rcv_adv,
+            self.snd_wnd,
+            self.max_wnd,
+            self.snd_wl1,
+            self.snd_scale,
+            self.rcv_scale,
+            self.ts_recent,
+            self.ts_offset,
+            self.retransmits,
+            self._backoff,  # doublings since a round trip was measured
+            self._fin,  # 1: queued behind the text, 2: sent
+            self._ack_due,  # 1: by policy, 2: at once
+            self._quick,
+        ) = (0,) * 16
         # What the next segments' SACK option tells: blocks, the latest first, and whether the
         # first is text that came twice.
         self._sacking: tuple[tuple[tuple[int, int], ...], bool] | None = None
-        self._ends: tuple[int, ...] = ()  # of the segments in flight but the last, on Linux
-        self._recover: int | None = None
-        self._frto = False  # nothing new was tried yet since the timeout (RFC 5682)
-        self._probed = not parameters.tail_loss_probe
-        self._rtt_seq: int | None = None
-        self._rtt_at = 0.0
-        self.srtt: float | None = None
-        self.rttvar = 0.0
-        self.rto = parameters.rto_initial
-        self.retransmits = 0
-        self._backoff = 0  # doublings since a round trip was measured
-        self.first_sent: float | None = None
-        self._ack_due = 0  # 1: by policy, 2: at once
-        self._ato = 0.0
-        self._quick = 0
-        self._pingpong = False
-        self._rcv_mss = mss if mss < 536 else 536
-        self._last_text = self.heard = -inf
-        self._small = iss  # SND.NXT after the last segment that was not full
-        self.last_challenge = -inf
+        (
+            self.error,
+            self.on_transition,
+            self._recover,
+            self._rtt_seq,
+            self.srtt,
+            self.first_sent,
+        ) = (None,) * 6
+        self.last_challenge = self._last_text = self.heard = -inf
         self.t_retransmit = self.t_ack = self.t_probe = inf
         self.t_keepalive = self.t_wait = self.t_user = inf
 
@@ -329,7 +350,7 @@ class Connection:
 
     def open_passive(self, now: float) -> None:
         """Wait for a SYN (RFC 9293 §3.10.1). Raises `TCPError` EINVAL if already connected."""
-        if self.state is CLOSED and self.snd_nxt != self.iss:
+        if self.snd_nxt != self.iss and self.state is CLOSED:
             self._renew()
         self._step(_OPEN_PASSIVE, None, now)
         self.passive = True
@@ -337,7 +358,7 @@ class Connection:
 
     def open_active(self, now: float) -> None:
         """Send a SYN (RFC 9293 §3.10.1). Raises `TCPError` EALREADY or EISCONN."""
-        if self.state is CLOSED and self.snd_nxt != self.iss:
+        if self.snd_nxt != self.iss and self.state is CLOSED:
             self._renew()
         self._step(_OPEN_ACTIVE, None, now)
         self.passive = self.write_shut = False
@@ -497,7 +518,8 @@ class Connection:
         """Run every timer that is due, the earliest first."""
         if self.state is TIME_WAIT:
             if self.t_wait <= now:
-                self.timeout(_WAIT, now)
+                self.t_wait = inf
+                self._step(_TIME_WAIT_OVER, None, now)
             return
         while (due := self._earliest()) <= now:
             for timer, name in _TIMERS:
@@ -567,42 +589,31 @@ class Connection:
     def segment(self, seg: Segment, now: float) -> None:
         """Take a segment that arrived (RFC 9293 §3.10.7)."""
         event = self._cells[_LOOK](self, seg, seg.flags, now)
-        new, onwards, performed, row = self._cells[event]
+        new, onwards, perform, changes = self._cells[event]
         # As `_step` does; here because every segment comes this way.
         if new is None:
-            for action in performed:
-                action(self, seg, now)
+            perform(self, seg, now)
             return
-        old = self.state
         self.state = new
         self._cells = onwards
-        for action in performed:
-            action(self, seg, now)
+        perform(self, seg, now)
         if self.on_transition is not None:
-            self._tell(old, new, event, row, now)
+            for old, new, what in changes:
+                self.on_transition(old, new, what, now)
 
     # --- The table -------------------------------------------------------------------------
 
     def _step(self, event: int, seg: Any, now: float) -> None:
-        new, onwards, performed, row = self._cells[event]
+        new, onwards, perform, changes = self._cells[event]
         if new is None:
-            for action in performed:
-                action(self, seg, now)
+            perform(self, seg, now)
             return
-        old = self.state
         self.state = new
         self._cells = onwards
-        for action in performed:
-            action(self, seg, now)
+        perform(self, seg, now)
         if self.on_transition is not None:
-            self._tell(old, new, event, row, now)
-
-    def _tell(self, old: State, new: State, event: int, row: Row, now: float) -> None:
-        assert self.on_transition is not None
-        if row.via is not None:
-            self.on_transition(old, row.via, _EVENTS[event], now)
-            old = row.via
-        self.on_transition(old, new, _EVENTS[event], now)
+            for old, new, what in changes:
+                self.on_transition(old, new, what, now)
 
     def become(self, state: State) -> None:
         """Be in that state, whatever was before (for those who restore a connection)."""

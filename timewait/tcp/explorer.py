@@ -28,7 +28,7 @@ from __future__ import annotations
 import gc
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -191,9 +191,9 @@ class _Endpoints:
         Connection(self.profile, iss=0)  # compiles the table
         for state, cells in zip(State, self.profile.compiled, strict=True):
             for event in Event:
-                onwards = cells[event]
-                note = partial(_note, self.rows, (state, event))
-                cells[event] = (*onwards[:2], (note, *onwards[2]), onwards[3])
+                new, onwards, perform, changes = cells[event]
+                noting = partial(_note, self.rows, (state, event), perform)
+                cells[event] = (new, onwards, noting, changes)
 
     def intern(self, connection: Connection) -> int:
         connection.retransmits = 0
@@ -304,8 +304,14 @@ class _Endpoints:
         connection.timeout(timer, 0.0)
 
 
-def _note(rows: set[tuple[State, Event]], cell: tuple[State, Event], *_: object) -> None:
+def _note(
+    rows: set[tuple[State, Event]],
+    cell: tuple[State, Event],
+    perform: Callable[..., None],
+    *given: object,
+) -> None:
     rows.add(cell)
+    perform(*given)
 
 
 _INF: Final = float("inf")
