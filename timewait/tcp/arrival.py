@@ -173,11 +173,11 @@ def _in_time_wait(c: Connection, seg: Segment, flags: int, now: float) -> int:
         return _UNACCEPTABLE if linux and (flags & ACK or paws) else _SYN_UNEXPECTED
     if flags & FIN and (offset + length) & MASK == 0 and flags & ACK:
         return _FIN_AGAIN
-    if not flags & ACK and not (linux and paws):
-        return _NO_ACK
-    if not linux and not paws and _fits(c, seg):
-        return _SEGMENT
-    return _UNACCEPTABLE
+    if linux:
+        return _UNACCEPTABLE if flags & ACK or paws else _NO_ACK
+    if paws or not _fits(c, seg):
+        return _UNACCEPTABLE
+    return _SEGMENT if flags & ACK else _NO_ACK
 
 
 def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
@@ -308,8 +308,11 @@ def _checked(c: Connection, seg: Segment, flags: int, now: float) -> int | None:
         if flags & SYN:
             return None if _completes_simultaneous_open(c, seg, flags) else _SYN_UNEXPECTED
         if flags & FIN and c.fin_received and (offset + seg.length) & MASK == 0:
-            # The peer repeats its FIN; what it acknowledges is news all the same.
-            return None if flags & ACK else _NO_ACK
+            # The peer repeats its FIN; what that acknowledges may be news all the same.
+            if flags & ACK and c.profile.parameters.old_fin_acks:
+                return None
+            c._ack_due = 2
+            return _FIN_AGAIN
         return _UNACCEPTABLE
 
     # Second, RST (RFC 5961 §3.2). Third is security. Fourth, SYN (RFC 5961 §4.2).
@@ -335,6 +338,7 @@ def _sacked_to(c: Connection) -> int | None:
 def _completes_simultaneous_open(c: Connection, seg: Segment, flags: int) -> bool:
     completes = (
         c.state is SYN_RECEIVED
+        and not c.passive
         and flags & ACK != 0
         and seg.seq == c.irs
         and seg.ack == c.snd_nxt
@@ -370,7 +374,8 @@ def _fits(c: Connection, seg: Segment) -> bool:
     offset = (seg.seq - c.rcv_nxt) & MASK
     if offset == 0:
         return window != 0 or not (seg.data or seg.flags & FIN)
-    return offset < window or 0 < (offset + seg.length) & MASK <= window
+    length = seg.length
+    return offset < window or (length != 0 and 0 < (offset + length) & MASK <= window)
 
 
 def _fits_request(c: Connection, seg: Segment) -> bool:

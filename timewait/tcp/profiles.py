@@ -52,6 +52,7 @@ class Parameters:
     window_scale: int = 7
     tail_loss_probe: bool = False  # the first timeout repeats the last segment, undoubled
     drop_synfin: bool = False  # a SYN with a FIN opens nothing
+    old_fin_acks: bool = False  # a FIN left of the window may acknowledge ours all the same
     linux_checks: bool = False  # tcp_sequence, tcp_check_req, ... instead of §3.10.7.4's order
     small_sockets: bool = False  # an orphan's FIN_WAIT_2 knows only sequence numbers
 
@@ -383,6 +384,7 @@ _LINUX_FIXED = {
     "quick_acks": 16,
     "drop_synfin": True,
     "syn_hurry": 0.008,
+    "old_fin_acks": True,
     "linux_checks": True,
     "small_sockets": True,
 }
@@ -405,6 +407,9 @@ _LINUX_ROWS: Rows = {
     (S.TIME_WAIT, E.SHUTDOWN): error("ENOTCONN", "inet_shutdown", "the full socket is gone"),
     (S.TIME_WAIT, E.ABORT): stay("orphan", source="tcp_disconnect", why="the full socket is gone"),
     # SYN_RECEIVED after a passive open is only a request there.
+    (S.SYN_RECEIVED, E.SYN_AGAIN): stay(
+        "send_syn_ack_again", source="tcp_check_req", why="our SYN,ACK was lost"
+    ),
     (S.SYN_RECEIVED, E.RST_TO_PASSIVE): go(S.CLOSED, "forget", source="tcp_check_req"),
     (S.SYN_RECEIVED, E.SYN_TO_PASSIVE): go(
         S.CLOSED, "reset_reply", "forget", source="tcp_check_req"
@@ -457,12 +462,16 @@ _LINUX_ROWS: Rows = {
 
 _insecure_rst = "net.inet.tcp.insecure_rst, tcp(4)"
 _BSD_ROWS: Rows = {
+    (S.SYN_RECEIVED, E.SYN_AGAIN): stay(
+        "send_syn_ack_again", source="syncache_add", why="our SYN,ACK was lost"
+    ),
     (S.SYN_RECEIVED, E.RST_TO_PASSIVE): go(S.CLOSED, "forget", source="syncache_chkrst"),
     (S.SYN_RECEIVED, E.SYN_TO_PASSIVE): stay("challenge_ack", source="syncache_add"),
     (S.TIME_WAIT, E.RST_EXACT): ignored("tcp_twcheck", "RFC 1337 §3"),
     (S.TIME_WAIT, E.RST_IN_WINDOW): ignored("tcp_twcheck", "RFC 1337 §3"),
     (S.TIME_WAIT, E.SYN_UNEXPECTED): ignored("tcp_twcheck", "dropped in silence"),
 }
+_BSD_FIXED = {"old_fin_acks": True}  # tcp_do_segment keeps processing its ACK
 
 
 def _of_ancestor(row: Row) -> Row:
@@ -654,13 +663,13 @@ _STACKS: dict[str, tuple[str, list[Setting], Rows, Mapping[str, Any]]] = {
         "from its documentation and sources; not measured; what is not listed is the RFC's",
         _bsd_settings(30.0, 60.0, 0.04, True),
         _BSD_ROWS,
-        {},
+        _BSD_FIXED,
     ),
     "macos": (
         "what is documented of its ancestor, with a shorter MSL; not verified",
         _bsd_settings(15.0, 60.0, 0.1, False),
         {cell: _of_ancestor(row) for cell, row in _BSD_ROWS.items()},
-        {},
+        _BSD_FIXED,
     ),
     "windows": (
         "documented and reported times over the RFC's rows; not verified",

@@ -350,7 +350,7 @@ _on(
     [
         (
             SYN_RECEIVED,
-            stay("send_syn_ack_again", source="RFC 9293 §3.8.1", why="our SYN,ACK was lost"),
+            stay("ack_unacceptable", source=_74, why="its SYN is left of the window"),
         )
     ],
     never("only in SYN_RECEIVED"),

@@ -1,0 +1,220 @@
+"""RFC 9293 §3.10.7 read line by line, against the `rfc9293` profile: every state, every segment.
+
+`expected` follows the section's text and knows nothing of the machine. Each segment arrives at a
+fresh connection; what it answers and the state it is in then must be what the text says.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+from attrs import frozen
+
+from timewait.tcp.connection import Connection
+from timewait.tcp.profiles import profile
+from timewait.tcp.segment import ACK, FIN, RST, SYN, URG, Segment, seq_diff
+from timewait.tcp.states import State
+
+RFC = profile("rfc9293")
+ISS, IRS, WINDOW = 1000, 5000, 500  # WINDOW is SND.WND; RCV.WND is read from the connection
+S = State
+
+
+def there(name: str) -> Connection:
+    """A connection in that state, by the shortest way; nothing is on its way."""
+    c = Connection(RFC, iss=ISS, timestamps=False)
+    state = S[name.split()[0]]
+    if name in ("LISTEN", "SYN_RECEIVED passive"):
+        c.open_passive(0.0)
+    elif state is not S.CLOSED:
+        c.open_active(0.0)
+    if state is S.SYN_RECEIVED:
+        c.segment(Segment(IRS, 0, SYN, WINDOW), 0.0)
+    elif state not in (S.CLOSED, S.LISTEN, S.SYN_SENT):
+        c.segment(Segment(IRS, ISS + 1, SYN | ACK, WINDOW), 0.0)
+    if state in (S.CLOSE_WAIT, S.LAST_ACK):
+        c.segment(Segment(IRS + 1, ISS + 1, FIN | ACK, WINDOW), 0.0)
+    if state in (S.FIN_WAIT_1, S.FIN_WAIT_2, S.CLOSING, S.LAST_ACK, S.TIME_WAIT):
+        c.shutdown(0.0)
+    if state in (S.FIN_WAIT_2, S.TIME_WAIT):
+        c.segment(Segment(IRS + 1, ISS + 2, ACK, WINDOW), 0.0)
+    if state in (S.CLOSING, S.TIME_WAIT):
+        c.segment(Segment(IRS + 1, c.snd_una, FIN | ACK, WINDOW), 0.0)
+    assert c.state is state
+    c.out.clear()
+    return c
+
+
+NAMES = [name for name in (state.name for state in State) if name != "SYN_RECEIVED"]
+NAMES += ["SYN_RECEIVED passive", "SYN_RECEIVED active"]
+
+# Flags, then what of ACK numbers, sequence numbers and text is tried with them.
+KINDS = [0, RST, RST | ACK, SYN, SYN | ACK, FIN, FIN | ACK, ACK, URG | ACK]
+PLACES = ["left", "before", "at", "inside", "last", "right"]
+ACKS = ["ancient", "old", "una", "nxt", "unsent"]
+
+
+def segments(c: Connection) -> Iterator[tuple[str, Segment]]:
+    window = (c.rcv_adv - c.rcv_nxt) or WINDOW
+    base = c.rcv_nxt or IRS
+    places = {
+        "left": base - 20,
+        "before": base - 1,
+        "at": base,
+        "inside": base + 10,
+        "last": base + window - 1,
+        "right": base + window,
+    }
+    acks = {
+        "ancient": c.snd_una - WINDOW - 1,
+        "old": c.snd_una - 1,
+        "una": c.snd_una,
+        "nxt": c.snd_nxt,
+        "unsent": c.snd_nxt + 1,
+    }
+    for flags, place, ack, text in product(KINDS, PLACES, ACKS, (b"", b"x", b"0123456789")):
+        if (not flags & ACK and ack != "una") or (flags & (SYN | RST) and text):
+            continue
+        label = f"{Segment(0, 0, flags)!s}".split(" ")[0]
+        number = acks[ack] if flags & ACK else 0
+        yield (
+            f"{label} {place} ack {ack} len {len(text)}",
+            Segment(places[place], number, flags, WINDOW, text),
+        )
+
+
+@frozen
+class Then:
+    """What the text says: segments sent as (flags, seq, ack), the state, the user's error."""
+
+    answer: tuple[int, int, int] | None
+    state: State
+    error: int | None = None
+
+
+def expected(c: Connection, seg: Segment) -> Then:
+    """§3.10.7, in its order."""
+    state, una, nxt = c.state, c.snd_una, c.snd_nxt
+    rcv_nxt, rcv_wnd = c.rcv_nxt, c.rcv_adv - c.rcv_nxt
+    flags, length = seg.flags, len(seg.data) + bool(seg.flags & SYN) + bool(seg.flags & FIN)
+    drop = Then(None, state)
+    reset = Then((RST, seg.ack, 0), state)
+    ack = Then((ACK, nxt, rcv_nxt), state)
+
+    if state is S.CLOSED:  # §3.10.7.1
+        if flags & RST:
+            return drop
+        return reset if flags & ACK else Then((RST | ACK, 0, seg.seq + length), state)
+    if state is S.LISTEN:  # §3.10.7.2
+        if flags & RST:
+            return drop
+        if flags & ACK:
+            return reset
+        return Then((SYN | ACK, ISS, seg.seq + 1), S.SYN_RECEIVED) if flags & SYN else drop
+    if state is S.SYN_SENT:  # §3.10.7.3
+        if flags & ACK and not una < seg.ack <= nxt:
+            return drop if flags & RST else reset
+        if flags & RST:
+            return Then(None, S.CLOSED, errno.ECONNREFUSED) if flags & ACK else drop
+        if not flags & SYN:
+            return drop
+        if not flags & ACK:
+            return Then((SYN | ACK, ISS, seg.seq + 1), S.SYN_RECEIVED)
+        return Then((ACK, nxt, seg.seq + 1 + bool(flags & FIN)), S.ESTABLISHED)
+
+    # §3.10.7.4. First, the sequence number.
+    first, last = seq_diff(seg.seq, rcv_nxt), seq_diff(seg.seq + length - 1, rcv_nxt)
+    if length == 0:
+        acceptable = first == 0 if rcv_wnd == 0 else 0 <= first < rcv_wnd
+    else:
+        acceptable = rcv_wnd > 0 and (0 <= first < rcv_wnd or 0 <= last < rcv_wnd)
+    if not acceptable:
+        if state is S.SYN_RECEIVED and not c.passive and flags == SYN | ACK:
+            if seg.seq == IRS and seg.ack == nxt:
+                # Figure 7 of §3.5: this ends a simultaneous open. The text would acknowledge
+                # it and no more, and the ACK in return would then do what the figure shows.
+                return Then((ACK, nxt, rcv_nxt), S.ESTABLISHED)
+        if state is S.TIME_WAIT and flags & SYN and not flags & ACK and first > 0:
+            # RFC 1122 §4.2.2.13: a new SYN above the old numbers may open it anew.
+            return Then((SYN | ACK, c.next_iss, seg.seq + 1), S.SYN_RECEIVED)
+        return drop if flags & RST else ack
+    # Second, RST.
+    if flags & RST:
+        if first != 0:
+            return ack
+        if state is S.SYN_RECEIVED:
+            if c.passive:
+                return Then(None, S.LISTEN)
+            return Then(None, S.CLOSED, errno.ECONNREFUSED)
+        quiet = state in (S.CLOSING, S.LAST_ACK, S.TIME_WAIT)
+        return Then(None, S.CLOSED, None if quiet else errno.ECONNRESET)
+    # Fourth, SYN.
+    if flags & SYN:
+        if state is S.SYN_RECEIVED and c.passive:
+            return Then(None, S.LISTEN)
+        if state is S.TIME_WAIT and not flags & ACK and first > 0:
+            return Then((SYN | ACK, c.next_iss, seg.seq + 1), S.SYN_RECEIVED)
+        return ack
+    # Fifth, ACK.
+    if not flags & ACK:
+        return drop
+    if state is S.TIME_WAIT:
+        return drop  # nothing of text here; a repeated FIN is not acceptable, and was answered
+    fin_acked = False
+    if state is S.SYN_RECEIVED:
+        if not una < seg.ack <= nxt:
+            return reset
+        state = S.ESTABLISHED
+    elif seg.ack > nxt or seg.ack < una - c.max_wnd:
+        return ack
+    else:
+        closing = state in (S.FIN_WAIT_1, S.CLOSING, S.LAST_ACK)
+        fin_acked = closing and seg.ack == nxt
+        if fin_acked and state is S.CLOSING:
+            return Then(None, S.TIME_WAIT)
+        if fin_acked and state is S.LAST_ACK:
+            return Then(None, S.CLOSED)
+        if fin_acked:
+            state = S.FIN_WAIT_2
+    if state in (S.CLOSE_WAIT, S.CLOSING, S.LAST_ACK):
+        # Text after a FIN is ignored. (The text says nothing of one that overlaps the FIN.)
+        return Then((ACK, nxt, rcv_nxt) if first < 0 else None, state)
+    # Seventh, the text; eighth, the FIN.
+    taken = last + 1 if first <= 0 and length else 0
+    whole = first <= 0 and last < rcv_wnd
+    answer = (ACK, nxt, rcv_nxt + min(taken, rcv_wnd)) if length else None
+    if flags & FIN and whole:
+        after = {
+            S.ESTABLISHED: S.CLOSE_WAIT,
+            S.FIN_WAIT_1: S.CLOSING,
+            S.FIN_WAIT_2: S.TIME_WAIT,
+        }
+        state = after[state]
+    return Then(answer, state)
+
+
+def seen(c: Connection, seg: Segment) -> Then:
+    c.segment(seg, 1.0)
+    assert len(c.out) <= 1
+    answer = next(((s.flags, s.seq, s.ack) for s in c.out), None)
+    return Then(answer, c.state, c.error)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_segment_is_answered_as_the_section_says(name: str) -> None:
+    wrong = []
+    tried = 0
+    for label, seg in segments(there(name)):
+        c = there(name)
+        if name == "TIME_WAIT":
+            c.passive = True  # somebody still listens
+        want = expected(c, seg)
+        got = seen(c, seg)
+        tried += 1
+        if got != want:
+            wrong.append(f"{label}: {got} but the text says {want}")
+    assert tried > 100
+    assert wrong == []
