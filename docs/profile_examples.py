@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from timewait.tcp.connection import Connection, TCPError
+from timewait.tcp.connection import Connection, SocketOptions, TCPError
 from timewait.tcp.profiles import PROFILES, Profile, profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, Options, Segment, seq_add
 from timewait.tcp.states import State
@@ -99,6 +99,12 @@ def restarted(stack: Profile) -> str:
     return "2MSL begins again" if c.deadline != before else "nothing"
 
 
+def again(stack: Profile) -> str:
+    c = synchronized(stack, State.LAST_ACK)
+    c.segment(Segment(5001, 1002, FIN | ACK, WINDOW), 3.0)
+    return outcome(c, State.LAST_ACK)
+
+
 def twice(stack: Profile) -> str:
     c = synchronized(stack, State.ESTABLISHED)
     for now in (3.0, 3.1):
@@ -156,6 +162,42 @@ def syn_to_listener(stack: Profile) -> str:
     return outcome(c, State.LISTEN)
 
 
+def syn_with_text(stack: Profile) -> str:
+    c = Connection(stack, iss=1000)
+    c.open_passive(0.0)
+    c.segment(Segment(PEER, 0, SYN, WINDOW, b"text"), 0.0)
+    c.segment(Segment(c.rcv_nxt, 1001, ACK, WINDOW), 0.0)
+    return f"{c.readable_bytes} bytes can be read; {outcome(c, State.SYN_RECEIVED)}"
+
+
+def syn_ack_with_text(stack: Profile) -> str:
+    c = Connection(stack, iss=1000)
+    c.open_active(0.0)
+    c.out.clear()
+    c.segment(Segment(PEER, 1001, SYN | FIN | ACK, WINDOW, b"text"), 0.0)
+    return f"{c.readable_bytes} bytes can be read; {outcome(c, State.SYN_SENT)}"
+
+
+def kept_alive(stack: Profile) -> str:
+    c = synchronized(stack, State.ESTABLISHED)
+    c.options = SocketOptions(keepalive=(10.0, 5.0, 2))
+    c.t_keepalive = 10.0
+    while c.state is State.ESTABLISHED:
+        c.out.clear()
+        c.expire(c.deadline or 0.0)
+    return outcome(c, State.ESTABLISHED)
+
+
+def given_up(stack: Profile) -> str:
+    c = synchronized(stack, State.ESTABLISHED)
+    c.send(b"text", 0.0)
+    while c.state is State.ESTABLISHED:
+        c.out.clear()
+        now = c.deadline or 0.0
+        c.expire(now)
+    return f"after {now:.0f} s: {outcome(c, State.ESTABLISHED)}"
+
+
 def offered(stack: Profile) -> str:
     c = Connection(stack, iss=1000)
     c.open_active(0.0)
@@ -184,6 +226,7 @@ SITUATIONS: list[tuple[str, Callable[[Profile], str]]] = [
     ("A RST at RCV.NXT in CLOSE_WAIT", arrives(C, 0, RST)),
     ("A RST at RCV.NXT - 1 in CLOSE_WAIT", arrives(C, -1, RST)),
     ("Text across the peer's FIN in CLOSE_WAIT", arrives(C, -1, ACK, data=b"xyz")),
+    ("The FIN once more, with an ACK of ours, in LAST_ACK", again),
     ("A RST at RCV.NXT in LAST_ACK", arrives(State.LAST_ACK, 0, RST)),
     ("A RST inside the window in ESTABLISHED", arrives(E, 10, RST)),
     ("Two of them within 0.1 s", twice),
@@ -195,9 +238,14 @@ SITUATIONS: list[tuple[str, Callable[[Profile], str]]] = [
     ("Text for an orphan in FIN_WAIT_2", arrives(W, 0, ACK, ack=1002, data=b"x", orphan=True)),
     ("A RST at RCV.NXT in SYN_RECEIVED, opened passively", arrives(State.SYN_RECEIVED, 0, RST)),
     ("A SYN in the window in SYN_RECEIVED, opened passively", arrives(State.SYN_RECEIVED, 9, SYN)),
+    ("The SYN once more in SYN_RECEIVED, opened passively", arrives(State.SYN_RECEIVED, -1, SYN)),
     ("A SYN with a FIN for a listener", syn_to_listener),
+    ("A SYN with text for a listener, and the ACK that follows", syn_with_text),
+    ("A SYN,ACK with text and a FIN", syn_ack_with_text),
     ("An ACK of something else in SYN_SENT", hurried),
     ("Nobody answers a SYN", syn_times),
+    ("Nobody acknowledges text", given_up),
+    ("Nobody answers keep-alives", kept_alive),
     ("What a SYN offers", offered),
     ("When text is acknowledged, a byte every 100 ms", text_acknowledged),
     ("When a FIN is acknowledged, no text before it", fin_acknowledged),

@@ -142,6 +142,8 @@ def _note_syn(c: Connection, seg: Segment) -> None:
 
 def send_syn_ack(c: Connection, seg: Segment, now: float) -> None:
     _note_syn(c, seg)
+    if (seg.data or seg.flags & FIN) and c.profile.parameters.syn_text:
+        c._out_of_order = ((c.rcv_nxt, seg.data, seg.flags & FIN != 0),)
     c.snd_nxt = (c.iss + 1) & MASK
     if c.passive or not c.profile.parameters.linux_checks:
         # In a simultaneous open Linux goes on as its SYN began (tcp_rcv_synsent_state_process).
@@ -160,12 +162,12 @@ def send_syn_ack_again(c: Connection, _seg: Segment, now: float) -> None:
         _emit_syn(c, SYN | ACK, now)
 
 
-def synchronize(c: Connection, seg: Segment, now: float) -> None:
+def synchronized(c: Connection, seg: Segment, now: float) -> None:
+    """Note the peer's SYN and its acknowledgment of ours."""
     _note_syn(c, seg)
     window = c.rcv_buf if c.rcv_buf < 0xFFFF else 0xFFFF
     c.rcv_adv = (c.rcv_nxt + window) & MASK
     acknowledged(c, seg.ack, 1, 1, now, seg.options.ts_ecr if seg.options is not None else None)
-    establish(c, seg, now)
 
 
 def establish(c: Connection, seg: Segment, now: float) -> None:
@@ -183,6 +185,7 @@ def return_to_listen(c: Connection, _seg: Segment, now: float) -> None:
     c.t_retransmit = c.t_user = inf
     c.snd_una = c.snd_nxt = c.iss
     c.rcv_nxt = c.irs = 0
+    c._out_of_order = ()
     c.retransmits = 0
 
 
@@ -386,7 +389,7 @@ def ack_unacceptable(c: Connection, seg: Segment, now: float) -> None:
             quicken(c)
             tell_repeated(c, seg.seq, (seg.seq + seg.length) & MASK)
         emit(c, ACK, now)
-    elif _may_challenge(c, now):
+    elif not c.profile.parameters.linux_checks or _may_challenge(c, now):
         emit(c, ACK, now)
 
 

@@ -20,6 +20,7 @@ from timewait.tcp.actions import (
     challenge_ack,
     probe_answered,
     quicken,
+    synchronized,
     tell_repeated,
     tsval,
 )
@@ -56,7 +57,7 @@ _UNACCEPTABLE, _NO_ACK = int(Event.UNACCEPTABLE), int(Event.NO_ACK)
 _ACK_OF_UNSENT, _ACK_TOO_OLD = int(Event.ACK_OF_UNSENT), int(Event.ACK_TOO_OLD)
 _SEGMENT, _ACK_OF_SYN = int(Event.SEGMENT), int(Event.ACK_OF_SYN)
 _ACK_OF_FIN, _FIN = int(Event.ACK_OF_FIN), int(Event.FIN)
-_FIN_AND_ACK_OF_SYN = int(Event.FIN_AND_ACK_OF_SYN)
+_FIN_AND_SYN_ACK, _FIN_AND_ACK_OF_SYN = int(Event.FIN_AND_SYN_ACK), int(Event.FIN_AND_ACK_OF_SYN)
 _FIN_AND_ACK_OF_FIN, _FIN_AGAIN = int(Event.FIN_AND_ACK_OF_FIN), int(Event.FIN_AGAIN)
 _TEXT_AFTER_CLOSE = int(Event.TEXT_AFTER_CLOSE)
 _ACK_OF_SYN_AFTER_SHUTDOWN = int(Event.ACK_OF_SYN_AFTER_SHUTDOWN)
@@ -91,6 +92,10 @@ def _in_syn_sent(c: Connection, seg: Segment, flags: int, now: float) -> int:
             return _RST_EXACT
         if not flags & SYN:
             return _NO_ACK
+        synchronized(c, seg, now)
+        if (seg.data or flags & FIN) and c.profile.parameters.syn_ack_text:
+            fin = _take_out_of_order(c, c.rcv_nxt, seg.data, flags & FIN != 0, now)
+            return _FIN_AND_SYN_ACK if fin else _SYN_ACK
         return _SYN_ACK
     if flags & RST:
         return _RST_OUTSIDE
@@ -261,7 +266,7 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
             _note_timestamp(c, seg)
 
     data = seg.data
-    if flags & FIN or data:
+    if flags & FIN or data or (of_syn and c._out_of_order):
         if c.fin_received:
             # Of what acknowledges our FIN too, CLOSING and LAST_ACK look at nothing else.
             again = 0 if of_fin else _after_fin(c, seg, flags)

@@ -71,7 +71,8 @@ _OPEN_PASSIVE, _OPEN_ACTIVE = int(Event.OPEN_PASSIVE), int(Event.OPEN_ACTIVE)
 _SEND, _RECEIVE, _SHUTDOWN = int(Event.SEND), int(Event.RECEIVE), int(Event.SHUTDOWN)
 _CLOSE, _CLOSE_UNREAD, _ABORT = int(Event.CLOSE), int(Event.CLOSE_UNREAD), int(Event.ABORT)
 _RETRANSMIT, _GIVE_UP, _PROBE = int(Event.RETRANSMIT), int(Event.GIVE_UP), int(Event.PROBE)
-_KEEPALIVE, _DELAYED_ACK = int(Event.KEEPALIVE), int(Event.DELAYED_ACK)
+_KEEPALIVE, _UNANSWERED = int(Event.KEEPALIVE), int(Event.UNANSWERED)
+_DELAYED_ACK = int(Event.DELAYED_ACK)
 _TIME_WAIT_OVER, _FIN_WAIT_2_OVER = int(Event.TIME_WAIT_OVER), int(Event.FIN_WAIT_2_OVER)
 
 
@@ -432,7 +433,11 @@ class Connection:
 
     def close(self, now: float) -> None:
         """close(2): a FIN after the text; a RST where received text was not read."""
-        self._step(_CLOSE_UNREAD if self._rx else _CLOSE, None, now)
+        unread = self._rx or (self._out_of_order and self._came_with_the_syn())
+        self._step(_CLOSE_UNREAD if unread else _CLOSE, None, now)
+
+    def _came_with_the_syn(self) -> bool:
+        return self.state is SYN_RECEIVED and self._out_of_order[0][1] != b""
 
     def abort(self, now: float) -> None:
         """The RFC's ABORT (§3.10.5): a RST, and everything is forgotten."""
@@ -547,11 +552,8 @@ class Connection:
             event = _PROBE if self.retransmits < most else _GIVE_UP
         elif timer is Timer.KEEPALIVE:
             self.t_keepalive = inf
-            event = _KEEPALIVE
-            if not self._shrinks() and self._deaf(now):
-                event = _GIVE_UP
-                if self.profile.parameters.linux_checks:
-                    actions.send_rst(self, None, now)  # tcp_keepalive_timer, unlike the others
+            spent = not self._shrinks() and self._deaf(now)
+            event = _UNANSWERED if spent else _KEEPALIVE
         else:
             self.t_user = inf
             event = _GIVE_UP

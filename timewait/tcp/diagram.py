@@ -22,6 +22,7 @@ _ABRUPT = frozenset(
         Event.RST_EXACT,
         Event.RST_AFTER_FIN,
         Event.GIVE_UP,
+        Event.UNANSWERED,
         Event.TEXT_AFTER_CLOSE,
     )
 )

@@ -52,6 +52,8 @@ class Parameters:
     window_scale: int = 7
     tail_loss_probe: bool = False  # the first timeout repeats the last segment, undoubled
     drop_synfin: bool = False  # a SYN with a FIN opens nothing
+    syn_text: bool = True  # text and a FIN that come with a SYN wait for its acknowledgment
+    syn_ack_text: bool = True  # those that come with a SYN,ACK are taken
     old_fin_acks: bool = False  # a FIN left of the window may acknowledge ours all the same
     linux_checks: bool = False  # tcp_sequence, tcp_check_req, ... instead of §3.10.7.4's order
     small_sockets: bool = False  # an orphan's FIN_WAIT_2 knows only sequence numbers
@@ -216,6 +218,13 @@ _RFC_SETTINGS = [
         effect=_to("give_up_after", "orphan_give_up_after"),
     ),
     Setting(
+        "challenge_interval",
+        0.5,
+        "RFC 5961 §7",
+        "seconds between challenge ACKs of a connection: no more than ten in any five",
+        effect=_to("challenge_interval"),
+    ),
+    Setting(
         "user_timeout",
         300.0,
         "RFC 9293 §3.9.1.1, §3.10.8",
@@ -359,6 +368,13 @@ _LINUX_SETTINGS = [
         effect=_times(0.001, "challenge_interval"),
     ),
     Setting(
+        "tcp_challenge_ack_limit",
+        2147483647,
+        "tcp_send_challenge_ack (no limit since 5.19)",
+        "challenge ACKs of the whole host in a second",
+        for_host=True,
+    ),
+    Setting(
         "tcp_early_retrans",
         3,
         "tcp_schedule_loss_probe; measured",
@@ -384,6 +400,8 @@ _LINUX_FIXED = {
     "quick_acks": 16,
     "drop_synfin": True,
     "syn_hurry": 0.008,
+    "syn_text": False,
+    "syn_ack_text": False,
     "old_fin_acks": True,
     "linux_checks": True,
     "small_sockets": True,
@@ -391,6 +409,14 @@ _LINUX_FIXED = {
 _reset_check = "tcp_reset_check (since 4.11)"
 _state_process = "tcp_rcv_state_process"
 _tw = "tcp_timewait_state_process"
+_BEYOND_SYN = (
+    S.ESTABLISHED,
+    S.FIN_WAIT_1,
+    S.FIN_WAIT_2,
+    S.CLOSE_WAIT,
+    S.CLOSING,
+    S.LAST_ACK,
+)
 _LINUX_ROWS: Rows = {
     # Calls.
     (S.LISTEN, E.OPEN_ACTIVE): error("EISCONN", "inet_stream_connect"),
@@ -426,14 +452,7 @@ _LINUX_ROWS: Rows = {
     # Acknowledgments of what was never sent.
     **{
         (state, E.ACK_OF_UNSENT): stay("challenge_ack", source="tcp_ack; measured on 6.18")
-        for state in (
-            S.ESTABLISHED,
-            S.FIN_WAIT_1,
-            S.FIN_WAIT_2,
-            S.CLOSE_WAIT,
-            S.CLOSING,
-            S.LAST_ACK,
-        )
+        for state in _BEYOND_SYN
     },
     # Text that nobody will read.
     **{
@@ -445,6 +464,13 @@ _LINUX_ROWS: Rows = {
     (S.CLOSE_WAIT, E.TEXT_AFTER_CLOSE): go(
         S.CLOSED, "report_pipe", "reset_reply", "forget", source=_state_process
     ),
+    # Keep-alives that nobody answers; a peer that does not acknowledge gets no RST.
+    **{
+        (state, E.UNANSWERED): go(
+            S.CLOSED, "send_rst", "report_timeout", "forget", source="tcp_keepalive_timer"
+        )
+        for state in _BEYOND_SYN
+    },
     # An orphan in FIN_WAIT_2, and TIME_WAIT, are small sockets.
     (S.FIN_WAIT_2, E.SYN_REOPENS): go(
         S.CLOSED, "reset_reply", "forget", source=_tw, why="an orphan's"
@@ -462,6 +488,12 @@ _LINUX_ROWS: Rows = {
 
 _insecure_rst = "net.inet.tcp.insecure_rst, tcp(4)"
 _BSD_ROWS: Rows = {
+    # Who gives a peer up tells it so.
+    **{
+        (state, event): go(S.CLOSED, "send_rst", "report_timeout", "forget", source="tcp_drop")
+        for state in _BEYOND_SYN
+        for event in (E.GIVE_UP, E.UNANSWERED)
+    },
     (S.SYN_RECEIVED, E.SYN_AGAIN): stay(
         "send_syn_ack_again", source="syncache_add", why="our SYN,ACK was lost"
     ),
@@ -471,7 +503,10 @@ _BSD_ROWS: Rows = {
     (S.TIME_WAIT, E.RST_IN_WINDOW): ignored("tcp_twcheck", "RFC 1337 §3"),
     (S.TIME_WAIT, E.SYN_UNEXPECTED): ignored("tcp_twcheck", "dropped in silence"),
 }
-_BSD_FIXED = {"old_fin_acks": True}  # tcp_do_segment keeps processing its ACK
+_BSD_FIXED = {
+    "syn_text": False,  # syncache_add keeps nothing of it
+    "old_fin_acks": True,  # tcp_do_segment keeps processing its ACK
+}
 
 
 def _of_ancestor(row: Row) -> Row:
@@ -524,14 +559,7 @@ def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool
                     (state, E.RST_IN_WINDOW): go(
                         S.CLOSED, "report_reset", "forget", source=_insecure_rst
                     )
-                    for state in (
-                        S.ESTABLISHED,
-                        S.FIN_WAIT_1,
-                        S.FIN_WAIT_2,
-                        S.CLOSE_WAIT,
-                        S.CLOSING,
-                        S.LAST_ACK,
-                    )
+                    for state in _BEYOND_SYN
                 },
             ),
         ),
@@ -551,14 +579,7 @@ def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool
                         "forget",
                         source="net.inet.tcp.insecure_syn, tcp(4)",
                     )
-                    for state in (
-                        S.ESTABLISHED,
-                        S.FIN_WAIT_1,
-                        S.FIN_WAIT_2,
-                        S.CLOSE_WAIT,
-                        S.CLOSING,
-                        S.LAST_ACK,
-                    )
+                    for state in _BEYOND_SYN
                 },
             ),
         ),

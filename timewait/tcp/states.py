@@ -150,6 +150,8 @@ class Event(IntEnum):
     FIN_WAIT_2_OVER = 38
     # Linux: the user had shut down before our SYN was acknowledged.
     ACK_OF_SYN_AFTER_SHUTDOWN = 39
+    FIN_AND_SYN_ACK = 40  # in SYN_SENT: the peer opens and has nothing more to send
+    UNANSWERED = 41  # so many keep-alives, or for so long, that the peer must be gone
 
     def __str__(self) -> str:
         return self.name

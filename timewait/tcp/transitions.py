@@ -69,7 +69,6 @@ ACTIONS: Final[Mapping[str, str]] = MappingProxyType(
         "send_syn_ack": "note the peer's SYN; send our SYN with its ACK",
         "send_syn_ack_again": "send the SYN,ACK once more",
         "establish": "note that our SYN was acknowledged; the user's OPEN succeeds",
-        "synchronize": "note the peer's SYN and its acknowledgment of ours; the OPEN succeeds",
         "return_to_listen": "forget the peer and wait for another SYN",
         "take_text": "take the user's text into the send buffer",
         "send_text": "send what the peer's window allows, and then the FIN if one is queued",
@@ -337,7 +336,25 @@ _on(
 )
 _on(
     Event.SYN_ACK,
-    [(SYN_SENT, go(ESTABLISHED, "synchronize", "send_ack", "send_text", source=_73))],
+    [(SYN_SENT, go(ESTABLISHED, "establish", "send_ack", "send_text", source=_73))],
+    never("only in SYN_SENT"),
+)
+_on(
+    Event.FIN_AND_SYN_ACK,
+    [
+        (
+            SYN_SENT,
+            go(
+                CLOSE_WAIT,
+                "establish",
+                "deliver_eof",
+                "send_ack",
+                "send_text",
+                source=f"{_73}, §3.10.7.4",
+                via=ESTABLISHED,
+            ),
+        )
+    ],
     never("only in SYN_SENT"),
 )
 _on(
@@ -570,6 +587,16 @@ _on(
             stay("ask", source="RFC 9293 §3.8.4"),
         ),
         (SYN_RECEIVED, stay("ask", source="RFC 9293 §3.8.4", why="put off: the SYN is in flight")),
+    ],
+    _no_timer,
+)
+_on(
+    Event.UNANSWERED,
+    [
+        (
+            (ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, CLOSING, LAST_ACK),
+            go(CLOSED, "report_timeout", "forget", source="RFC 9293 §3.8.4, RFC 1122 §4.2.3.6"),
+        )
     ],
     _no_timer,
 )
