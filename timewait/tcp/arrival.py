@@ -153,6 +153,8 @@ def _in_time_wait(c: Connection, seg: Segment, flags: int, now: float) -> int:
     """TIME_WAIT: §3.10.7.4, RFC 6191, or tcp_timewait_state_process."""
     offset = (seg.seq - c.rcv_nxt) & MASK
     length = seg.length
+    if c.profile.parameters.bsd_time_wait:
+        return _in_time_wait_of_bsd(c, seg, flags, offset, length)
     linux = c.profile.parameters.linux_checks
     paws = _paws(c, seg, now, 0)
     if flags & RST:
@@ -183,6 +185,20 @@ def _in_time_wait(c: Connection, seg: Segment, flags: int, now: float) -> int:
     if paws or not _fits(c, seg):
         return _UNACCEPTABLE
     return _SEGMENT if flags & ACK else _NO_ACK
+
+
+def _in_time_wait_of_bsd(c: Connection, seg: Segment, flags: int, offset: int, length: int) -> int:
+    """FreeBSD's tcp_twcheck: no window, and no timestamps."""
+    if flags & RST:
+        return _RST_IN_WINDOW if offset else _RST_EXACT
+    if not flags & ACK:
+        if not flags & SYN:
+            return _NO_ACK
+        return _SYN_REOPENS if 0 < offset < HALF and c.passive else _SYN_UNEXPECTED
+    if flags & FIN and (offset + length) & MASK == 0:
+        return _FIN_AGAIN
+    nothing_new = flags == ACK and not length and not offset and seg.ack == c.snd_nxt
+    return _SEGMENT if nothing_new else _UNACCEPTABLE
 
 
 def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:

@@ -55,6 +55,7 @@ class Parameters:
     syn_text: bool = True  # text and a FIN that come with a SYN wait for its acknowledgment
     syn_ack_text: bool = True  # those that come with a SYN,ACK are taken
     old_fin_acks: bool = False  # a FIN left of the window may acknowledge ours all the same
+    bsd_time_wait: bool = False  # tcp_twcheck instead of §3.10.7.4 in TIME_WAIT
     linux_checks: bool = False  # tcp_sequence, tcp_check_req, ... instead of §3.10.7.4's order
     small_sockets: bool = False  # an orphan's FIN_WAIT_2 knows only sequence numbers
 
@@ -147,6 +148,20 @@ def _times(factor: float, name: str) -> _Effect:
     return effect
 
 
+def _per(unit: float, name: str) -> _Effect:
+    def effect(
+        value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+    ) -> None:
+        parameters[name] = value / unit
+
+    return effect
+
+
+def _way(name: str, value: Any, source: str, meaning: str, verified: bool = True) -> Setting:
+    """A way that a stack has and nobody can change there: a parameter under its own name."""
+    return Setting(name, value, source, meaning, verified, effect=_to(name))
+
+
 def _rows_if(wanted: bool, changes: Rows) -> _Effect:
     """A setting that changes rows when it is `wanted`."""
 
@@ -164,7 +179,6 @@ def _build(
     basis: str,
     settings: list[Setting],
     rows: Rows,
-    fixed: Mapping[str, Any],
     **own: Any,
 ) -> Profile:
     known = {setting.name: setting for setting in settings}
@@ -174,7 +188,7 @@ def _build(
         raise ValueError(
             f"{name} has no setting {unknown[0]!r} (it has {', '.join(known) or 'none'})"
         )
-    parameters = dict(fixed)
+    parameters: dict[str, Any] = {}
     replaced = dict(rows)
     for key, setting in known.items():
         if key in own:
@@ -285,6 +299,10 @@ def _fin_timeout(
     parameters["fin_wait_2"] = parameters["fin_wait_2_whole"] + small
 
 
+def _tick(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]) -> None:
+    parameters["first_ack_delay"] = 1 / value
+
+
 _LINUX_SETTINGS = [
     Setting(
         "TCP_TIMEWAIT_LEN",
@@ -365,7 +383,7 @@ _LINUX_SETTINGS = [
         500,
         "tcp_oow_rate_limited",
         "milliseconds between answers to segments that are out of place",
-        effect=_times(0.001, "challenge_interval"),
+        effect=_per(1000, "challenge_interval"),
     ),
     Setting(
         "tcp_challenge_ack_limit",
@@ -390,22 +408,72 @@ _LINUX_SETTINGS = [
         "decides the window scale",
         effect=_rmem_max,
     ),
+    Setting(
+        "tcp_rto_min_us",
+        200_000,
+        "ip-sysctl.rst (since 6.11); tcp_set_rto",
+        "least that is added to SRTT for the retransmission timeout",
+        effect=_per(1_000_000, "rto_min"),
+    ),
+    Setting(
+        "tcp_rto_max_ms",
+        120_000,
+        "ip-sysctl.rst (since 6.15)",
+        "greatest retransmission timeout",
+        effect=_per(1000, "rto_max"),
+    ),
+    Setting(
+        "TCP_TIMEOUT_MIN",
+        0.008,
+        "tcp_rcv_synsent_state_process; measured, two ticks at HZ=250",
+        "after a wrong ACK of the SYN it is sent again so soon",
+        effect=_to("syn_hurry"),
+    ),
+    Setting(
+        "TCP_DELACK_MIN",
+        0.04,
+        "include/net/tcp.h; measured",
+        "an ACK of text waits so long, or for a second segment",
+        effect=_to("delayed_ack"),
+    ),
+    Setting(
+        "TCP_MAX_QUICKACKS",
+        16,
+        "include/net/tcp.h, tcp_incr_quickack; measured",
+        "so many ACKs are sent at once before they are delayed",
+        effect=_to("quick_acks"),
+    ),
+    Setting(
+        "CONFIG_HZ",
+        250,
+        "tcp_send_delayed_ack; measured",
+        "a FIN before any text is acknowledged at the next tick",
+        effect=_tick,
+    ),
+    _way(
+        "rto_floor_on_variance", True, "tcp_set_rto; measured", "RTO = SRTT + max(least, 4 RTTVAR)"
+    ),
+    _way("drop_synfin", True, "tcp_rcv_state_process; measured", "a SYN with a FIN opens nothing"),
+    _way("syn_text", False, "tcp_conn_request; measured", "text with a SYN is dropped"),
+    _way(
+        "syn_ack_text",
+        False,
+        "tcp_rcv_synsent_state_process; measured",
+        "text and a FIN with a SYN,ACK are dropped",
+    ),
+    _way(
+        "old_fin_acks", True, "tcp_sequence; measured", "a FIN received before may acknowledge ours"
+    ),
+    _way(
+        "linux_checks",
+        True,
+        "tcp_sequence, tcp_check_req, tcp_timewait_state_process; measured",
+        "segments are looked at in its order and by its measures",
+    ),
+    _way(
+        "small_sockets", True, "tcp_time_wait; measured", "an orphan's FIN_WAIT_2 is a small socket"
+    ),
 ]
-_LINUX_FIXED = {
-    "rto_min": 0.2,
-    "rto_max": 120.0,
-    "rto_floor_on_variance": True,
-    "delayed_ack": 0.04,
-    "first_ack_delay": 0.004,
-    "quick_acks": 16,
-    "drop_synfin": True,
-    "syn_hurry": 0.008,
-    "syn_text": False,
-    "syn_ack_text": False,
-    "old_fin_acks": True,
-    "linux_checks": True,
-    "small_sockets": True,
-}
 _reset_check = "tcp_reset_check (since 4.11)"
 _state_process = "tcp_rcv_state_process"
 _tw = "tcp_timewait_state_process"
@@ -501,11 +569,7 @@ _BSD_ROWS: Rows = {
     (S.SYN_RECEIVED, E.SYN_TO_PASSIVE): stay("challenge_ack", source="syncache_add"),
     (S.TIME_WAIT, E.RST_EXACT): ignored("tcp_twcheck", "RFC 1337 §3"),
     (S.TIME_WAIT, E.RST_IN_WINDOW): ignored("tcp_twcheck", "RFC 1337 §3"),
-    (S.TIME_WAIT, E.SYN_UNEXPECTED): ignored("tcp_twcheck", "dropped in silence"),
-}
-_BSD_FIXED = {
-    "syn_text": False,  # syncache_add keeps nothing of it
-    "old_fin_acks": True,  # tcp_do_segment keeps processing its ACK
+    (S.TIME_WAIT, E.SYN_UNEXPECTED): ignored("tcp_twcheck", "without an ACK: in silence"),
 }
 
 
@@ -522,6 +586,7 @@ def _fast_recycle(
 
 def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool) -> list[Setting]:
     man = "tcp(4)" if verified else "from tcp(4) of its ancestor"
+    source = "" if verified else "its ancestor's "
     return [
         Setting(
             "msl",
@@ -615,6 +680,21 @@ def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool
             False,
             effect=_to("rto_min"),
         ),
+        _way(
+            "bsd_time_wait",
+            True,
+            f"{source}tcp_twcheck",
+            "segments in TIME_WAIT are held against no window",
+            verified,
+        ),
+        _way(
+            "old_fin_acks",
+            True,
+            f"{source}tcp_do_segment",
+            "a FIN received before may acknowledge ours",
+            verified,
+        ),
+        _way("syn_text", False, f"{source}syncache_add", "text with a SYN is dropped", False),
     ]
 
 
@@ -672,30 +752,26 @@ _WINDOWS_SETTINGS = [
     ),
 ]
 
-_STACKS: dict[str, tuple[str, list[Setting], Rows, Mapping[str, Any]]] = {
-    "rfc9293": ("RFC 9293 and the RFCs it points to", _RFC_SETTINGS, {}, {}),
+_STACKS: dict[str, tuple[str, list[Setting], Rows]] = {
+    "rfc9293": ("RFC 9293 and the RFCs it points to", _RFC_SETTINGS, {}),
     "linux": (
         "held against a live kernel, 6.18, segment by segment",
         _LINUX_SETTINGS,
         _LINUX_ROWS,
-        _LINUX_FIXED,
     ),
     "freebsd": (
         "from its documentation and sources; not measured; what is not listed is the RFC's",
         _bsd_settings(30.0, 60.0, 0.04, True),
         _BSD_ROWS,
-        _BSD_FIXED,
     ),
     "macos": (
         "what is documented of its ancestor, with a shorter MSL; not verified",
         _bsd_settings(15.0, 60.0, 0.1, False),
         {cell: _of_ancestor(row) for cell, row in _BSD_ROWS.items()},
-        _BSD_FIXED,
     ),
     "windows": (
         "documented and reported times over the RFC's rows; not verified",
         _WINDOWS_SETTINGS,
-        {},
         {},
     ),
 }

@@ -1,0 +1,142 @@
+"""What the stacks do otherwise than RFC 9293, each as its own source has it."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from timewait.tcp.connection import Connection, SocketOptions
+from timewait.tcp.profiles import PROFILES, Parameters, profile
+from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, Options, Segment
+from timewait.tcp.states import State
+
+WINDOW = 500
+
+
+def established(name: str) -> Connection:
+    c = Connection(profile(name), iss=1000, timestamps=False)
+    c.open_active(0.0)
+    c.segment(Segment(5000, 1001, SYN | ACK, WINDOW, b"", Options(1460)), 0.0)
+    c.out.clear()
+    return c
+
+
+def in_time_wait(name: str) -> Connection:
+    c = established(name)
+    c.shutdown(0.0)
+    c.segment(Segment(5001, 1002, FIN | ACK, WINDOW), 0.0)
+    assert c.state is State.TIME_WAIT
+    c.out.clear()
+    return c
+
+
+def told(c: Connection) -> list[str]:
+    lines = [str(seg) for seg in c.out]
+    c.out.clear()
+    return lines
+
+
+# --- FreeBSD's tcp_twcheck: netinet/tcp_timewait.c ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seg", "answered"),
+    [
+        (Segment(5002, 0, RST), False),
+        (Segment(5102, 1002, RST | ACK), False),
+        (Segment(4902, 0, SYN), False),  # not above RCV.NXT, and no ACK
+        (Segment(5002, 0, 0, 0, b"x"), False),  # no ACK
+        (Segment(4990, 0, FIN), False),
+        (Segment(5002, 1002, ACK), False),  # a duplicate ACK
+        (Segment(5002, 1001, ACK), True),  # an ACK, but not of all
+        (Segment(5002, 1002, ACK | PSH), True),
+        (Segment(5001, 1002, ACK), True),
+        (Segment(5002, 1002, ACK, 0, b"x"), True),
+        (Segment(5002, 1002, FIN | ACK), True),  # another FIN than the one that was received
+        (Segment(9000, 1002, SYN | ACK), True),
+    ],
+    ids=str,
+)
+def test_freebsd_acknowledges_in_time_wait_what_is_not_a_duplicate_ack(
+    seg: Segment, answered: bool
+) -> None:
+    c = in_time_wait("freebsd")
+    over = c.deadline
+    c.segment(seg, 10.0)
+    assert told(c) == (["ACK seq=1002 ack=5002"] if answered else [])
+    assert c.state is State.TIME_WAIT
+    assert c.deadline == over
+
+
+def test_freebsd_waits_anew_after_the_fin_again() -> None:
+    c = in_time_wait("freebsd")
+    c.segment(Segment(5001, 1002, FIN | ACK, WINDOW), 10.0)
+    assert told(c) == ["ACK seq=1002 ack=5002"]
+    assert c.deadline == 70.0
+
+
+# --- Who gives up, and whether the peer is told: tcp_drop, tcp_keepalive_timer ------------------
+
+RESET = ["RST,ACK seq=1001 ack=5001"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"), [("rfc9293", []), ("linux", RESET), ("freebsd", RESET), ("windows", [])]
+)
+def test_keep_alives_that_nobody_answers(name: str, answer: list[str]) -> None:
+    c = established(name)
+    c.options = SocketOptions(keepalive=(10.0, 5.0, 2))
+    c.t_keepalive = 10.0
+    asked = []
+    for now in (10.0, 15.0):
+        c.expire(now)
+        asked += told(c)
+    assert asked == ["ACK seq=1000 ack=5001"] * 2
+    c.expire(20.0)
+    assert told(c) == answer
+    assert (c.state, c.error) == (State.CLOSED, errno.ETIMEDOUT)
+
+
+@pytest.mark.parametrize(("name", "told_so"), [("rfc9293", 0), ("linux", 0), ("freebsd", 1)])
+def test_text_that_nobody_acknowledges(name: str, told_so: int) -> None:
+    c = established(name)
+    c.send(b"text", 0.0)
+    while c.state is State.ESTABLISHED:
+        c.out.clear()
+        assert c.deadline is not None
+        c.expire(c.deadline)
+    assert sum(seg.flags & RST != 0 for seg in c.out) == told_so
+    assert c.error == errno.ETIMEDOUT
+
+
+# --- The limit of challenge ACKs: RFC 5961 §7, tcp_oow_rate_limited ------------------------------
+
+
+@pytest.mark.parametrize("name", ["rfc9293", "linux"])
+def test_no_more_than_ten_challenge_acks_in_five_seconds(name: str) -> None:
+    c = established(name)
+    for tenth in range(100):
+        c.segment(Segment(5011, 0, SYN if tenth % 2 else RST, WINDOW), 10.0 + tenth / 20)
+    assert len(c.out) == 10
+
+
+def test_the_rfc_does_not_limit_other_acknowledgments() -> None:
+    c = established("rfc9293")
+    for _ in range(3):
+        c.segment(Segment(4000, 1001, ACK, WINDOW), 1.0)
+    assert len(c.out) == 3
+
+
+# --- Where it is written --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if name != "rfc9293"])
+def test_every_parameter_that_differs_belongs_to_a_setting_with_a_source(name: str) -> None:
+    stack = PROFILES[name]
+    assert all(setting.source and setting.meaning for setting in stack.settings.values())
+    given: dict[str, object] = {}
+    for setting in stack.settings.values():
+        if setting.effect is not None:
+            setting.effect(setting.value, given, {})
+    assert Parameters(**given) == stack.parameters
