@@ -357,6 +357,8 @@ class Explanations:
             yield from by(Event.GIVE_UP, FAILED)
             if x & FIN_OUT and not x & (FIN_ACKED | RESENT):
                 yield from by(Event.RETRANSMIT, RESENT)
+        if context & 4 and state in (4, 5, 6, 7, 8, 9):
+            yield from by(Event.UNANSWERED, FAILED)
         # Segments.
         for event, bits in _arrivals(x, y, text, context & 64, segments):
             yield from by(event, bits)
@@ -555,7 +557,7 @@ def _cause(event: Event, acts: tuple[str, ...], x: int) -> int:
     if "reset_reply" in acts and not x & 15:
         return BY_RST_NOBODY if event is Event.TEXT_AFTER_CLOSE else BY_RST_NO_SOCKET
     if x & FAILED:
-        return BY_SILENCE if event is Event.GIVE_UP else BY_PEER
+        return BY_SILENCE if event in (Event.GIVE_UP, Event.UNANSWERED) else BY_PEER
     return 0
 
 
