@@ -8,8 +8,9 @@ breadth first, so that a violation comes with a shortest trace.
 Time is not simulated but *ordered*: any running timer may fire at any moment,
 with two exceptions that are what the timers are for. A retransmission happens
 when nothing else of that side is under way; and 2MSL outlasts every segment in
-flight and a peer that still retransmits, so that when TIME_WAIT is over the
-network is empty. `World.time_wait=False` lets TIME_WAIT end at once, and old
+flight and a peer that still retransmits (but for an answer to an old SYN, which
+is no part of the connection), so that when TIME_WAIT is over the network is
+empty. `World.time_wait=False` lets TIME_WAIT end at once, and old
 duplicates live on: that is the counter-example which TIME_WAIT exists for.
 
 What is checked (`CHECKS`): each endpoint's variables fit its state; nothing is
@@ -495,7 +496,11 @@ def _explore(profile: Profile, world: World, most: int, first_only: bool) -> Fou
                 if timer == _TIME_WAIT_TIMER:
                     before = net_now
                     if world.time_wait or states[ids[side]] is State.FIN_WAIT_2:
-                        if _TIMER_RETRANSMIT in timers[ids[1 - side]]:
+                        peer = ids[1 - side]
+                        if (
+                            _TIMER_RETRANSMIT in timers[peer]
+                            and states[peer] is not State.SYN_RECEIVED
+                        ):
                             continue  # the peer's retransmissions are not over yet
                         before = ()
                 else:
