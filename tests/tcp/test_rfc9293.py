@@ -17,10 +17,10 @@ from itertools import product
 import pytest
 from attrs import frozen
 
-from timewait.tcp.connection import Connection
+from timewait.tcp.connection import Connection, SocketOptions, TCPError
 from timewait.tcp.profiles import profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, URG, Segment, seq_diff
-from timewait.tcp.states import State
+from timewait.tcp.states import State, Timer
 
 RFC = profile("rfc9293")
 ISS, IRS, WINDOW = 1000, 5000, 500  # WINDOW is SND.WND; RCV.WND is read from the connection
@@ -304,3 +304,110 @@ def test_linux_takes_nothing_that_comes_with_a_syn() -> None:
     c.segment(Segment(IRS, ISS + 1, SYN | FIN | ACK, WINDOW, b"bye"), 1.0)
     assert c.state is S.ESTABLISHED
     assert c.rcv_nxt == IRS + 1
+
+
+# --- The calls (§3.10.1 to §3.10.6), and the timeouts (§3.10.8) ----------------------------------
+
+REFUSED = {
+    "open_passive": "SYN_SENT SYN_RECEIVED+ ESTABLISHED FIN_WAIT_1 FIN_WAIT_2 CLOSE_WAIT CLOSING "
+    "LAST_ACK TIME_WAIT",
+    "open_active": "SYN_SENT SYN_RECEIVED+ ESTABLISHED FIN_WAIT_1 FIN_WAIT_2 CLOSE_WAIT CLOSING "
+    "LAST_ACK TIME_WAIT",
+    "send": "CLOSED LISTEN FIN_WAIT_1 FIN_WAIT_2 CLOSING LAST_ACK TIME_WAIT",
+    "receive": "CLOSED LISTEN",
+    "shutdown": "CLOSED",
+    "abort": "",
+}
+LEADS = {
+    ("open_passive", "CLOSED"): ("LISTEN", []),
+    ("open_active", "CLOSED"): ("SYN_SENT", ["SYN seq=1000"]),
+    ("open_active", "LISTEN"): ("SYN_SENT", ["SYN seq=1000"]),
+    ("send", "ESTABLISHED"): ("ESTABLISHED", ["PSH,ACK seq=1001 ack=5001 len=4"]),
+    ("send", "CLOSE_WAIT"): ("CLOSE_WAIT", ["PSH,ACK seq=1001 ack=5002 len=4"]),
+    ("shutdown", "LISTEN"): ("CLOSED", []),
+    ("shutdown", "SYN_SENT"): ("CLOSED", []),
+    ("shutdown", "SYN_RECEIVED passive"): ("FIN_WAIT_1", ["FIN,ACK seq=1001 ack=5001"]),
+    ("shutdown", "SYN_RECEIVED active"): ("FIN_WAIT_1", ["FIN,ACK seq=1001 ack=5001"]),
+    ("shutdown", "ESTABLISHED"): ("FIN_WAIT_1", ["FIN,ACK seq=1001 ack=5001"]),
+    ("shutdown", "CLOSE_WAIT"): ("LAST_ACK", ["FIN,ACK seq=1001 ack=5002"]),
+    ("abort", "LISTEN"): ("CLOSED", []),
+    ("abort", "SYN_SENT"): ("CLOSED", []),
+    ("abort", "SYN_RECEIVED passive"): ("CLOSED", ["RST,ACK seq=1001 ack=5001"]),
+    ("abort", "SYN_RECEIVED active"): ("CLOSED", ["RST,ACK seq=1001 ack=5001"]),
+    ("abort", "ESTABLISHED"): ("CLOSED", ["RST,ACK seq=1001 ack=5001"]),
+    ("abort", "FIN_WAIT_1"): ("CLOSED", ["RST,ACK seq=1002 ack=5001"]),
+    ("abort", "FIN_WAIT_2"): ("CLOSED", ["RST,ACK seq=1002 ack=5001"]),
+    ("abort", "CLOSE_WAIT"): ("CLOSED", ["RST,ACK seq=1001 ack=5002"]),
+    ("abort", "CLOSING"): ("CLOSED", []),
+    ("abort", "LAST_ACK"): ("CLOSED", []),
+    ("abort", "TIME_WAIT"): ("CLOSED", []),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("call", list(REFUSED))
+def test_every_call_does_what_its_section_says(call: str, name: str) -> None:
+    c = there(name)
+    state, before = c.state, c.snapshot()
+    arguments = {"send": (b"text", 1.0), "receive": (10, 1.0)}.get(call, (1.0,))
+    if name.split()[0] in REFUSED[call].replace("+", "").split():
+        with pytest.raises(TCPError):
+            getattr(c, call)(*arguments)
+        assert (c.snapshot(), c.out) == (before, [])
+        return
+    getattr(c, call)(*arguments)
+    after, sent = LEADS.get((call, name), (str(state), []))
+    assert (str(c.state), told(c)) == (after, sent)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_status_tells_and_changes_nothing(name: str) -> None:
+    """§3.10.6: the state, the windows, what waits for an ACK, what can be received, the timeout."""
+    c = there(name)
+    if name in ("ESTABLISHED", "CLOSE_WAIT"):
+        c.send(b"text", 0.0)
+    if name == "ESTABLISHED":
+        c.segment(Segment(IRS + 1, ISS + 1, ACK, 2, b"hello"), 0.0)
+        c.send(b"more", 0.0)
+    before = c.snapshot()
+    status = c.status()
+    assert c.snapshot() == before
+    assert status.state is c.state
+    assert (status.snd_una, status.snd_nxt, status.rcv_nxt) == (c.snd_una, c.snd_nxt, c.rcv_nxt)
+    assert status.unacknowledged == c.snd_nxt - c.snd_una
+    if name == "ESTABLISHED":
+        assert (status.snd_wnd, status.unacknowledged, status.unsent) == (2, 4, 4)
+        assert (status.readable, status.eof) == (5, False)
+        assert (status.rcv_nxt, status.rto) == (IRS + 6, 1.0)
+        assert Timer.RETRANSMIT in status.timers
+    assert status.eof == (name in ("CLOSE_WAIT", "CLOSING", "LAST_ACK", "TIME_WAIT"))
+
+
+@pytest.mark.parametrize("name", ["SYN_SENT", "ESTABLISHED", "FIN_WAIT_1", "CLOSE_WAIT"])
+def test_the_user_timeout_aborts_the_connection(name: str) -> None:
+    """§3.10.8: "connection aborted due to user timeout", and CLOSED."""
+    c = Connection(RFC, iss=ISS, timestamps=False)
+    c.options = SocketOptions(user_timeout=10.0)
+    c.open_active(0.0)
+    if name != "SYN_SENT":
+        c.segment(Segment(IRS, ISS + 1, SYN | ACK, WINDOW), 0.0)
+    if name == "CLOSE_WAIT":
+        c.segment(Segment(IRS + 1, ISS + 1, FIN | ACK, WINDOW), 0.0)
+    if name == "FIN_WAIT_1":
+        c.shutdown(0.0)
+    elif name != "SYN_SENT":
+        c.send(b"text", 0.0)
+    c.expire(9.9)
+    assert str(c.state) == name
+    c.expire(10.0)
+    assert (c.state, c.error) == (S.CLOSED, errno.ETIMEDOUT)
+
+
+def test_a_syn_is_sent_for_three_minutes() -> None:
+    """§3.8.3: R2 for a SYN must be at least that."""
+    c = there("SYN_SENT")
+    while c.state is S.SYN_SENT:
+        now = c.deadline
+        assert now is not None
+        c.expire(now)
+    assert now >= 180.0

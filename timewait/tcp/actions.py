@@ -35,6 +35,9 @@ def _syn_options(mss: int, scale: int | None, sack: bool) -> Options:
 def send_syn(c: Connection, _seg: None, now: float) -> None:
     c.snd_nxt = c._rtt_seq = (c.iss + 1) & MASK
     _start_retransmitting(c, now)
+    give_up = now + c.profile.parameters.syn_give_up_after
+    if give_up < c.t_user:
+        c.t_user = give_up
     _emit_syn(c, SYN, now)
 
 
@@ -109,7 +112,7 @@ def _stamp(c: Connection, now: float) -> Options:
     options = _new(Options)
     options.mss = options.window_scale = None
     options.sack_permitted = False
-    options.ts_val = (int(now * 1000) + c.ts_offset) & MASK
+    options.ts_val = tsval(c, now)
     options.ts_ecr = c.ts_recent
     options.sack = ()
     return options

@@ -171,6 +171,7 @@ class _Endpoints:
             challenge_interval=0.0,
             quick_acks=0,
             tail_loss_probe=False,
+            syn_give_up_after=float("inf"),
             timestamps=False,
         )
         self.profile = evolve(profile, parameters=steady)

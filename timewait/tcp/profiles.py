@@ -12,6 +12,7 @@ its `Setting` says so (`verified` is false): believe the rest more.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
@@ -36,6 +37,7 @@ class Parameters:
     rto_max: float = 60.0
     rto_floor_on_variance: bool = False  # RTO = SRTT + max(rto_min, 4 RTTVAR)
     syn_retries: int = 6
+    syn_give_up_after: float = inf  # however often it was sent
     syn_hurry: float = 0.0  # Linux: a wrong ACK of the SYN has it sent again so soon
     syn_linear: int = 0  # so many SYN timeouts pass before they double
     synack_retries: int = 5
@@ -230,6 +232,13 @@ _RFC_SETTINGS = [
         "RFC 9293 §3.8.3",
         "giving up, at least 100 s",
         effect=_to("give_up_after", "orphan_give_up_after"),
+    ),
+    Setting(
+        "syn_retries",
+        7,
+        "RFC 9293 §3.8.3",
+        "of a SYN, with or without an ACK: it must be sent for at least three minutes",
+        effect=_to("syn_retries", "synack_retries"),
     ),
     Setting(
         "challenge_interval",
@@ -611,6 +620,22 @@ def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool
             "0: an orphan's FIN_WAIT_2 is given up after 600 s without a segment",
             verified,
             effect=_fast_recycle,
+        ),
+        Setting(
+            "keepinit",
+            75.0,
+            man,
+            "seconds after which an OPEN that was not answered is given up",
+            False,
+            effect=_to("syn_give_up_after"),
+        ),
+        Setting(
+            "syncache.rexmtlimit",
+            3,
+            "syncache(4)" if verified else "from syncache(4) of its ancestor",
+            "of a SYN,ACK",
+            False,
+            effect=_to("synack_retries"),
         ),
         Setting(
             "insecure_rst",

@@ -220,7 +220,8 @@ _3103 = "RFC 9293 §3.10.3"
 _on(
     Event.RECEIVE,
     [
-        ((CLOSED, LISTEN), error("ENOTCONN", _3103, "error: connection does not exist")),
+        (CLOSED, error("ENOTCONN", _3103, "error: connection does not exist")),
+        (LISTEN, error("ENOTCONN", "POSIX recv()", "the RFC queues it until ESTABLISHED")),
         ((SYN_SENT, SYN_RECEIVED), stay("give_text", source=_3103, why="nothing to read yet")),
         ((ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2), stay("give_text", source=_3103)),
         (CLOSE_WAIT, stay("give_text", source=_3103, why="what is left, then end of file")),
