@@ -55,7 +55,7 @@ def test_another_profile_is_found_out_and_its_script_passes_on_the_kernel(
     """An ACK far beyond what was sent: another stack answers it at once, every time."""
     flood = tuple(Step("", 0, RST, 101) for _ in range(4))
     noise = (Step("recv", 10), Step("send", 10), Step("", 0, ACK, 1, 0, 11))
-    fuzzer = Fuzzer(1, "rfc9293")
+    fuzzer = Fuzzer(1, "windows")
     try:
         case = Case(False, False, (*HANDSHAKE, *noise, *flood))
         ((played, trace),) = kernel.run([(case, None)], 0, 0.03)
