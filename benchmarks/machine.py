@@ -12,47 +12,47 @@ from benchmarks import Figure, side_by_side
 from timewait.kernel.namespace import Namespace
 from timewait.tcp.connection import Connection
 from timewait.tcp.explorer import WORLDS, explore
-from timewait.tcp.profiles import profile
+from timewait.tcp.profiles import Profile, profile
 from timewait.tcp.states import CLOSED, TIME_WAIT, Event, State
 from timewait.tcp.time_wait import TimeWaits
 
 RFC = profile("rfc9293")
+PLAIN = profile("rfc9293", timestamps=False)
 LINUX = profile("linux")
 Hook = Callable[[State, State, Event, float], None] | None
 
 
-def lifecycle(now: float, hook: Hook = None, timestamps: bool = False) -> tuple[Connection, int]:
+def lifecycle(now: float, hook: Hook = None, stack: Profile = PLAIN) -> Connection:
     """SYN; SYN,ACK; ACK; FIN,ACK; ACK; FIN,ACK; ACK: the client is left in TIME_WAIT."""
-    to_server: list[object] = []
-    to_client: list[object] = []
-    client = Connection(RFC, iss=1, timestamps=timestamps, outbox=to_server)  # type: ignore[arg-type]
-    server = Connection(RFC, iss=2, timestamps=timestamps, outbox=to_client)  # type: ignore[arg-type]
+    client = Connection(stack, iss=1)
+    server = Connection(stack, iss=2)
     if hook is not None:
         client.on_transition = server.on_transition = hook
+    to_server, to_client = client.out, server.out
     server.open_passive(now)
     client.open_active(now)
-    server.segment(to_server.pop(), now)  # type: ignore[arg-type]
-    client.segment(to_client.pop(), now)  # type: ignore[arg-type]
-    server.segment(to_server.pop(), now)  # type: ignore[arg-type]
+    server.segment(to_server.pop(), now)
+    client.segment(to_client.pop(), now)
+    server.segment(to_server.pop(), now)
     client.close(now)
-    server.segment(to_server.pop(), now)  # type: ignore[arg-type]
-    client.segment(to_client.pop(), now)  # type: ignore[arg-type]
+    server.segment(to_server.pop(), now)
+    client.segment(to_client.pop(), now)
     server.close(now)
-    client.segment(to_client.pop(), now)  # type: ignore[arg-type]
-    server.segment(to_server.pop(), now)  # type: ignore[arg-type]
+    client.segment(to_client.pop(), now)
+    server.segment(to_server.pop(), now)
     assert client.state is TIME_WAIT
     assert server.state is CLOSED
-    return client, 7
+    return client
 
 
 def silent(n: int) -> None:
     for _ in range(n):
-        lifecycle(0.0)[0].expire(240.0)
+        lifecycle(0.0).expire(240.0)
 
 
 def with_timestamps(n: int) -> None:
     for _ in range(n):
-        lifecycle(0.0, timestamps=True)[0].expire(240.0)
+        lifecycle(0.0, stack=RFC).expire(240.0)
 
 
 def recorded(n: int) -> None:
@@ -62,7 +62,7 @@ def recorded(n: int) -> None:
         record.append((old, new, event, now))
 
     for _ in range(n):
-        lifecycle(0.0, note)[0].expire(240.0)
+        lifecycle(0.0, note).expire(240.0)
     assert len(record) == 12 * n
 
 
@@ -211,7 +211,7 @@ def standing(count: int) -> tuple[TimeWaits[tuple[str, int, str, int]], float]:
     """`count` connections in TIME_WAIT, and how many bytes each takes, its key included."""
     from tracemalloc import get_traced_memory, start, stop
 
-    connection, _ = lifecycle(0.0)
+    connection = lifecycle(0.0)
     connection.profile = LINUX
     waits = TimeWaits[tuple[str, int, str, int]](LINUX)
     here, there = "192.0.2.1", "198.51.100.7"
@@ -240,7 +240,7 @@ def cost_beside(waits: TimeWaits[tuple[str, int, str, int]], n: int) -> float:
         for _ in range(n):
             now = waits.deadline or 0.0
             assert len(waits.expire(now)) == 1
-            connection, _ = lifecycle(now)
+            connection = lifecycle(now)
             connection.t_wait = now + 60.0
             key += 1
             waits.add(("192.0.2.1", 9090, "198.51.100.7", key), connection)
