@@ -80,6 +80,18 @@ def test_text_in_the_syn_conforms() -> None:
     assert not check(seen(half))
 
 
+def test_a_socket_bound_to_the_port_connects_out_of_an_orphans_fin_wait_2() -> None:
+    # As Linux 6.18 did it: the number goes on from the small socket's, the old server objects.
+    lines = (
+        "1 c FIN 5 9|42 s ACK 9 6|47 c SYN 65543 0|47.1 s ACK 9 6|47.2 c RST 6 0|"
+        "1047 c SYN 65543 0|1047.1 s SYNACK 700 65544|1047.2 c ACK 65544 701"
+    )
+    verdict = check(seen(OPEN + lines))
+    assert verdict, verdict.explain()
+    unacknowledged = OPEN + "1 c FIN 5 9|47 c SYN 65543 0"  # FIN_WAIT_1 is nobody's to take
+    assert not check(seen(unacknowledged))
+
+
 @pytest.mark.parametrize(
     ("lines", "rule"),
     [

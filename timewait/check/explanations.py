@@ -338,8 +338,9 @@ class Explanations:
                     yield from self._apply(end, event, row, x, 0, segments)
                     continue
                 yield from by(event)
-        if state == TIME_WAIT:
-            # A new connect() may take the place of an old TIME_WAIT (RFC 6191, tcp_tw_reuse).
+        if state == TIME_WAIT or (state == FIN_WAIT_2 and x & SMALL):
+            # A new connect() may take the place of an old TIME_WAIT (RFC 6191, tcp_tw_reuse),
+            # and from a port it is bound to that of a small FIN_WAIT_2 too (tcp_twsk_unique).
             yield from self._open(end, table[State.CLOSED, Event.OPEN_ACTIVE], segments)
         # Linux's bookkeeping, which only its tracepoint shows.
         # (Text in the SYN makes the socket at once: RFC 7413.)
