@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,11 +27,29 @@ def wrong(outcome: Outcome) -> str | None:
     return f"{outcome.path}:{outcome.line}: {outcome.why}\n{outcome.diagram}"
 
 
+def played(
+    paths: Iterable[Path], on: str, options: Iterable[tuple[str, str]] = (), at_once: int = 1
+) -> list[Outcome]:
+    """Play them; on the kernel most of a script is waiting, and several wait at once.
+
+    What failed on nothing but a time, each time, is played again with nobody beside it: the
+    scripts hold the kernel to 4 ms, and another process may have both processors for longer.
+    """
+    one = partial(play, on=on, options=options)
+    with ThreadPoolExecutor(at_once if on == "kernel" else 1) as pool:
+        outcomes = list(pool.map(one, paths))
+    for pause in 1, 3, 6:
+        if any(outcome.untimely for outcome in outcomes):
+            time.sleep(pause)
+            outcomes = [one(each.path) if each.untimely else each for each in outcomes]
+    return outcomes
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("stack", STACKS)
 def test_script(path: Path, stack: str) -> None:
     try:
-        assert wrong(play(path, on=stack)) is None
+        assert [wrong(outcome) for outcome in played([path], stack)] == [None]
     except WireError as why:
         pytest.skip(str(why))
 
@@ -65,8 +86,7 @@ OF_ONE_VERSION = {
 def test_everyday(stack: str) -> None:
     """What programs do every day, on both stacks; of the model, all that it claims to have."""
     try:
-        with ThreadPoolExecutor(8 if stack == "kernel" else 1) as pool:
-            outcomes = list(pool.map(lambda path: play(path, on=stack), EVERYDAY))
+        outcomes = played(EVERYDAY, stack, at_once=6)
     except WireError as why:
         pytest.skip(str(why))
     for outcome in outcomes:
@@ -91,8 +111,7 @@ def test_everyday_on_ipv6_sockets(version: str, stack: str) -> None:
     ]
     options = [("ip_version", version), ("mtu", "1520" if version == "ipv6" else "1500")]
     try:
-        with ThreadPoolExecutor(8 if stack == "kernel" else 1) as pool:
-            outcomes = list(pool.map(lambda path: play(path, on=stack, options=options), scripts))
+        outcomes = played(scripts, stack, options, at_once=6)
     except WireError as why:
         pytest.skip(str(why))
     assert len(outcomes) > 60
@@ -103,7 +122,7 @@ def test_everyday_on_ipv6_sockets(version: str, stack: str) -> None:
 def test_what_is_kept_of_differences_is_still_one(path: Path) -> None:
     """The kernel does it, the model does not: see docs/differences.md."""
     try:
-        assert wrong(play(path, on="kernel")) is None
+        assert [wrong(outcome) for outcome in played([path], "kernel")] == [None]
     except WireError as why:
         pytest.skip(str(why))
     assert play(path, on="model").outcome != "passed"
@@ -115,9 +134,7 @@ def test_grid(state: Path, stack: str) -> None:
     """Every kind of segment at every place of the window, in one state."""
     scripts = sorted(state.glob("*.pkt"))
     try:
-        # On the kernel most of a script is waiting: several wait at once.
-        with ThreadPoolExecutor(6 if stack == "kernel" else 1) as pool:
-            outcomes = list(pool.map(lambda path: play(path, on=stack), scripts))
+        outcomes = played(scripts, stack, at_once=6)
     except WireError as why:
         pytest.skip(str(why))
     assert [text for outcome in outcomes if (text := wrong(outcome))] == []

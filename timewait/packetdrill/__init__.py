@@ -60,8 +60,7 @@ def play(
             with undisturbed(), KernelStack(settings) as stack:
                 outcome = run(script, stack, settings)
         except TooLate as missed:
-            outcome = Outcome(str(path), "failed", missed.line, str(missed))
-            continue
+            outcome = Outcome(str(path), "failed", missed.line, str(missed), untimely=True)
         if not outcome.untimely:
             break
     return outcome

@@ -158,7 +158,8 @@ class KernelStack:
                 pending.trouble = trouble
             pending.ended = self.now()
             pending.done.set()
-            os.write(self._wake_w, b"x")
+            with suppress(OSError):  # a call may outlive the script that made it
+                os.write(self._wake_w, b"x")
 
     def submit(self, do: Callable[[], Result], blocking: bool) -> Pending:
         """Have the calling thread make a call."""
