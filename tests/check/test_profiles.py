@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from itertools import permutations
+from math import inf
 from typing import Any
 
 import pytest
@@ -164,7 +165,7 @@ def documented(of: str, other: str) -> dict[str, Any]:
 def limits(of: str, other: str, name: str) -> tuple[float, float]:
     """A parameter of the two, as documented: the same where no difference is."""
     ours, theirs = documented(of, other)["parameters"].get(name, (0.0, 0.0))
-    return tuple(float("inf") if limit is None else limit for limit in (ours, theirs))  # type: ignore
+    return (inf if ours is None else ours), (inf if theirs is None else theirs)
 
 
 def leads_elsewhere(of: str, other: str, state: State, event: TcpEvent) -> bool:

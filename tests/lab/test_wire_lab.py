@@ -288,8 +288,11 @@ def test_the_documented_examples_run(
     number: int, who: str, importable: Path, nobody: tuple[str, ...]
 ) -> None:
     """Every fault by hand, on TUN and, for an ordinary user, on a veth pair."""
+    become = nobody if who == "nobody" else ()
+    if who == "nobody" and subprocess.run([*become, "unshare", "-Urn", "true"]).returncode:
+        pytest.skip("an ordinary user may have no user namespace here")
     ran = subprocess.run(
-        [*(nobody if who == "nobody" else ()), sys.executable, "-c", EXAMPLES[number]],
+        [*become, sys.executable, "-c", EXAMPLES[number]],
         capture_output=True,
         text=True,
         timeout=30,
@@ -297,6 +300,4 @@ def test_the_documented_examples_run(
         cwd="/",
         check=False,
     )
-    if "WireError" in ran.stderr:
-        pytest.skip(ran.stderr.splitlines()[-1])
     assert (ran.stderr, ran.stdout) == ("", "3000\nTrue\nFalse\n" if number else "")

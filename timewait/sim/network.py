@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from math import inf
 from random import Random
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 from attrs import define, evolve, field, frozen
 
@@ -32,10 +32,23 @@ if TYPE_CHECKING:
     from timewait.sim.host import Host
     from timewait.sim.sock import Sock
 
-__all__ = ["Fault", "Key", "Link", "Network", "Observer", "canonical"]
+__all__ = ["Aim", "Fault", "Key", "Link", "Network", "Observer", "canonical"]
 
 Key: TypeAlias = tuple[str, int, str, int]
 Place: TypeAlias = "Host | str | int | tuple[str, int]"
+
+
+class Aim(TypedDict, total=False):
+    """Which segments of a kind a fault strikes: `times` of them (None: all), from the `nth` on.
+
+    `source` and `target` are a host, its name, an address, a port, or
+    `(address, port)`; left out, any. Left out, `nth` and `times` are 1.
+    """
+
+    source: Place | None
+    target: Place | None
+    nth: int
+    times: int | None
 
 
 def canonical(address: str) -> str:
@@ -208,86 +221,34 @@ class Network:
 
     # Faults.
 
-    def drop(
-        self,
-        segments: str = "any",
-        *,
-        source: Place | None = None,
-        target: Place | None = None,
-        nth: int = 1,
-        times: int | None = 1,
-    ) -> Fault:
-        """Lose segments: `times` of them (None: all), from the `nth` that matches.
+    def drop(self, segments: str = "any", **aim: Unpack[Aim]) -> Fault:
+        """Lose segments.
 
         `segments` is "SYN", "SYN,ACK", "FIN", "RST", "ACK" (nothing else in
         it), "data", "last-ack" (of the close: what the side in TIME_WAIT
-        sends) or "any". `source` and `target` are a host, its name, an
-        address, a port, or `(address, port)`.
+        sends) or "any"; `Aim` says which of them.
         """
-        return self._aim("drop", segments, source, target, nth, times, 0.0)
+        return self._aim("drop", segments, **aim)
 
-    def delay(
-        self,
-        segments: str,
-        seconds: float,
-        *,
-        source: Place | None = None,
-        target: Place | None = None,
-        nth: int = 1,
-        times: int | None = 1,
-    ) -> Fault:
+    def delay(self, segments: str, seconds: float, **aim: Unpack[Aim]) -> Fault:
         """Hold segments up for `seconds` more; chosen as in `drop`. Later ones overtake them."""
-        return self._aim("delay", segments, source, target, nth, times, seconds)
+        return self._aim("delay", segments, seconds, **aim)
 
-    def duplicate(
-        self,
-        segments: str,
-        seconds: float,
-        *,
-        source: Place | None = None,
-        target: Place | None = None,
-        nth: int = 1,
-        times: int | None = 1,
-    ) -> Fault:
+    def duplicate(self, segments: str, seconds: float, **aim: Unpack[Aim]) -> Fault:
         """Deliver segments, and once more `seconds` later; chosen as in `drop`."""
-        return self._aim("duplicate", segments, source, target, nth, times, seconds)
+        return self._aim("duplicate", segments, seconds, **aim)
 
-    def corrupt(
-        self,
-        segments: str,
-        *,
-        source: Place | None = None,
-        target: Place | None = None,
-        nth: int = 1,
-        times: int | None = 1,
-    ) -> Fault:
+    def corrupt(self, segments: str, **aim: Unpack[Aim]) -> Fault:
         """Deliver segments with an octet changed: the checksum is wrong; chosen as in `drop`."""
-        return self._aim("corrupt", segments, source, target, nth, times, 0.0)
+        return self._aim("corrupt", segments, **aim)
 
-    def truncate(
-        self,
-        segments: str,
-        *,
-        source: Place | None = None,
-        target: Place | None = None,
-        nth: int = 1,
-        times: int | None = 1,
-    ) -> Fault:
+    def truncate(self, segments: str, **aim: Unpack[Aim]) -> Fault:
         """Deliver only the first half of segments' octets; chosen as in `drop`."""
-        return self._aim("truncate", segments, source, target, nth, times, 0.0)
+        return self._aim("truncate", segments, **aim)
 
-    def reorder(
-        self,
-        segments: str,
-        seconds: float = 0.2,
-        *,
-        source: Place | None = None,
-        target: Place | None = None,
-        nth: int = 1,
-        times: int | None = 1,
-    ) -> Fault:
+    def reorder(self, segments: str, seconds: float = 0.2, **aim: Unpack[Aim]) -> Fault:
         """Deliver segments after the one that follows them, `seconds` later at most."""
-        return self._aim("reorder", segments, source, target, nth, times, seconds)
+        return self._aim("reorder", segments, seconds, **aim)
 
     def forge(self, key: Key, flags: int, offset: int = 0) -> Segment:
         """Deliver a segment that its sender never sent, as if from `key`'s remote address.
@@ -329,11 +290,12 @@ class Network:
         self,
         act: str,
         segments: str,
-        source: Place | None,
-        target: Place | None,
-        nth: int,
-        times: int | None,
-        seconds: float,
+        seconds: float = 0.0,
+        *,
+        source: Place | None = None,
+        target: Place | None = None,
+        nth: int = 1,
+        times: int | None = 1,
     ) -> Fault:
         if segments not in _KINDS:
             raise ValueError(f"not a kind of segment: {segments!r} (one of {', '.join(_KINDS)})")
