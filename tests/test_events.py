@@ -17,6 +17,7 @@ from timewait.events import (
     Problem,
     Restart,
     Row,
+    RunEnded,
     RunStarted,
     SegmentSeen,
     Snapshot,
@@ -46,7 +47,27 @@ def read(data: bytes) -> tuple[list[Event], list[Problem]]:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    assert read(written(tmp_path / "run.jsonl")) == (STREAM, [])
+    assert read(written(tmp_path / "run.jsonl")) == ([*STREAM, RunEnded(0.4)], [])
+
+
+def test_every_stream_of_a_file_that_was_written_to_its_end_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    with events.Writer(path) as write:
+        for event in STREAM * 2:
+            write(event)
+    write.close()
+    assert read(path.read_bytes()) == ([*STREAM, RunEnded(0.4)] * 2, [])
+
+
+def test_a_file_whose_writer_failed_has_no_end(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    write = events.Writer(path)
+    write(STREAM[0])
+    write.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert read(path.read_bytes()) == (STREAM[:1], [])
+    with events.Writer(path):
+        pass
+    assert path.read_bytes() == b""
 
 
 number = st.floats(allow_nan=False, allow_infinity=False)
@@ -79,8 +100,8 @@ def test_every_line_is_in_the_file_before_the_next_event(tmp_path: Path) -> None
 
 def test_half_a_line_at_the_end_is_named_and_the_rest_kept(tmp_path: Path) -> None:
     seen, problems = read(written(tmp_path / "run.jsonl")[:-5])
-    assert seen == STREAM[:-1]
-    assert problems == [Problem(5, "cut off in the middle (its writer was stopped)")]
+    assert seen == STREAM
+    assert problems == [Problem(6, "cut off in the middle (its writer was stopped)")]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +143,7 @@ def test_fields_and_schemas_of_the_future_are_told_and_passed_over() -> None:
     assert [event.t for event in seen] == [0.0]
     assert {problem.why for problem in problems} == {
         "run has an unknown field 'mood', passed over",
-        "schema 9 is newer than this one's 1",
+        "schema 9 is newer than this one's 2",
     }
 
 

@@ -7,7 +7,8 @@ the run began, on a monotonic clock; an address is `(host, port)`, port 0 or
 host `"*"` meaning any.
 
 The schema is versioned (`SCHEMA`): a field may be added without a new number,
-none changes its meaning.
+none changes its meaning. Since 2 a stream that was written to its end says so
+with a `RunEnded`; one of schema 1 does not tell whether it is whole.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ __all__ = [
     "Problem",
     "Restart",
     "Row",
+    "RunEnded",
     "RunStarted",
     "SegmentSeen",
     "Snapshot",
@@ -49,7 +51,7 @@ __all__ = [
     "strict_converter",
 ]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 
 Address: TypeAlias = tuple[str, int]
 
@@ -217,7 +219,17 @@ class Note:
     text: str
 
 
-Event: TypeAlias = RunStarted | Called | Transition | SegmentSeen | Snapshot | Restart | Lost | Note
+@frozen
+class RunEnded:
+    """The last record of a stream: its writer was not stopped before. `t` is the latest of all."""
+
+    kind: ClassVar[str] = "end"
+    t: float
+
+
+Event: TypeAlias = (
+    RunStarted | Called | Transition | SegmentSeen | Snapshot | Restart | Lost | Note | RunEnded
+)
 
 
 @frozen
@@ -304,15 +316,27 @@ def load(record: Mapping[str, Any]) -> Event:
 class Writer:
     """Writes events to a file as JSON Lines, each line whole and flushed as it happens.
 
-    An interrupted run keeps what it saw. Raises `OSError` with its name where
-    the file cannot be opened or written.
+    An interrupted run keeps what it saw. What `close` writes last, a
+    `RunEnded`, tells such a file from a whole one; leaving the context by an
+    exception closes the file without. A head that follows other events begins
+    another stream, after the end of the one before.
+
+    Raises `OSError` with its name where the file cannot be opened or written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file: IO[bytes] = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._latest: float | None = None
 
     def __call__(self, event: Event) -> None:
         """Write one event."""
+        if self._latest is not None and isinstance(event, RunStarted):
+            self._write(RunEnded(self._latest))
+            self._latest = None
+        self._write(event)
+        self._latest = event.t if self._latest is None else max(event.t, self._latest)
+
+    def _write(self, event: Event) -> None:
         line = json.dumps(dump(event), separators=(",", ":")).encode() + b"\n"
         try:
             self._file.write(line)
@@ -321,8 +345,12 @@ class Writer:
             raise
 
     def close(self) -> None:
-        """Close the file; closing twice does nothing."""
-        self._file.close()
+        """Write the stream's end and close the file; closing twice does nothing."""
+        if self._file.closed:
+            return
+        with self._file:
+            if self._latest is not None:
+                self._write(RunEnded(self._latest))
 
     def __enter__(self) -> Writer:
         return self
@@ -333,6 +361,8 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._file.close()
         self.close()
 
 

@@ -159,9 +159,36 @@ def test_a_file_whose_writer_was_stopped_conforms_wherever_it_ends(
     lines = (TRACES / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
     for number in range(2, len(lines)):
-        cut.write_bytes(b"".join(lines[:number]) + lines[number][: len(lines[number]) // 2])
+        for part in (lines[number][: len(lines[number]) // 2], b""):
+            cut.write_bytes(b"".join(lines[:number]) + part)
+            faults: list[str] = []
+            verdict = check(read(cut, faults.append))
+            assert verdict, f"{number} lines: {verdict.explain()}"
+            (fault,) = faults
+            assert fault.startswith(f"line {number + 1}: cut off" if part else "the file does not")
+            assert verdict.evidence.strength != "strong"
+
+
+def test_a_file_of_the_schema_without_ends_is_read_as_one_that_may_be_cut(tmp_path: Path) -> None:
+    head, *lines, _ = (TRACES / "server-first.jsonl").read_text().splitlines()
+    old = tmp_path / "old.jsonl"
+    for kept, missing in ((lines, 0), (lines[:-20], 20)):
+        old.write_text("\n".join([head.replace('"schema":2', '"schema":1'), *kept]) + "\n")
         faults: list[str] = []
-        verdict = check(read(cut, faults.append))
-        assert verdict, f"{number} lines: {verdict.explain()}"
-        assert faults == [f"line {number + 1}: cut off in the middle (its writer was stopped)"]
-        assert verdict.evidence.strength != "strong"
+        assert check(read(old, faults.append)), missing
+        (fault,) = faults
+        assert "schema 1, which has no such record" in fault
+
+
+def test_what_is_missing_at_the_end_is_missed_only_if_the_file_says_that_it_is_whole(
+    tmp_path: Path,
+) -> None:
+    *lines, end = (TRACES / "abort.jsonl").read_text().splitlines()
+    less = tmp_path / "less.jsonl"
+    rejected = {True: 0, False: 0}
+    for number in range(2, len(lines)):
+        for whole in (True, False):
+            less.write_text("\n".join([*lines[:number], *[end] * whole]) + "\n")
+            rejected[whole] += not check(read(less, lambda problem: None))
+    assert rejected[True] > 10
+    assert rejected[False] == 0

@@ -28,6 +28,7 @@ from timewait.check.connection import (
     Connection,
     Findings,
 )
+from timewait.check.evidence import REST
 from timewait.check.explanations import Explanations
 from timewait.check.sequence import DROPPED, Contradiction, Sequence
 from timewait.check.verdict import (
@@ -88,6 +89,7 @@ class Checker:
         self._ended = count()
         self._forgotten = False
         self._cut = False  # from here on some of what was seen is missing
+        self._unended = False  # and so it was in this run, or in one before
         self._given = dict(profiles or {})
         self._on_end = on_end
         self._ends: dict[tuple[Address, Address], tuple[Connection, int]] = {}
@@ -563,12 +565,12 @@ class Checker:
     def _missed(self, event: Lost) -> None:
         """An observer missed events: until its next one, anything it sees may have happened."""
         self._from_start = False
-        if not event.count:
+        whole_file = event.source == REST
+        if not event.count and not whole_file:
             return
         self._lost += event.count
-        whole_file = event.source == "rest of the file"
         if whole_file:
-            self._cut = True
+            self._cut = self._unended = True
             self._declared = self._declared_segments = 0
         if not whole_file and event.source != "file":  # whose reader has told of it
             lost = f"{event.source} lost {event.count} events before {event.t:.6f} s"
@@ -720,7 +722,7 @@ class Checker:
 
     def _evidence(self) -> Evidence:
         total = self._connections
-        if total and self._strong == total and not self._lost:
+        if total and self._strong == total and not self._lost and not self._unended:
             strength = "strong"
         else:
             strength = "partial" if self._strong or self._partial else "weak"
@@ -742,6 +744,8 @@ class Checker:
         if self._lost:
             events = "1 event" if self._lost == 1 else f"{self._lost} events"
             unseen.append(f"{events} that an observer lost or the file has garbled")
+        if self._unended:
+            unseen.append("what followed where the file breaks off")
         return Evidence(
             strength,
             total,

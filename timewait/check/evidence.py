@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from timewait import events
-from timewait.events import Event, Lost, RunStarted
+from timewait.events import Event, Lost, RunEnded, RunStarted
 
-__all__ = ["read"]
+__all__ = ["REST", "read"]
 
+REST: Final = "rest of the file"  # the observer that has lost what was never written
 _JITTER: Final = 0.001  # two processors' stamps may be so far out of order
 _MAGIC: Final = frozenset(
     bytes.fromhex(magic) for magic in ("a1b2c3d4", "d4c3b2a1", "a1b23c4d", "4d3cb2a1", "0a0d0d0a")
@@ -45,21 +46,35 @@ def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
         for number, line in enumerate(file, 1):  # noqa: B007
             yield line
 
-    left_out = ""
-    cut: list[str] = []
+    left_out = cut = ""
 
     def problem(what: events.Problem) -> None:
-        nonlocal left_out
+        nonlocal left_out, cut
         tell(str(what))
-        if "passed over" not in what.why and "newer than" not in what.why:
+        if "cut off" in what.why:
+            cut = str(what)
+        elif "passed over" not in what.why and "newer than" not in what.why:
             left_out = str(what)
-            if "cut off" in what.why:
-                cut.append(left_out)
 
     last: dict[tuple[str, str], float] = {}
     heads = 0
+    ended = False
+
+    def rest() -> Iterator[Event]:
+        """What follows the last event, if the stream does not say that nothing does.
+
+        Each observer writes when it has been read: the others' share of the last moments is lost.
+        """
+        if (ended and not cut) or not last:
+            return
+        if not cut:
+            tell(_NO_END)
+        lanes = [t for (kind, _), t in last.items() if kind in ("call", "transition", "segment")]
+        yield Lost(min(lanes, default=0.0), REST, 0, cut or _NO_END)
+
     for event in events.read(lines(), problem):
         if isinstance(event, RunStarted):
+            yield from rest()
             heads += 1
             if heads > 1:
                 tell(f"line {number}: another run begins here; it is checked by itself")
@@ -77,16 +92,20 @@ def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
         if left_out:
             yield Lost(min(before, event.t), "file", 1, left_out)
             left_out = ""
-        if event.t >= before - _JITTER:
+        ended = isinstance(event, RunEnded)
+        if event.t >= before - _JITTER and not ended:
             last[source] = max(event.t, before)
             yield event
         if isinstance(event, RunStarted) and heads > 1:
             # The two may be mixed: nothing is taken to have been seen from its beginning.
             yield Lost(event.t, "file", 0, "another run began before")
-    # Each observer writes when it has been read: the others' share of the last moments is lost.
-    if cut and last:
-        lanes = [t for (kind, _), t in last.items() if kind in ("call", "transition", "segment")]
-        yield Lost(min(lanes, default=0.0), "rest of the file", 1, cut[0])
+    yield from rest()
+
+
+_NO_END: Final = (
+    "the file does not say where it ends: its writer was stopped, or wrote schema 1, which has no "
+    "such record"
+)
 
 
 def _declared(head: RunStarted) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,9 @@
 Built-in scenarios and random ones, under asyncio and trio by turns, watched by
 sock_diag, the tracepoint and a capture together, or by some of them, while
 `--busy` processes keep the machine's processors from them. A run that the
-check rejects is kept as a file of events, named by its seed.
+check rejects is kept as a file of events, named by its seed. With `--cuts` the
+file of each run is cut off at so many places, as by a writer that is killed;
+what is left must conform too.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from collections import Counter
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import anyio
 import click
 
 from timewait.check import Verdict, check
+from timewait.check.evidence import read
 from timewait.events import Event, Writer
 from timewait.orchestrator import Orchestrator
 from timewait.scenario import BUILT_IN, Scenario, ScenarioError
@@ -109,18 +112,34 @@ def one(seed: int, on: str = "kernel") -> tuple[Scenario, str, list[Event], Verd
     return scenario, how, seen, check(seen, profiles=stack.profiles)
 
 
-def _work(job: tuple[int, str, str]) -> tuple[int, str, str | None]:
-    seed, on, keep = job
+_Job: TypeAlias = tuple[int, str, str, int]
+
+
+def _work(job: _Job) -> tuple[int, str, str | None]:
+    seed, on, keep, cuts = job
     scenario, how, seen, verdict = one(seed, on)
     if verdict is None:
         return seed, "could not be run", None
-    if verdict:
-        return seed, f"{scenario.name}, {how}", None
     path = Path(keep) / f"campaign-{on}-{seed}.jsonl"
-    with Writer(path) as write:
-        for event in seen:
-            write(event)
-    return seed, how, f"seed {seed} ({scenario.name}, {how}), kept in {path}\n{verdict.explain()}"
+    if not verdict or cuts:
+        with Writer(path) as write:
+            for event in seen:
+                write(event)
+    if not verdict:
+        why = verdict.explain()
+        return seed, how, f"seed {seed} ({scenario.name}, {how}), kept in {path}\n{why}"
+    rng = random.Random(seed)
+    whole = path.read_bytes() if cuts else b""
+    for _ in range(cuts):
+        # Half of them between two lines, where a cut looks like an end.
+        at = rng.randrange(whole.index(b"\n"), len(whole) - 1)
+        at = whole.rindex(b"\n", 0, at + 1) + 1 if rng.random() < 0.5 else at
+        path.write_bytes(whole[:at])
+        verdict = check(read(path, lambda problem: None))
+        if not verdict:
+            return seed, how, f"seed {seed} ({how}), cut to {path}\n{verdict.explain()}"
+    path.unlink(missing_ok=True)
+    return seed, f"{scenario.name}, {how}", None
 
 
 def _spin() -> None:
@@ -134,11 +153,14 @@ def _spin() -> None:
 @click.option("--on", type=click.Choice(["kernel", "model"]), default="kernel")
 @click.option("--jobs", default=2, help="So many at a time.")
 @click.option("--busy", default=0, help="So many processes that only use up processors.")
+@click.option("--cuts", default=0, help="In so many places each run's file is cut off.")
 @click.option(
     "--keep", type=click.Path(file_okay=False), default=".", help="Rejected runs go here."
 )
 @click.option("--json", "as_json", is_flag=True)
-def _main(runs: int, seed: int, on: str, jobs: int, busy: int, keep: str, as_json: bool) -> None:
+def _main(
+    runs: int, seed: int, on: str, jobs: int, busy: int, cuts: int, keep: str, as_json: bool
+) -> None:
     """Run them, say how many conform; exit 1 if any does not."""
     context = get_context("fork")
     burners = [context.Process(target=_spin, daemon=True) for _ in range(busy)]
@@ -146,7 +168,7 @@ def _main(runs: int, seed: int, on: str, jobs: int, busy: int, keep: str, as_jso
         burner.start()
     kinds: Counter[str] = Counter()
     wrong: list[str] = []
-    todo = [(n, on, keep) for n in range(seed, seed + runs)]
+    todo = [(n, on, keep, cuts) for n in range(seed, seed + runs)]
     try:
         with context.Pool(jobs, maxtasksperchild=200) as pool:
             for done, (_, kind, trouble) in enumerate(pool.imap_unordered(_work, todo), 1):
