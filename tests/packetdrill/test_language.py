@@ -11,11 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from timewait.commands.packetdrill import command
 from timewait.kernel.wire import WireError
-from timewait.packetdrill import play
+from timewait.packetdrill import Outcome, play
 from timewait.packetdrill.assertions import check, tcp_info
 from timewait.packetdrill.frames import Frame, decode, encode
 from timewait.packetdrill.runner import show
@@ -34,7 +36,7 @@ from timewait.packetdrill.script import (
     Word,
     parse,
 )
-from timewait.packetdrill.settings import Settings, sysctls
+from timewait.packetdrill.settings import File, Pause, Setting, Settings, meaning
 from timewait.tcp.segment import ACK, CWR, ECE, FIN, PSH, RST, SYN, URG
 
 
@@ -230,7 +232,7 @@ def test_no_text_is_a_crash(text: str) -> None:
     ],
 )  # fmt: skip
 def test_known_commands_are_settings(command: str, settings: dict[str, str]) -> None:
-    assert {name: value for name, value, _ in sysctls(command, 1)} == settings
+    assert {s.name: s.value for s in meaning(command, 1) if isinstance(s, Setting)} == settings
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_known_commands_are_settings(command: str, settings: dict[str, str]) -> 
 )
 def test_every_other_command_is_refused(command: str) -> None:
     with pytest.raises(Unsupported):
-        list(sysctls(command, 1))
+        list(meaning(command, 1))
 
 
 def test_code_is_arithmetic_and_nothing_else() -> None:
@@ -314,8 +316,8 @@ def test_a_packet_is_shown_as_it_is_written() -> None:
 
 
 HOSTILE = {
-    "a command": ("0 `touch /tmp/owned`", "command"),
-    "a shell in a setting": ("0 `sysctl -q net.ipv4.tcp_sack=0; touch /tmp/owned`", "command"),
+    "a command": ("0 `cp /etc/passwd /tmp/owned`", "command"),
+    "a shell in a setting": ("0 `sysctl -q net.ipv4.tcp_sack=0; mkdir /tmp/owned`", "command"),
     "code": ("0 socket(..., SOCK_STREAM, 0) = 3\n+0 %{ __import__('os').system('true') }%", "code"),
     "another family": ("0 socket(AF_UNIX, SOCK_STREAM, 0) = 3", "domain"),
     "a file": ('0 open("/etc/passwd", O_RDONLY) = 3', "open"),
@@ -468,6 +470,46 @@ def test_packetdrills_own_options_come_from_the_command_line_too(tmp_path: Path)
         ran = subprocess.run([*command, *wrong], capture_output=True, text=True, check=False)
         assert (ran.returncode, ran.stdout) == (2, "")
         assert ran.stderr.count("\n") == 1
+
+
+def test_what_fails_beside_others_is_played_again_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.pkt").write_text("0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3\n")
+    played: list[str] = []
+
+    def busy(path: Path, **_: object) -> Outcome:
+        played.append(path.stem)
+        failed = path.stem == "a" or (played.count(path.stem) == 1 and path.stem == "b")
+        return Outcome(str(path), "failed" if failed else "passed")
+
+    monkeypatch.setattr("timewait.packetdrill.play", busy)
+    ran = CliRunner().invoke(command, ["--on", "kernel", "--json", str(tmp_path)])
+    told = json.loads(ran.output)
+    assert (told["passed"], told["failed"], sorted(played)) == (2, 1, ["a", "a", "b", "b", "c"])
+    assert [s["outcome"] for s in told["scripts"]] == ["failed", "passed", "passed"]
+    played.clear()
+    CliRunner().invoke(command, ["--on", "kernel", "-j", "1", str(tmp_path)])
+    assert played == ["a", "b", "c"]
+
+
+def test_commands_that_make_a_file_make_none() -> None:
+    made = meaning("rm -f /tmp/x && dd if=/dev/zero of=/tmp/x bs=1k count=3; truncate -s 5 /y", 1)
+    assert list(made) == [File("/tmp/x", 3072), File("/y", 5)]
+    assert not Path("/y").exists()
+    assert list(meaning("sleep .25 > /dev/null", 1)) == [Pause(0.25)]
+    for refused in (
+        "dd if=/etc/passwd of=/tmp/x",
+        "rm -rf /home",
+        "cat /etc/passwd",
+        "truncate -s 9999999G /x",
+        "nstat | grep Syn",
+        "echo x > /x",
+        "sleep 1e9",
+    ):
+        with pytest.raises(Unsupported):
+            meaning(refused, 1)
 
 
 def test_a_failure_that_is_not_fatal(tmp_path: Path) -> None:

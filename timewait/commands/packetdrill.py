@@ -34,9 +34,10 @@ __all__ = ["command"]
     "-j",
     "--jobs",
     type=click.IntRange(1),
-    default=1,
+    default=6,
     show_default=True,
-    help="Scripts on the kernel at a time, each in a namespace of its own.",
+    help="Scripts on the kernel at a time, each in a namespace of its own. What fails beside "
+    "others is played again alone.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
@@ -78,18 +79,30 @@ def command(
         path, stack = job
         return play(path, on=stack, profile=profile, defines=names, options=options)
 
+    def tell(stack: str, outcome: Outcome) -> None:
+        if as_json:
+            return
+        where = f":{outcome.line}" if outcome.line else ""
+        head = f"{outcome.outcome:<12}" + (f"{stack:<8}" if on == "both" else "")
+        tail = f": {outcome.why}" if outcome.why else ""
+        click.echo(f"{head}{outcome.path}{where}{tail}")
+        if outcome.diagram:
+            click.echo("\n".join("    " + r for r in outcome.diagram.splitlines()))
+
     todo = [(path, stack) for path in scripts for stack in stacks]
+    again: list[int] = []
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            for (path, stack), outcome in zip(todo, pool.map(outcome_of, todo), strict=True):
+            for n, outcome in enumerate(pool.map(outcome_of, todo)):
+                stack = todo[n][1]
                 rows.append((stack, outcome))
-                if not as_json:
-                    where = f":{outcome.line}" if outcome.line else ""
-                    head = f"{outcome.outcome:<12}" + (f"{stack:<8}" if on == "both" else "")
-                    tail = f": {outcome.why}" if outcome.why else ""
-                    click.echo(f"{head}{path}{where}{tail}")
-                    if outcome.diagram:
-                        click.echo("\n".join("    " + r for r in outcome.diagram.splitlines()))
+                if jobs > 1 and len(todo) > 1 and (stack, outcome.outcome) == ("kernel", "failed"):
+                    again.append(n)
+                else:
+                    tell(stack, outcome)
+        for n in again:
+            rows[n] = ("kernel", outcome_of(todo[n]))
+            tell(*rows[n])
     except OSError as trouble:
         where = f"{trouble.filename}: " if trouble.filename else ""
         raise click.ClickException(f"{where}{trouble.strerror or trouble}") from None

@@ -91,6 +91,7 @@ CONSTANTS: Final[dict[str, int]] = _constants() | {
     "TCPI_OPT_ECN": 8, "TCPI_OPT_ECN_SEEN": 16, "TCPI_OPT_SYN_DATA": 32,
     "TCP_ESTABLISHED": 1, "TCP_SYN_SENT": 2, "TCP_SYN_RECV": 3, "TCP_FIN_WAIT1": 4,
     "TCP_FIN_WAIT2": 5, "TCP_TIME_WAIT": 6, "TCP_CLOSE": 7, "TCP_CLOSE_WAIT": 8,
+    "SPLICE_F_MOVE": 1, "SPLICE_F_NONBLOCK": 2, "SPLICE_F_MORE": 4, "SPLICE_F_GIFT": 8,
     "TCP_LAST_ACK": 9, "TCP_LISTEN": 10, "TCP_CLOSING": 11, "TCP_NEW_SYN_RECV": 12,
 }  # fmt: skip
 
@@ -147,6 +148,10 @@ class Interests:
         """Forget everything."""
 
 
+class Stream:
+    """A file or an end of a pipe: what can be read, written, spliced and closed."""
+
+
 @define
 class Calls:
     """The calls of one script on the sockets of one stack.
@@ -161,6 +166,10 @@ class Calls:
     connect_port: int
     family: int
     fds: dict[int, Anything] = field(factory=dict)
+    # Those that an exec would close, which none ever does.
+    cloexec: set[int] = field(factory=set)
+    # The files that the script's commands would have made, and how many zeros are in each.
+    files: dict[str, int] = field(factory=dict)
     # What the runner must know: who listens and who connects where.
     listening: dict[int, int] = field(factory=dict)
     ports: dict[int, int] = field(factory=dict)
@@ -189,10 +198,20 @@ class Calls:
                 return do()
             except (IndexError, OverflowError, ValueError, TypeError) as trouble:
                 raise Unsupported(f"the arguments of {call.name}(): {trouble}", line) from None
+            except AttributeError:
+                fd = call.arguments[0]
+                if isinstance(fd, int) and isinstance(self.fds.get(fd), (Interests, Stream)):
+                    return Result(-1, "ENOTSOCK")
+                raise
             except OSError as failed:
                 return Result(-1, errno.errorcode.get(failed.errno or 0, str(failed.errno)))
 
         return guarded
+
+    def made(self, fd: int, live: Anything, cloexec: bool = False) -> None:
+        """A call made a descriptor, which the script knows as `fd`."""
+        self.fds[fd] = live
+        (self.cloexec.add if cloexec else self.cloexec.discard)(fd)
 
     # -- values
 
@@ -325,6 +344,65 @@ class Calls:
 
     def _getpeername(self, call: Call) -> Callable[[], Result]:
         return self._getsockname(call, "getpeername")
+
+    # -- files and pipes
+
+    def _open(self, call: Call) -> Callable[[], Result]:
+        path = call.arguments[0]
+        self.number(call.arguments[1])
+        if not isinstance(path, str) or path not in self.files:
+            raise Unsupported(f"open({path!r}), which the script did not make", self.line)
+        return lambda: Result(0, new=self.zeros(self.files[path]))
+
+    def zeros(self, size: int) -> Stream:
+        """A file of `size` zeros."""
+        raise Unsupported("open() on the model")
+
+    def _pipe(self, call: Call) -> Callable[[], Result]:
+        ends = call.arguments[0]
+        if not isinstance(ends, tuple) or len(ends) != 2:
+            raise Unsupported(f"pipe() of {ends!r}", self.line)
+
+        def pipe() -> Result:
+            for end, live in zip(ends, self.pipe(), strict=True):
+                self.made(self.number(end), live)
+            return Result(0)
+
+        return pipe
+
+    def pipe(self) -> tuple[Stream, Stream]:
+        """What to read from and what to write to."""
+        raise Unsupported("pipe() on the model")
+
+    def offset(self, value: Value) -> int | None:
+        """Where in a file to begin; None is for NULL, where it stands."""
+        if value in (0, Word("NULL")):
+            return None
+        return self.size(value[0] if isinstance(value, tuple) and value else value)
+
+    def _splice(self, call: Call) -> Callable[[], Result]:
+        source, before, target, after, size, flags = call.arguments
+        del source
+        offsets = self.offset(before), self.offset(after)
+        count, how = self.size(size), self.number(flags)
+        self.number(target)
+        return lambda: Result(
+            self.splice(self.socket(call), self.socket(call, 2), offsets, count, how)
+        )
+
+    def splice(
+        self, source: Anything, target: Anything, offsets: tuple[int | None, ...], n: int, how: int
+    ) -> int:
+        """splice(2)."""
+        raise Unsupported("splice() on the model")
+
+    def _sendfile(self, call: Call) -> Callable[[], Result]:
+        offset, count = self.offset(call.arguments[2]), self.size(call.arguments[3])
+        return lambda: Result(self.sendfile(self.socket(call), self.socket(call, 1), offset, count))
+
+    def sendfile(self, target: Anything, source: Anything, offset: int | None, n: int) -> int:
+        """sendfile(2)."""
+        raise Unsupported("sendfile() on the model")
 
     # -- the life of a socket
 
@@ -607,6 +685,7 @@ class Calls:
     def _fcntl(self, call: Call) -> Callable[[], Result]:
         command = self.number(call.arguments[1])
         value = self.number(call.arguments[2]) if len(call.arguments) > 2 else 0
+        fd = self.number(call.arguments[0])
         if command not in (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD):
             raise Unsupported(f"fcntl() command {call.arguments[1]!r}", self.line)
 
@@ -617,7 +696,9 @@ class Calls:
                 return Result(flags)
             if command == fcntl.F_SETFL:
                 target.setblocking(not value & os.O_NONBLOCK)
-            return Result(0)
+            if command == fcntl.F_SETFD:
+                (self.cloexec.add if value & fcntl.FD_CLOEXEC else self.cloexec.discard)(fd)
+            return Result(int(command == fcntl.F_GETFD and fd in self.cloexec))
 
         return control
 

@@ -35,7 +35,7 @@ from timewait.packetdrill.script import (
     When,
     Word,
 )
-from timewait.packetdrill.settings import Settings, sysctls
+from timewait.packetdrill.settings import File, Pause, Settings, meaning
 from timewait.tcp.segment import ACK, PSH, RST, SYN
 
 __all__ = ["Failure", "Outcome", "Pending", "Stack", "TooLate", "run"]
@@ -159,6 +159,18 @@ _ICMP6: Final = {
     "parameter_problem": (4, {}),
 }  # fmt: skip
 
+
+def _icmp_numbers(packet: Packet, six: bool) -> tuple[int, int]:
+    """Type and code of an ICMP message by the script's names of them."""
+    kinds = _ICMP6 if six else _ICMP4
+    if packet.icmp_type not in kinds:
+        raise Unsupported(f"ICMP type {packet.icmp_type}")
+    number, codes = kinds[packet.icmp_type]
+    if packet.icmp_code and packet.icmp_code not in codes:
+        raise Unsupported(f"ICMP code {packet.icmp_code}")
+    return number, codes.get(packet.icmp_code, 0)
+
+
 _WAIT_FOR_STAR: Final = 130.0  # s: longer than any retransmission timer of a stack
 _LONGEST_WAIT: Final = 600.0  # s, on a stack whose time is real
 _CALL_LIMIT: Final = 2.0  # s: what a call that is not said to block may take
@@ -179,7 +191,7 @@ class _Log:
             return ""
         width = max(len(text) for *_, text in self.rows) + 2
         lines = [f"{'time':>10}  {'script':<{width // 2}}{stack:>{width - width // 2 + 6}}"]
-        for t, inbound, text in self.rows:
+        for t, inbound, text in sorted(self.rows, key=lambda row: row[0]):
             arrow = f"──{text:─^{width}}─▶" if inbound else f"◀─{text:─^{width}}──"
             lines.append(f"{t:>10.6f}  {arrow}")
         return "\n".join(lines)
@@ -242,7 +254,7 @@ class _Runner:
             self.command(command, line)
         for event in self.script.events:
             if isinstance(event.action, Command):
-                sysctls(event.action.text, event.line, self.folder)  # say at once what is not known
+                meaning(event.action.text, event.line, self.folder)  # say at once what is not known
         self.stack.start()
         for event in self.script.events:
             kind = "packet" if isinstance(event.action, Packet) else "syscall"
@@ -308,8 +320,13 @@ class _Runner:
     # -- commands and code
 
     def command(self, command: Command, line: int) -> None:
-        for name, value, required in sysctls(command.text, line, self.folder):
-            self.stack.sysctl(name, value, line, required)
+        for each in meaning(command.text, line, self.folder):
+            if isinstance(each, File):
+                self.stack.calls.files[each.path] = each.size
+            elif isinstance(each, Pause):
+                self.stack.wait(self.stack.now() + each.seconds)
+            else:
+                self.stack.sysctl(each.name, each.value, line, each.required)
 
     def code(self, event: Event, code: Code) -> None:
         connection = self.connection
@@ -383,7 +400,7 @@ class _Runner:
                 raise Failure(
                     f"{call.name}() succeeded, expected {fd} {call.errno or ''}".rstrip(), line
                 )
-            self.stack.calls.fds[fd] = came.new
+            self.stack.calls.made(fd, came.new, "CLOEXEC" in repr(call.arguments))
             if call.name.startswith("accept") and self.connection is not None:
                 self.connection.fd = fd
         elif expected is not ANY:
@@ -394,6 +411,7 @@ class _Runner:
                     words = ", ".join(_words(call))
                     raise Unsupported(f"{call.name}({words}) on the model", line)
                 raise Failure(f"{shown}, expected {wanted}", line)
+        if expected is not ANY:
             for what, want, got in came.checks:
                 if want != got:
                     raise Failure(f"{call.name}(): {what} is {got}, expected {want}", line)
@@ -507,13 +525,6 @@ class _Runner:
         self, event: Event, packet: Packet, connection: _Connection, tos: int, ttl: int
     ) -> Frame:
         six = ":" in connection.live_local[0]
-        kinds = _ICMP6 if six else _ICMP4
-        if packet.icmp_type not in kinds:
-            raise Unsupported(f"ICMP type {packet.icmp_type}", event.line)
-        number, codes = kinds[packet.icmp_type]
-        if packet.icmp_code and packet.icmp_code not in codes:
-            raise Unsupported(f"ICMP code {packet.icmp_code}", event.line)
-        code = codes.get(packet.icmp_code, 0)
         protocol, start, length = packet.echoed or ("tcp", 0, 0)
         local, remote = connection.live_local, connection.live_remote
         seq = (start + self.local_offset(connection, False)) & 0xFFFFFFFF
@@ -533,15 +544,16 @@ class _Runner:
             "!I", packet.mtu or 0
         )  # fmt: skip
         body = second + head + addresses + inner + bytes(12 if six else 0)
-        return Frame(remote[0], local[0], "icmp", icmp=(number, code), body=body, tos=tos, ttl=ttl)
+        numbers = _icmp_numbers(packet, six)
+        return Frame(remote[0], local[0], "icmp", icmp=numbers, body=body, tos=tos, ttl=ttl)
 
     # -- packets the stack sends
 
     def expect(
         self, event: Event, packet: Packet, when: When, start: float, end: float | None
     ) -> float:
-        if packet.protocol == "icmp":
-            raise Unsupported("outbound ICMP messages", event.line)
+        if packet.protocol == "icmp" and not self.stack.real:
+            raise Unsupported("outbound ICMP messages on the model", event.line)
         connection = self.script_connection(event, packet)
         if when.start is None:
             deadline = self.stack.now() + _WAIT_FOR_STAR
@@ -558,11 +570,16 @@ class _Runner:
                 raise Failure(f"expected {show(packet)}, nothing came{seen}", event.line)
             first = frame if first is None else _joined(first, frame)
             length += len(frame.body)
+            came = self.script_frame(first, connection, packet)
             # As packetdrill does outside of --strict_segments: a run of segments may
             # make up the one that the script writes.
-            if length >= packet.length or not frame.body or self.settings.strict_segments:
+            if (
+                length >= packet.length
+                or not frame.body
+                or came.seq != packet.seq
+                or self.settings.strict_segments
+            ):
                 break
-        came = self.script_frame(first, connection, packet)
         self.log.add(first.t, False, show(came))
         self.compare(event, packet, came, first, connection)
         if when.start is None:
@@ -576,6 +593,11 @@ class _Runner:
             frame = self.stack.receive(deadline)
             if frame is None:
                 return None
+            if frame.protocol == "icmp":
+                # Of the others, some are a kernel's own business, such as looking for routers.
+                if packet.protocol == "icmp" and _is_error(frame):
+                    return frame
+                continue
             if frame.protocol != connection.protocol:
                 continue
             if connection.protocol == "udp":
@@ -660,13 +682,18 @@ class _Runner:
             same("TTL", want.ttl, came.ttl)
         if want.ports:
             same("ports", want.ports, came.ports)
-        same("payload", f"{want.length} octets", f"{len(came.body)} octets")
+        if want.protocol != "icmp":
+            same("payload", f"{want.length} octets", f"{len(came.body)} octets")
         if want.flow_label and want.protocol == "tcp":
             before = connection.flow_label
             if before is None or (want.flow_label != before[0] and came.flow_label != before[1]):
                 connection.flow_label = (want.flow_label, came.flow_label)
             elif (want.flow_label == before[0]) is not (came.flow_label == before[1]):
                 found.append("flow label")
+        if want.protocol == "icmp":
+            same("ICMP message", _icmp_numbers(want, ":" in came.src), came.icmp)
+            if want.mtu is not None:
+                same("MTU", want.mtu, int.from_bytes(came.body[:4], "big"))
         if want.protocol != "tcp":
             return found
         same("flags", flags_letters(want.flags), flags_letters(came.flags))
@@ -693,6 +720,12 @@ class _Runner:
     def comparable(self, option: Option) -> bytes:
         # packetdrill takes any timestamp that is there: the kernel's clock is its own.
         return b"" if option.kind == 8 else option.data
+
+
+def _is_error(frame: Frame) -> bool:
+    """Whether an ICMP message is about a packet, not an echo or a neighbour's."""
+    kind = frame.icmp[0]
+    return kind < 128 if ":" in frame.src else kind in (3, 4, 5, 11, 12)
 
 
 def _beyond(want: Packet, came: Frame, differences: list[str]) -> set[str]:

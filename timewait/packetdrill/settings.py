@@ -15,11 +15,11 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from attrs import define
+from attrs import define, evolve, frozen
 
 from timewait.packetdrill.script import Script, Unsupported
 
-__all__ = ["OPTIONS", "Settings", "sysctls"]
+__all__ = ["OPTIONS", "File", "Pause", "Setting", "Settings", "meaning"]
 
 # packetdrill's own options, of its command line and of a script's first lines.
 OPTIONS: Final = frozenset(
@@ -137,19 +137,45 @@ _DEFAULTS: Final = {
     "net.ipv4.tcp_syncookies": "1",
 }
 
+
+@frozen
+class Setting:
+    """A sysctl is given a value; one that is not `required` may be unknown to the stack."""
+
+    name: str
+    value: str
+    required: bool = True
+
+
+@frozen
+class File:
+    """There is to be a file of `size` zeros, for the script to open. It is not on any disk."""
+
+    path: str
+    size: int
+
+
+@frozen
+class Pause:
+    """`sleep`."""
+
+    seconds: float
+
+
 _QUIET: Final = re.compile(r"(?:\s*\d?&?>+\s*(?:&\d|/dev/null))+\s*$")
 _SETTING: Final = re.compile(r"(?:/proc/sys/)?(net[./][\w./-]+)\s*=\s*(.*)", re.DOTALL)
-_HARMLESS: Final = frozenset({"true", ":", "echo", "nstat", "sync", "sleep", "cat"})
 
 
-def sysctls(command: str, line: int, folder: Path | None = None) -> Iterator[tuple[str, str, bool]]:
-    """The settings that a shell command stands for: name, value, and whether they must hold.
+def meaning(
+    command: str, line: int, folder: Path | None = None
+) -> Iterator[Setting | File | Pause]:
+    """What a shell command stands for.
 
     A `defaults.sh` that lies beside the script (`folder`) is read, not run, for
     the settings in it. Raises `Unsupported` for every command that is not a
     known, safe form.
     """
-    found: list[tuple[str, str, bool]] = []
+    found: list[Setting | File | Pause] = []
     text = re.sub(r"\\\n", " ", command)
     text = re.sub(r"(?m)(^|\s)#.*$", "", text)
     text = re.sub(r"\$\(\(([\d\s*]+)\)\)", _product, text)
@@ -168,9 +194,9 @@ def _product(found: re.Match[str]) -> str:
         return found[0]
 
 
-def _defaults(path: str, folder: Path | None) -> Iterator[tuple[str, str, bool]]:
+def _defaults(path: str, folder: Path | None) -> Iterator[Setting]:
     """The settings of a suite's `defaults.sh`, its own if it is there to be read."""
-    yield from ((name, value, False) for name, value in _DEFAULTS.items())
+    yield from (Setting(name, value, False) for name, value in _DEFAULTS.items())
     if folder is None:
         return
     try:
@@ -179,12 +205,15 @@ def _defaults(path: str, folder: Path | None) -> Iterator[tuple[str, str, bool]]
         return
     for line in text.splitlines():
         try:
-            yield from ((name, value, False) for name, value, _ in sysctls(line, 0))
+            for each in meaning(line, 0):
+                if isinstance(each, Setting):
+                    yield evolve(each, required=False)
         except Unsupported:
             continue  # what is not a setting has no meaning here
 
 
-def _one(command: str, line: int, folder: Path | None) -> Iterator[tuple[str, str, bool]]:
+def _one(command: str, line: int, folder: Path | None) -> Iterator[Setting | File | Pause]:
+    unknown = Unsupported(f"command {command.split()[0]!r}", line)
     try:
         words = shlex.split(command)
     except ValueError:
@@ -192,6 +221,9 @@ def _one(command: str, line: int, folder: Path | None) -> Iterator[tuple[str, st
     if not words:
         return
     program = words[0].rpartition("/")[2]
+    given = [word for word in words[1:] if not word.startswith("-")]
+    if "|" in words:
+        raise Unsupported(f"a pipe of commands: {command}", line)
     if program in ("defaults.sh", "default.sh"):
         yield from _defaults(words[0], folder)
         # Some suites let defaults.sh take further settings.
@@ -200,32 +232,69 @@ def _one(command: str, line: int, folder: Path | None) -> Iterator[tuple[str, st
         yield from _assignments(words[1:], command, line)
     elif program == "sysctl":
         optional = any(word.startswith("-") and "e" in word for word in words[1:])
-        for name, value, _ in _assignments(
-            [word for word in words[1:] if not word.startswith("-")], command, line
-        ):
-            yield name, value, not optional
+        for each in _assignments(given, command, line):
+            yield evolve(each, required=not optional)
     elif program == "echo" and ">" in words:
         at = words.index(">")
         if len(words) != at + 2 or not words[at + 1].startswith("/proc/sys/net/"):
             raise Unsupported(f"command {command!r}", line)
         value = " ".join(word for word in words[1:at] if word != "-n")
-        yield _name(words[at + 1], command, line), value, True
+        yield Setting(_name(words[at + 1], command, line), value)
+    elif program in ("dd", "truncate", "touch"):
+        yield _file(program, words, unknown)
+    elif program == "sleep":
+        if len(words) != 2 or not re.fullmatch(r"\d{0,3}(\.\d+)?s?", words[1]):
+            raise unknown
+        yield Pause(float(words[1].rstrip("s") or 0))
+    elif program == "rm" and all(re.fullmatch(r"/tmp/[\w.-]+", word) for word in given):
+        return  # of a file that never was
     elif program.startswith("sysctl_restore"):
         return  # undoes what its suite's set_sysctls.py did; the namespace ends anyway
-    elif words[:4] == ["ip", "tcp_metrics", "flush", "all"] or program in ("true", ":", "nstat"):
+    elif words[:4] == ["ip", "tcp_metrics", "flush", "all"]:
+        return  # a namespace that has just been made has none
+    elif program in ("true", ":", "sync", "nstat") or (program == "echo" and ">" not in command):
         return
     elif words[0] == "tc" and "root" in words and words[-1] in ("pfifo", "pfifo_fast"):
         return  # the device's queue is a plain one here in any case
     else:
-        raise Unsupported(f"command {command.split()[0]!r}", line)
+        raise unknown
 
 
-def _assignments(words: list[str], command: str, line: int) -> Iterator[tuple[str, str, bool]]:
+_SIZE: Final = re.compile(r"(\d{1,12})([kKMG]?)i?B?")
+_MULTIPLES: Final = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_MOST_OCTETS: Final = 1 << 26
+
+
+def _file(program: str, words: list[str], unknown: Unsupported) -> File:
+    """The file of zeros that `dd`, `truncate` or `touch` would leave."""
+    named = dict(word.partition("=")[::2] for word in words[1:])
+    if program == "dd":
+        if named.get("if") not in ("/dev/zero", "/dev/urandom", "/dev/random"):
+            raise unknown
+        sizes, path = [named.get("bs", "512"), named.get("count", "")], named.get("of", "")
+    elif program == "truncate":
+        if len(words) != 4 or words[1] != "-s":
+            raise unknown
+        sizes, path = [words[2]], words[3]
+    else:
+        sizes, path = ["0"], words[-1]
+    octets = 1
+    for size in sizes:
+        found = _SIZE.fullmatch(size)
+        if found is None:
+            raise unknown
+        octets *= int(found[1]) * _MULTIPLES[found[2]]
+    if octets > _MOST_OCTETS:
+        raise Unsupported(f"a file of {octets} octets", unknown.line)
+    return File(path, octets)
+
+
+def _assignments(words: list[str], command: str, line: int) -> Iterator[Setting]:
     for word in words:
         found = _SETTING.fullmatch(word)
         if found is None or "$" in word:
             raise Unsupported(f"command {command!r}", line)
-        yield _name(found[1], command, line), found[2].strip(), True
+        yield Setting(_name(found[1], command, line), found[2].strip())
 
 
 def _name(path: str, command: str, line: int) -> str:
