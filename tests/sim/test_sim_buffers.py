@@ -9,6 +9,8 @@ import time
 import pytest
 
 from timewait import sim
+from timewait.events import SegmentSeen
+from timewait.kernel.capture import Capture
 from timewait.kernel.namespace import Namespace, why_not
 
 WHY_NOT = why_not()
@@ -180,6 +182,32 @@ def test_close_lingers_while_its_fin_waits(full, seconds, waited):
 
     ending = "ConnectionResetError" if full and not seconds else "end"
     assert alike(play) == (waited, ending)
+
+
+def watching():
+    """An observer of all segments, on either stack."""
+    try:
+        return sim.current_host().network.observe()
+    except RuntimeError:
+        return Capture([AT[1]])
+
+
+def test_a_smaller_receive_buffer_takes_no_window_back():
+    def play():
+        with contextlib.ExitStack() as stack:
+            seen = stack.enter_context(watching())
+            _, client, server = map(stack.enter_context, connected())
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 5000)
+            for size in (30_000, 10_000):
+                client.send(bytes(size))
+                time.sleep(0.06)
+                server.recv(1 << 20)
+                server.send(b"x")
+            segments = [event for event in seen.read() if isinstance(event, SegmentSeen)]
+            told = [event for event in segments if event.src == AT][1:]  # not the SYN,ACK
+            return [(event.ack - told[0].ack, event.window) for event in told]
+
+    assert alike(play) == [(0, 35), (0, 35), (10_000, 26), (10_000, 26)]  # in units of 1024
 
 
 def test_reading_after_shutdown_of_it_opens_no_window():

@@ -209,7 +209,13 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
                         add("accept", ends[0], new)
                         ends.append(new)
                     if dice.random() < 0.3:
-                        add("size", ends[-1], dice.choice(tuple(_SIZES)), 5000)
+                        which = dice.choice(tuple(_SIZES))
+                        add("size", ends[-1], which, 5000)
+                        if which == "SO_RCVBUF":
+                            # What Linux has no room for it sends again, and its sender's buffer
+                            # meanwhile grows, unless it was set: see docs/differences.md.
+                            for end in ends[1:]:
+                                add("size", end, "SO_SNDBUF", 150_000)
                     add("fill", dice.choice(ends[1:]))
                     full = filled = True
             case "peek":

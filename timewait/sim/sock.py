@@ -642,9 +642,9 @@ class Sock:
             ):
                 fail(errno.EINVAL)
             case socket.SOL_SOCKET, socket.SO_RCVBUF:
-                self.rcvbuf = max(2304, 2 * min(value, _RMEM_MAX))
+                self.rcvbuf = max(2304, 2 * min(value & 0xFFFFFFFF, _RMEM_MAX))
             case socket.SOL_SOCKET, socket.SO_SNDBUF:
-                self.sndbuf = max(4608, 2 * min(value, _WMEM_MAX))
+                self.sndbuf = max(4608, 2 * min(value & 0xFFFFFFFF, _WMEM_MAX))
             case socket.SOL_SOCKET, socket.SO_LINGER:
                 fail(errno.EINVAL)  # a number is too short for a struct linger
             case socket.IPPROTO_TCP, socket.TCP_NODELAY:
@@ -692,6 +692,7 @@ class Sock:
         """Have the connection's buffers as large as was set; half is for Linux's own overhead."""
         assert self.conn is not None
         if self.rcvbuf is not None:
+            self.conn.exact_window |= self.rcvbuf // 2 < self.conn.rcv_buf
             self.conn.rcv_buf = self.rcvbuf // 2
         if self.sndbuf is not None:
             self.conn.snd_buf = self.sndbuf // 2

@@ -137,6 +137,8 @@ def _note_syn(c: Connection, seg: Segment) -> None:
     else:
         c.snd_scale = scale if scale < 14 else 14
         c.rcv_scale = parameters.window_scale
+    if not c.rcv_scale:
+        c.exact_window = True
     if options.ts_val is None:
         c.timestamps = False
     elif c.timestamps:
@@ -747,8 +749,8 @@ def emit(c: Connection, flags: int, now: float, seq: int | None = None, data: by
     """Send a segment that carries the current acknowledgment and window."""
     nxt = c.rcv_nxt
     scale = c.rcv_scale
-    # Where nothing waits to be read: the whole buffer, rounded up, is never less than before.
-    window = _window_to_tell(c, nxt, scale) if c._rx or not scale else -(-c.rcv_buf >> scale)
+    # Where nothing waits to be read, all of the buffer is free.
+    window = _window_to_tell(c, nxt, scale) if c._rx or c.exact_window else -(-c.rcv_buf >> scale)
     if window > 0xFFFF:
         window = 0xFFFF
     c.rcv_adv = (nxt + (window << scale)) & MASK

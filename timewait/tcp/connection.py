@@ -214,6 +214,7 @@ class Connection:
         "_tx",
         "adv_mss",
         "error",
+        "exact_window",
         "fin_received",
         "first_sent",
         "heard",
@@ -313,7 +314,8 @@ class Connection:
             self._pingpong,
             self.sack,
             self._frto,  # nothing new was tried yet since the timeout (RFC 5682)
-        ) = (False,) * 9
+            self.exact_window,  # more may have been told than all of `rcv_buf`, rounded up
+        ) = (False,) * 10
         (
             self.irs,
             self.rcv_nxt,
