@@ -205,12 +205,28 @@ def test_conditions_and_definitions() -> None:
         ("#ifdef X\n0 close(3) = 0", "#ifdef without #endif", 2),
         ("", "without events", 1),
         ("0 read(3, 'x') = 0", "value", 1),
+        ("0 close(3) = 0\n/* and", "a comment that does not end", 2),
+        ("0 close(3) = 0\n+0 `sleep", "a command that does not end", 2),
+        ('0 read(3, "x, 1) = 0', "a string that does not end", 1),
+        ("0 %{ assert 1", "code that does not end", 1),
+        ("0 %{ %{ %{", "code that does not end", 1),
+        ("0 < S 0:0(" + "9" * 5000 + ")", "a number of 5000 digits", 1),
+        ("1" + "0" * 12 + " close(3) = 0", "a time out of range", 1),
+        ("//" + "x" * (1 << 20), "characters", None),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(text: str, why: str, line: int) -> None:
+def test_what_cannot_be_read_is_named_with_its_line(text: str, why: str, line: int | None) -> None:
     with pytest.raises(Unsupported, match=why) as refused:
         parse(text)
     assert refused.value.line == line
+
+
+def test_the_ends_of_lines_do_not_matter() -> None:
+    text = "#ifdef A\nbad\n#endif\n#define FD 4\n// a comment\n0 close(FD) = 0\n+0\tclose(5) = 0\n"
+    plain = parse(text).events
+    assert [event.line for event in plain] == [6, 7]
+    for other in (text.replace("\n", "\r\n"), "\ufeff" + text, text.rstrip()):
+        assert parse(other).events == plain
 
 
 @given(st.text(alphabet="0123456789+*~.<>[]{}()SFRP. ackwin,=`%\"'\n/#-", max_size=120))

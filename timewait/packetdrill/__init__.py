@@ -17,6 +17,7 @@ from timewait.packetdrill.settings import Settings
 __all__ = ["Outcome", "play"]
 
 _TRIES = 3
+_LONGEST = 300  # characters of a script that an answer repeats
 
 
 def play(
@@ -44,7 +45,7 @@ def play(
         script = parse(text, str(path), defines, options)
         settings = Settings.of(script)
     except Unsupported as unsupported:
-        return Outcome(str(path), "unsupported", unsupported.line, unsupported.what)
+        return Outcome(str(path), "unsupported", unsupported.line, unsupported.what[:_LONGEST])
     except RecursionError:
         return Outcome(str(path), "unsupported", None, "nested too deeply")
     if on == "model":

@@ -207,7 +207,8 @@ _TOKENS: Final = re.compile(
   | (?P<command>`(?:\\.|[^`\\])*`)
   | (?P<string>"(?:\\.|[^"\\])*")
   | (?P<option>--[a-zA-Z0-9_]+(?:[ ]*=[ ]*(?:[A-Za-z0-9_]+=)?(?:"[^"\n]*"|`[^`]*`|[^\s"`]+))?)
-  | (?P<ipv6>(?:SEG:){7}SEG | (?:SEG(?::SEG)*)?::(?:ffff:\d+\.\d+\.\d+\.\d+|SEG(?::SEG)*)?(?![\w:]))
+  | (?P<ipv6>(?:SEG:){7}SEG
+      | (?:SEG(?::SEG){0,6})?::(?:ffff:\d+\.\d+\.\d+\.\d+|SEG(?::SEG){0,6})?(?![\w:]))
   | (?P<ipv4>\d+\.\d+\.\d+\.\d+)
   | (?P<dots>\.\.\.)
   | (?P<hex>0[xX][0-9a-fA-F]+(?!\w))
@@ -218,6 +219,14 @@ _TOKENS: Final = re.compile(
     """.replace("SEG", _SEGMENT),
     re.VERBOSE | re.DOTALL,
 )
+
+
+# What these begin is one token, unless its end is missing.
+_OPENINGS: Final = (
+    ('"', "a string"), ("`", "a command"), ("%{", "code"), ("/*", "a comment"),
+)  # fmt: skip
+_MOST_DIGITS: Final = 24
+_MOST_CHARACTERS: Final = 1 << 20
 
 
 @frozen
@@ -236,6 +245,12 @@ def _tokens(text: str) -> Iterator[_Token]:
         found = _TOKENS.match(text, position)
         assert found is not None  # `mark` takes any one character
         kind, word = found.lastgroup or "", found.group()
+        if kind == "mark":
+            for opening, what in _OPENINGS:
+                if text.startswith(opening, position):
+                    raise Unsupported(f"{what} that does not end", line)
+        elif kind in ("int", "hex", "float") and len(word) > _MOST_DIGITS:
+            raise Unsupported(f"a number of {len(word)} digits", line)
         if kind not in ("space", "comment"):
             yield _Token(kind, word, line, position, found.end())
         line += word.count("\n")
@@ -249,7 +264,7 @@ _DIRECTIVE: Final = re.compile(
     r"[ \t]*(?://.*|/\*.*|\#.*)?"
 )
 _DEFINE: Final = re.compile(r"[ \t]*\#define[ \t]+(\w+)(?:[ \t]+(.*?))?[ \t]*(?://.*|/\*.*)?")
-_CONDITION: Final = re.compile(r"(!?)[ \t]*(?:defined[ \t]*\(?[ \t]*(\w+)[ \t]*\)?|(\d+))")
+_CONDITION: Final = re.compile(r"(!?)[ \t]*(?:defined[ \t]*\(?[ \t]*(\w+)[ \t]*\)?|(\d{1,18}))")
 
 
 def _preprocessed(text: str, defines: dict[str, str]) -> str:
@@ -261,7 +276,10 @@ def _preprocessed(text: str, defines: dict[str, str]) -> str:
     # Of each #if: whether it is taken now, and whether any branch has been.
     taken: list[bool] = []
     ever: list[bool] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.lstrip()[:1] != "#" or len(line) > 1000:
+            kept.append(line if all(taken) else "")
+            continue
         directive = _DIRECTIVE.fullmatch(line)
         if directive is None:
             named = _DEFINE.fullmatch(line) if all(taken) else None
@@ -317,7 +335,7 @@ _ECN: Final[dict[str, int | str]] = {"noecn": 0, "ect1": 1, "ect0": 2, "ce": 3, 
 _ENCAPSULATIONS: Final = frozenset({"ipv4", "ipv6", "gre", "GREv0", "mpls"})
 
 
-_MOST_REPLACED: Final = 1 << 14  # defined names in a script
+_MOST_REPLACED: Final = 1 << 12  # defined names in a script
 
 # What the public suites' runners define for a script, by IP version.
 DEFINES: Final = {
@@ -348,6 +366,9 @@ def parse(
     own, and so have the last word. Raises `Unsupported` where the text is not
     packetdrill as known here.
     """
+    if len(text) > _MOST_CHARACTERS:
+        raise Unsupported(f"a script of {len(text)} characters")
+    text = text.replace("\r\n", "\n").removeprefix("\ufeff")
     options = tuple(options)
     version = _IP_VERSION.findall(text) + [v for name, v in options if name == "ip_version"]
     named = {**DEFINES["ipv6" if version[-1:] == ["ipv6"] else "ipv4"], **(defines or {})}
@@ -375,6 +396,7 @@ class _Parser:
         self.tokens = list(_tokens(text))
         self.at = 0
         self.replaced = 0
+        self.meanings: dict[str, list[tuple[str, str]]] = {}
 
     # -- tokens
 
@@ -458,10 +480,13 @@ class _Parser:
             elif meaning[0] == "`":
                 found.append(evolve(token, kind="string", text=f'"{meaning[1:-1]}"'))
             else:
+                if token.text not in self.meanings:
+                    self.meanings[token.text] = [
+                        (part.kind, part.text) for part in _tokens(meaning) if part.kind != "end"
+                    ]
                 parts = [
-                    evolve(part, line=token.line, start=token.start, end=token.end)
-                    for part in _tokens(meaning)
-                    if part.kind != "end"
+                    _Token(kind, text, token.line, token.start, token.end)
+                    for kind, text in self.meanings[token.text]
                 ]
                 self.replaced += 1
                 if self.replaced > _MOST_REPLACED:
@@ -516,8 +541,8 @@ class _Parser:
         if token.kind not in ("int", "float"):
             raise Unsupported(f"expected a time, found {token.text!r}", token.line)
         number = float(token.text)
-        if number < 0:
-            raise self.error(f"a negative time: {token.text}")
+        if not 0 <= number <= 1e9:
+            raise self.error(f"a time out of range: {token.text}")
         self.take()
         return number
 
