@@ -181,7 +181,14 @@ def establish(c: Connection, seg: Segment, now: float) -> None:
     if c.passive:
         c.last_challenge = -inf
     if c.srtt is None:
-        c.rto = c.profile.parameters.rto_after_lost_syn
+        options = seg.options
+        if c.timestamps and options is not None and options.ts_ecr:
+            # An ACK of nothing completes a simultaneous open, and measures (tcp_synack_rtt_meas).
+            c.srtt = ((tsval(c, now) - options.ts_ecr) & MASK) / 1000
+            c.rttvar = c.srtt / 2
+            _set_rto(c)
+        else:
+            c.rto = c.profile.parameters.rto_after_lost_syn
     if c.options.keepalive:
         c.t_keepalive = now + c.options.keepalive[0]
 
@@ -242,7 +249,7 @@ def _send_new(c: Connection, now: float, most: int) -> None:
             break
         seq = c.snd_nxt
         if linux and seq != c.snd_una:
-            c._ends += (seq,)
+            c._ends += ((seq, now),)
         c.snd_nxt = (seq + n + fin) & MASK
         if n < mss:
             c._small = c.snd_nxt
@@ -294,11 +301,11 @@ def queue_fin(c: Connection, _seg: None, now: float) -> None:
         return
     c._fin = 2
     seq = c.snd_nxt
-    if c._backoff and c._rtt_seq is None:
-        # Nothing that follows would use a round trip, but that it ends the backoff.
+    if (c._backoff or c.srtt is None) and c._rtt_seq is None:
+        # Little that follows would use a round trip, but that it ends the backoff.
         c._rtt_seq, c._rtt_at = (seq + 1) & MASK, now
     if seq != c.snd_una and c.profile.parameters.linux_checks:
-        c._ends += (seq,)
+        c._ends += ((seq, now),)
     c.snd_nxt = (seq + 1) & MASK
     if c.t_retransmit == inf:
         _start_retransmitting(c, now)
@@ -535,6 +542,8 @@ def retransmit(c: Connection, _seg: None, now: float) -> None:
     ):
         _probe_tail(c, now)
         return
+    if c._probed:
+        c._probed = False
     parameters = c.profile.parameters
     c.retransmits += 1
     c._rtt_seq = None
@@ -567,20 +576,20 @@ def retransmit(c: Connection, _seg: None, now: float) -> None:
 
 def _probe_tail(c: Connection, now: float) -> None:
     """Something new, else the last segment again; the timeout proper follows (RFC 8985 §7)."""
-    c._probed = True
-    c._rtt_seq = None
     mss = _effective_mss(c)
     syn = c.snd_una == c.iss
     text = (c.snd_nxt - c.snd_una - (c._fin == 2) - syn) & MASK
-    left = len(c._tx) - text
-    if left > 0 and min(left, mss) <= c.snd_wnd - text:
-        seq, n = c.snd_nxt, min(left, mss)
-        c._ends += (seq,)
+    n = min(len(c._tx) - text, mss)
+    new = 0 < n <= c.snd_wnd - text
+    if new:
+        seq = c.snd_nxt
+        c._ends += ((seq, now),)
         c.snd_nxt = (seq + n) & MASK
         if n < mss:
             c._small = c.snd_nxt
         emit(c, ACK | PSH, now, seq, c._tx[text : text + n])
     else:
+        c._rtt_seq = None
         start = max(0, text - 1) // mss * mss
         fin = FIN if c._fin == 2 else 0
         emit(
@@ -590,7 +599,14 @@ def _probe_tail(c: Connection, now: float) -> None:
             (c.snd_una + start + syn) & MASK,
             c._tx[start:text],
         )
+    c._probed = (c.snd_nxt, not new)
     c.t_retransmit = now + c.rto
+
+
+def probe_repeated(c: Connection) -> None:
+    """An ACK came twice: the probe came too, and nothing was lost (tcp_process_tlp_ack)."""
+    if c._probed and c._probed[0] == c.snd_una:
+        c._probed = False
 
 
 def _send_oldest(c: Connection, now: float) -> None:
@@ -602,7 +618,7 @@ def _send_oldest(c: Connection, now: float) -> None:
     mss = _effective_mss(c)
     n = min(text, mss)
     if c._ends:
-        fit = [end for end in c._ends if (end - c.snd_una) & MASK <= n]
+        fit = [end for end, _ in c._ends if (end - c.snd_una) & MASK <= n]
         if n == text:
             c._ends = ()
         elif fit:
@@ -625,14 +641,16 @@ def acknowledged(
         text = acked - (c.snd_una == c.iss)
         c._tx = c._tx[text:]  # a FIN, the last, is past its end
     c.snd_una = ack
+    oldest = None  # when what is now the oldest in flight was sent
     if acked == flight:
         c._ends = ()
     elif c.profile.parameters.linux_checks:
-        whole = sum(not (ack - end) & HALF for end in c._ends)
-        c._ends = c._ends[whole:]
+        whole = sum(not (ack - end) & HALF for end, _ in c._ends)
         if not whole:
             c.retransmits = 0
             return
+        oldest = c._ends[whole - 1][1]
+        c._ends = c._ends[whole:]
     if c._rtt_seq is None and echo and c.timestamps and c.profile.parameters.linux_checks:
         # What was sent again has no round trip of its own: its echo tells (RFC 7323 §4.3).
         c._rtt_seq, c._rtt_at = ack, now - ((tsval(c, now) - echo) & MASK) / 1000
@@ -654,7 +672,10 @@ def acknowledged(
         _set_rto(c)  # new data acknowledged ends the backoff; on Linux only a round trip does
     c.retransmits = 0
     if c._probed:
-        c._probed = False
+        # tcp_process_tlp_ack: of text sent again a later ACK, or a second one, tells.
+        end, again = c._probed
+        if not (ack - end) & HALF and (ack != end or not again):
+            c._probed = False
     if acked == flight:
         c.first_sent = c._recover = None
         c.t_retransmit = c.t_user = inf
@@ -665,6 +686,9 @@ def acknowledged(
                 c._recover = None
             elif not (c._frto and _try_new(c, now)):
                 _send_oldest(c, now)
+        if oldest is not None and c._recover is None and not (c._probed and c._probed[1]):
+            # Whatever is acknowledged next, Linux measures by its oldest segment.
+            c._rtt_seq, c._rtt_at = (c._ends[0][0] if c._ends else c.snd_nxt), oldest
 
 
 def _try_new(c: Connection, now: float) -> bool:

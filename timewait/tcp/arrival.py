@@ -19,6 +19,7 @@ from timewait.tcp.actions import (
     acknowledged,
     challenge_ack,
     probe_answered,
+    probe_repeated,
     quicken,
     synchronized,
     tell_repeated,
@@ -248,6 +249,10 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
                 challenge_ack(c, seg, now)
                 return _SEGMENT
             acked = -1  # older than others: it tells nothing
+    elif c._probed:
+        window = seg.window << c.snd_scale
+        if seg.seq == c.snd_wl1 and not seg.length and 0 < window <= c.snd_wnd:
+            probe_repeated(c)
     elif c.state is SYN_RECEIVED:
         if not c.profile.parameters.linux_checks:
             return _ACK_TOO_OLD
@@ -273,6 +278,8 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
             c.snd_wnd = window
             if window > c.max_wnd or (of_syn and c.passive and linux):
                 c.max_wnd = window  # tcp_create_openreq_child: not the SYN's
+        elif later & HALF and seg.data and _predicted(c, seg, flags) and (c._rx or c._tx):
+            c.snd_wl1 = seg.seq  # tcp_rcv_established: the last to tell it, though older
         c.heard = now
         if c.t_probe != inf:
             probe_answered(c, now)
@@ -282,7 +289,7 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
             _note_timestamp(c, seg)
 
     data = seg.data
-    if flags & FIN or data or (of_syn and c._out_of_order):
+    if flags & FIN or data or (of_syn and c._out_of_order and c.state is SYN_RECEIVED):
         if c.fin_received:
             # Of what acknowledges our FIN too, CLOSING and LAST_ACK look at nothing else.
             again = 0 if of_fin else _after_fin(c, seg, flags)

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from math import inf
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from attrs import frozen
 
@@ -268,6 +268,7 @@ class Connection:
     first_sent: float | None
     _recover: int | None
     _rtt_seq: int | None
+    _probed: tuple[int, bool] | Literal[False] | None
 
     def __init__(
         self,
@@ -296,12 +297,14 @@ class Connection:
         self.snd_buf = snd_buf
         self.timestamps: bool = parameters.timestamps if timestamps is None else timestamps
         self.offers_timestamps = self.timestamps  # whatever the peer's SYN says of it
-        self._probed = False if parameters.tail_loss_probe else None  # None: it never does
+        # SND.NXT after the last probe, and whether that sent something again; None: never probes.
+        self._probed = False if parameters.tail_loss_probe else None
         self.rto = parameters.rto_initial
         self.options = _DEFAULT
         self._tx = self._rx = b""
         self._out_of_order: tuple[tuple[int, bytes, bool], ...] = ()
-        self._ends: tuple[int, ...] = ()  # of the segments in flight but the last, on Linux
+        # On Linux, of each segment in flight but the first: where it begins, and when it was sent.
+        self._ends: tuple[tuple[int, float], ...] = ()
         self._rtt_at = self._ato = self.rttvar = 0.0
         # Together, because a new connection costs as much as three segments.
         (
