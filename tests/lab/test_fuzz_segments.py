@@ -41,7 +41,7 @@ def kernel() -> _Kernel:
 def test_kernel_and_model_agree_on_a_challenge(kernel: _Kernel) -> None:
     fuzzer = Fuzzer(1)
     try:
-        ((case, trace),) = kernel.run([(CHALLENGED, None)], 0, 0.03)
+        ((case, trace),) = kernel.run([(CHALLENGED, None)], gaps=(0.03, 0.03))
         assert [str(sent) for sent in trace.sent] == ["S. 0:0(0) ack 1", ". 1:1(0) ack 1"]
         assert trace.states == ["SYN_RECEIVED", "ESTABLISHED", "ESTABLISHED", "ESTABLISHED"]
         assert fuzzer._judge(case, trace) is None
@@ -58,7 +58,7 @@ def test_another_profile_is_found_out_and_its_script_passes_on_the_kernel(
     fuzzer = Fuzzer(1, "windows")
     try:
         case = Case(False, False, (*HANDSHAKE, *noise, *flood))
-        ((played, trace),) = kernel.run([(case, None)], 0, 0.03)
+        ((played, trace),) = kernel.run([(case, None)], gaps=(0.03, 0.03))
         assert fuzzer._judge(played, trace) is not None
         assert fuzzer._confirmed(kernel, [played]) == [played]
         found = fuzzer._shrunk(kernel, played)
@@ -106,11 +106,11 @@ def test_the_models_window_ends_where_the_kernel_said(kernel: _Kernel) -> None:
     near = Step("", 0, ACK | PSH, 1, 1000, 1)
     try:
         case = Case(False, False, (*HANDSHAKE, far, near))
-        ((played, trace),) = kernel.run([(case, None)], 0, 0.03)
+        ((played, trace),) = kernel.run([(case, None)], gaps=(0.03, 0.03))
         assert trace.edges[-1] is not None
         beyond = Step("", 0, ACK, trace.edges[-1] + 1, 0, 1)
         case = Case(False, False, (*HANDSHAKE, far, near, beyond, Step("wait", 100)))
-        ((played, trace),) = kernel.run([(case, None)], 0, 0.03)
+        ((played, trace),) = kernel.run([(case, None)], gaps=(0.03, 0.03))
         assert Fuzzer(1)._judge(played, trace) is None
         trace.edges = [edge and edge + 500 for edge in trace.edges]
         assert Fuzzer(1)._judge(played, trace) is not None
@@ -159,7 +159,7 @@ def test_what_is_kept_is_told_by_its_name_and_nothing_else_is(kernel: _Kernel) -
 
     try:
         (cut, trace), (delayed, ack) = fuzzer._play(
-            kernel, [(Case(True, False, CUT), None), (Case(False, False, DELAYED), None)], 0, 0.06
+            kernel, [(Case(True, False, CUT), None), (Case(False, False, DELAYED), None)]
         )
         assert kept(cut, trace) == "text cut when it was queued"
         assert fuzzer._confirmed(kernel, [cut]) == []  # it is not unexplained
@@ -179,7 +179,7 @@ def test_sack_blocks_take_room_of_text(kernel: _Kernel) -> None:
     early = Step("", 0, ACK | PSH, 101, 100, 1)
     steps = (*HANDSHAKE, early, *(Step("send", 1000) for _ in range(3)))
     try:
-        ((case, trace),) = kernel.run([(Case(False, False, steps, sack=True), None)], 0, 0.06)
+        ((case, trace),) = kernel.run([(Case(False, False, steps, sack=True), None)])
     finally:
         kernel.close()
     assert [sent.length for sent in trace.sent if sent.length] == [1000, 1448]

@@ -15,7 +15,7 @@ from functools import cache
 from math import ceil
 from typing import Final
 
-__all__ = ["fires_in", "jiffies", "tick", "wheel_step"]
+__all__ = ["fires_in", "jiffies", "present", "tick", "wheel_step"]
 
 _COARSE: Final = 6  # CLOCK_MONOTONIC_COARSE, which advances by ticks (clock_getres(2))
 _LEVEL_BITS: Final = 6  # LVL_BITS
@@ -59,7 +59,13 @@ def fires_in(left: float, of: float, now: int | None = None) -> float:
 
 def jiffies() -> int:
     """The kernel's count of its ticks, which its timers are set by."""
-    return round(time.clock_gettime(_COARSE) / tick()) + _ahead()
+    return present()[0]
+
+
+def present() -> tuple[int, float]:
+    """The present tick: its number in jiffies, and when it began, in `time.monotonic`'s seconds."""
+    began = time.clock_gettime(_COARSE)
+    return round(began / tick()) + _ahead(), began
 
 
 @cache

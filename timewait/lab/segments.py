@@ -17,6 +17,7 @@ that show it, and printed as a packetdrill script that expects what the kernel d
 
 from __future__ import annotations
 
+import math
 import random
 import select
 import socket
@@ -30,6 +31,7 @@ from typing import Any, Final
 from attrs import define, evolve, field, frozen
 
 from timewait.kernel.sock_diag import Details, details
+from timewait.kernel.ticks import fires_in, present, tick
 from timewait.kernel.wire import Wire
 from timewait.lab.coverage import Cells, counted
 from timewait.lab.segment_cases import (
@@ -56,12 +58,18 @@ __all__ = ["Case", "Difference", "Fuzzer", "Step"]
 
 _LOCAL: Final = ("192.168.0.1", "fd3d:fa7b:d17d::1")  # by whether it is IPv6
 _REMOTE: Final = ("192.0.2.1", "2001:db8::1")
-_GAPS: Final = (0.060, 0.047, 0.075)  # s between steps: at first, and when run again
+_GAP: Final = 0.060  # s between steps
+# When run again every pause is another: what differs at one moment only does not stay.
+_REPLAYS: Final = 3
+_OTHER_GAPS: Final = (0.040, 0.085)
 _GRAIN: Final = 0.045  # s by which a timer's segment may come earlier or later
 # s by which a timer fires late, those before it having been late too: on the timer wheel one
 # of 2 s and more has a grain of 256 ms, one of 256 ms and more 32 ms.
 _LONG, _LATE_SOON, _LATE = 2.048, 0.1, 0.45
 _MOST: Final = select.POLLIN | select.POLLOUT | 0x2000
+# So much of a tick later than where jiffies are counted a processor's own comes (measured).
+_OWN: Final = 0.87
+_TIMERS: Final = ("t_retransmit", "t_ack", "t_probe", "t_keepalive", "t_user")
 _IMPATIENT_SHARE: Final = 0.2  # of the batches
 
 
@@ -91,8 +99,12 @@ class _Sent:
 
 @define
 class _Trace:
-    """What one stack did in one case, step by step."""
+    """What one stack did in one case, step by step.
 
+    `began`: the number of a tick in jiffies, and when that began, on the kernel.
+    """
+
+    began: tuple[int, float] = (0, 0.0)
     times: list[float] = field(factory=list)
     looked: list[float] = field(factory=list)
     results: list[str] = field(factory=list)
@@ -210,15 +222,21 @@ class _Kernel:
                 self.wire.sysctl(f"net.ipv4.{name}", values[not impatient])
 
     def run(
-        self, cases: list[tuple[Case, random.Random | None]], length: int, gap: float
+        self,
+        cases: list[tuple[Case, random.Random | None]],
+        length: int = 0,
+        gaps: tuple[float, float] = (_GAP, _GAP),
     ) -> list[tuple[Case, _Trace]]:
         """Play cases; those with dice are made up on the way, `length` steps each.
+
+        Between two steps is a pause of some length between `gaps`, in seconds.
 
         They are all patient or all impatient: that is a setting of the namespace.
         """
         (impatient,) = {case.impatient for case, _ in cases}
         self._set_patience(impatient)
         start = time.monotonic()
+        number, began = present()
         lives = []
         for case, dice in cases:
             port = self.next_port
@@ -227,11 +245,12 @@ class _Kernel:
                 self.next_port = 20000
             local, remote = _LOCAL[case.six], (_REMOTE[case.six], port)
             live = _Live(case, dice, length, (local, 0 if case.active else PORT), remote)
+            live.trace.began = (number, began - start)
             lives.append(live)
             self.by_ports[0 if case.active else PORT, port] = live
         rounds = max(length if dice else len(case.steps) for case, dice in cases)
         for number in range(rounds):
-            until = time.monotonic() + gap
+            until = time.monotonic() + random.uniform(*gaps)
             for live in lives:
                 step = self._next(live, number)
                 if step is None:
@@ -402,6 +421,35 @@ def _note(live: Any, came: Frame, t: float) -> None:
 # ------------------------------------------------------------------ the model
 
 
+class _Grained(ModelStack):
+    """The model with its timers as late as the kernel's: those fire at the end of a wheel's step.
+
+    `began` is a tick and when it began, in the case's time: steps are counted in jiffies.
+    """
+
+    def __init__(self, settings: Settings, profile: str, began: tuple[int, float]) -> None:
+        super().__init__(settings, profile)
+        self._number, self._began = began
+        self._late: dict[tuple[int, str], float] = {}
+
+    def _step(self, until: float) -> None:
+        now = self.now()
+        for sock in self.host.tcp.values():
+            conn = getattr(sock, "conn", None)
+            for name in () if conn is None else _TIMERS:
+                due = getattr(conn, name)
+                if due != math.inf and self._late.get((id(conn), name)) != due:
+                    late = self._late[id(conn), name] = self._fires(due, now)
+                    setattr(conn, name, late)
+        super()._step(until)
+
+    def _fires(self, due: float, now: float) -> float:
+        passed = int((now - self._began) // tick())
+        left = math.ceil((due - now) / tick() - 1e-6) * tick()
+        fires = fires_in(left, left, self._number + passed)
+        return self._began + (passed + _OWN) * tick() + fires
+
+
 @define
 class _Modelled:
     """A case on the model."""
@@ -428,7 +476,7 @@ def _on_model(case: Case, kernel: _Trace, profile: str, reached: Cells | None = 
         bind_port=PORT,
         ip_version="ipv6" if case.six else "ipv4",
     )
-    stack = ModelStack(settings, profile)
+    stack = _Grained(settings, profile, kernel.began)
     if case.impatient:
         for name, (value, _) in IMPATIENT.items():
             stack.sysctl(f"net.ipv4.{name}", str(value), 0, required=False)
@@ -712,7 +760,7 @@ class Fuzzer:
                 impatient = random.Random(f"{self.seed}/{number}").random() < _IMPATIENT_SHARE
                 number += 1
                 fresh = [(Case.fresh(d, impatient), d) for d in dice]
-                played = self._play(kernel, list(fresh), self.length, _GAPS[0])
+                played = self._play(kernel, list(fresh), self.length)
                 suspects = []
                 for case, trace in played:
                     self.cases += 1
@@ -740,11 +788,11 @@ class Fuzzer:
         self,
         kernel: _Kernel,
         cases: list[tuple[Case, random.Random | None]],
-        length: int,
-        gap: float,
+        length: int = 0,
+        gaps: tuple[float, float] = (_GAP, _GAP),
     ) -> list[tuple[Case, _Trace]]:
         with undisturbed():
-            return kernel.run(cases, length, gap)
+            return kernel.run(cases, length, gaps)
 
     def _judge(self, case: Case, trace: _Trace, reached: Cells | None = None) -> Difference | None:
         model = _on_model(case, trace, self.profile, reached)
@@ -752,10 +800,10 @@ class Fuzzer:
 
     def _confirmed(self, kernel: _Kernel, cases: list[Case]) -> list[Case]:
         """Those cases that differ with other pauses too."""
-        for gap in _GAPS[1:]:
+        for _ in range(_REPLAYS):
             if not cases:
                 return []
-            again = self._play(kernel, [(case, None) for case in cases], 0, gap)
+            again = self._play(kernel, [(case, None) for case in cases], gaps=_OTHER_GAPS)
             cases = [case for case, trace in again if self._unexplained(case, trace)]
         return cases
 
@@ -779,8 +827,8 @@ class Fuzzer:
             together = self._confirmed(kernel, [least]) if needed else []
             case = together[0] if together else still[0]
         for _ in range(3):
-            ((played, trace),) = self._play(kernel, [(case, None)], 0, _GAPS[0])
+            ((played, trace),) = self._play(kernel, [(case, None)])
             difference = self._judge(played, trace)
-            if difference is not None:
+            if difference is not None and not difference.kept:
                 return difference
         return None  # it came and went: a timer's grain
