@@ -291,9 +291,11 @@ def _stack(
     if on == "wire":
         from timewait.lab.wire import WireStack
 
-        if observer not in ("auto", "tracepoint"):
-            raise ScenarioError(f"on the wire there is no observer {observer!r}, but tracepoint")
-        return WireStack(scenario, profiles, tracepoint=observer == "tracepoint")
+        tracepoint = {"auto": None, "tracepoint": True, "sock_diag": False}
+        if observer not in tracepoint:
+            names = ", ".join(tracepoint)
+            raise ScenarioError(f"on the wire there is no observer {observer!r}, but {names}")
+        return WireStack(scenario, profiles, tracepoint=tracepoint[observer])
     return KernelStack(observer) if on == "kernel" else ModelStack(scenario, profiles)
 
 

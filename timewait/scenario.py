@@ -725,7 +725,9 @@ def _duplicate_fin(clients: int) -> Scenario:
 
 
 def _simultaneous_close(clients: int) -> Scenario:
-    return _simultaneous(clients).fault("delay", "FIN", times=0, seconds=0.05)
+    # ACKs too, or that of the first FIN overtakes the second one.
+    story = _simultaneous(clients).fault("delay", "FIN", times=0, seconds=0.05)
+    return story.fault("delay", "ACK", times=0, seconds=0.05)
 
 
 def _rst_in_time_wait(clients: int) -> Scenario:

@@ -79,7 +79,7 @@ def test_what_only_a_wire_can_do(name: str, kernel: str) -> None:
             answers = [s for s in segments if s.t > fins[-1].t + 0.1]
             assert [s.flags for s in answers] == [ACK, RST]  # RFC 1337
         case "simultaneous-close":
-            assert State.CLOSING in states
+            assert states.count(State.CLOSING) == (1 if os.geteuid() else 2)
             assert run.time_wait.holder == "both"
         case "old-duplicate":
             late = [s.flags for s in segments if s.t > fins[-1].t + 0.1]
@@ -197,14 +197,15 @@ def _counted(lab: timewait.WireLab) -> int:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a tracepoint needs root")
-def test_the_kernels_transitions_are_seen_where_asked_for() -> None:
+def test_the_kernels_transitions_are_seen_where_permitted() -> None:
     scenario = Scenario.built_in("clients-first", clients=1)
-    run = scenario.run_sync(on="wire", observer="tracepoint")
+    run = scenario.run_sync(on="wire")
     kernel = [e for e in run.events if isinstance(e, Transition) and e.source == "tracepoint"]
     assert [e.new.name for e in kernel if e.local[0] == KERNEL[0]][:4] == [
         "SYN_SENT", "ESTABLISHED", "FIN_WAIT_1", "FIN_WAIT_2"
     ]  # fmt: skip
     assert run.observer == "model+sock_diag+tracepoint"
+    assert scenario.run_sync(on="wire", observer="sock_diag").observer == "model+sock_diag"
     with pytest.raises(ScenarioError, match="no observer 'psutil'"):
         scenario.run_sync(on="wire", observer="psutil")
 
@@ -216,6 +217,15 @@ def test_what_cannot_be_forged_is_refused() -> None:
             lab.network.forge((KERNEL[0], 1, FAR[0], 2), RST)
     finally:
         lab.close()
+
+
+def test_a_fin_overtaken_by_an_ack_is_told_in_order() -> None:
+    """The kernel's answer has its own time, not that of the segment that it answers."""
+    story = Scenario().listen().connect(2).close("both").restart()
+    story = story.fault("delay", "FIN", times=0, seconds=0.05)
+    for _ in range(3):
+        verdict = story.run_sync(on=stack(story, "server")).check()
+        assert verdict, verdict.explain()
 
 
 def test_a_link_with_faults_is_not_the_kernels_own() -> None:

@@ -146,17 +146,18 @@ class WireLab:
 
     def pump(self) -> None:
         """Bring the modelled side up to now, and hand it what the kernel has sent."""
-        clock = self.network.clock
         self._advance()
         while (octets := self.wire.read()) is not None:
+            self._advance()  # what answers it comes after it
             with suppress(NotTCP, ValueError):
                 packet = decode(octets)
                 self.packets.append(packet)
                 if self.peer is not None:
                     key = (*packet.dst, *packet.src)
+                    self.network.sent_at = self.wire.sent_at - self.origin
                     self.network.send(self._kernel, key, packet.segment)
+                    self.network.sent_at = None
             self.network.drain()
-        assert clock.now <= self.now()
 
     def _advance(self) -> None:
         clock, now = self.network.clock, self.now()
@@ -256,8 +257,7 @@ class WireStack:
 
     `kernel` says which side is the kernel's; `profiles` names the other's TCP.
     With `tracepoint`, which takes root, the kernel's transitions are seen as
-    they happen; segments have the time at which this process read them, so
-    that on a busy machine the two may be told in the wrong order.
+    they happen; None is where it is permitted.
     Raises `ScenarioError` where there can be no wire.
     """
 
@@ -272,7 +272,7 @@ class WireStack:
         profiles: dict[str, str] | None = None,
         *,
         kernel: Literal["client", "server"] = "client",
-        tracepoint: bool = False,
+        tracepoint: bool | None = None,
     ) -> None:
         self.kernel = kernel
         self._tracepoint = tracepoint
@@ -324,6 +324,8 @@ class WireStack:
                 partial(Tracepoint, [port], start=self._lab.origin, resets=False)
             )
         except OSError as refused:
+            if self._tracepoint is None:
+                return
             raise ScenarioError(f"no tracepoint here: {refused.strerror or refused}") from None
         self.observer += "+tracepoint"
         self.blind = self._transitions.blind
@@ -334,7 +336,7 @@ class WireStack:
         host = addresses[ip_address(scenario.host).version == 6]
         chosen = evolve(scenario, host=host, port=scenario.port or 9090)
         aim(self._lab.network, chosen)
-        if self._tracepoint:
+        if self._tracepoint is not False:
             self._watch(chosen.port)
         return chosen
 

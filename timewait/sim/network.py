@@ -146,6 +146,7 @@ class Network:
         self._flows: dict[Key, _Flow] = {}
         self.following = False  # whether to keep numbers for `forge` where there are no faults
         self.loopback = 0.0  # seconds that a segment takes within a host
+        self.sent_at: float | None = None  # when a real host sent what is sent now
         self._held: dict[tuple[str, int, str, int], list[tuple[Host, Key, Segment]]] = {}
         self.queue: deque[tuple[Host, Key, Segment]] = deque()
         self._draining = False
@@ -496,7 +497,7 @@ class Network:
         options = segment.options
         self.emit(
             SegmentSeen(
-                t=self.clock.now,
+                t=self.clock.now if self.sent_at is None else self.sent_at,
                 src=(key[2], key[3]),
                 dst=(key[0], key[1]),
                 flags=segment.flags,
