@@ -57,14 +57,12 @@ def test_script(path: Path, stack: str) -> None:
 # What the model does not claim to have, and says so.
 BEYOND = {
     "congestion": "congestion control",
-    "cork": "TCP_CORK",
     "defer-accept": "TCP_DEFER_ACCEPT",
     "duplicate-acks": "fast retransmission",
     "ecn": "tcp_ecn=1",
     "icmp-frag-needed": "path MTU discovery",
     "control-message": "TCP_INQ",
     "icmp-outbound": "UDP",
-    "msg-more": "MSG_MORE",
     "sendfile": "open()",
     "splice": "pipe()",
     "tfo-client": "MSG_FASTOPEN",

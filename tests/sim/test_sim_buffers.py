@@ -252,6 +252,77 @@ def test_the_user_timeout_does_not_end_what_is_only_acknowledged_late():
     assert alike(play) == 8  # CLOSE_WAIT
 
 
+def test_what_flags_ask_of_a_reader():
+    def play():
+        with contextlib.ExitStack() as stack:
+            listener, client, server = map(stack.enter_context, connected())
+            buffer = bytearray(4)
+            said = []
+
+            def ask(size, flags):
+                said.append(outcome(client.recv, size, flags))
+
+            server.send(b"0123456789")
+            ask(3, socket.MSG_WAITALL | socket.MSG_PEEK)
+            said.append((client.recv_into(buffer, 0, socket.MSG_TRUNC), bytes(buffer)))
+            said.append(client.recv_into(buffer, 0, socket.MSG_TRUNC | socket.MSG_PEEK))
+            ask(2, socket.MSG_MORE | socket.MSG_EOR)
+            for flags in (socket.MSG_OOB, socket.MSG_ERRQUEUE, socket.MSG_WAITALL):
+                ask(10, flags)
+            said.append(outcome(listener.recv, 1, socket.MSG_OOB))
+            ask(10, socket.MSG_WAITALL)
+            client.settimeout(9)
+            server.send(b"abcde")
+            ask(5, socket.MSG_WAITALL)
+            server.send(b"fg")
+            server.close()
+            ask(5, socket.MSG_WAITALL)
+            return said
+
+    assert alike(play) == [
+        *(b"012", (4, bytes(4)), 4, b"45", "OSError", "BlockingIOError", b"6789", "OSError"),
+        *("BlockingIOError", b"abcde", b"fg"),
+    ]
+
+
+@pytest.mark.parametrize("cork", [False, True], ids=["MSG_MORE", "TCP_CORK"])
+def test_text_waits_for_more_a_fifth_of_a_second_at_most(cork):
+    def play():
+        with contextlib.ExitStack() as stack:
+            _, client, server = map(stack.enter_context, connected())
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, cork)
+            more = 0 if cork else socket.MSG_MORE
+            seen = []
+
+            def ask():
+                seen.append(outcome(server.recv, 99))
+
+            client.send(b"half ", more)
+            ask()
+            if cork:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+            else:
+                client.send(b"whole")
+            ask()
+            time.sleep(0.06)
+            client.send(b"pushed", more)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ask()
+            time.sleep(0.06)
+            client.send(b"late", more)
+            for _ in range(2):
+                time.sleep(0.15)
+                ask()
+            client.send(b"last", more)
+            client.shutdown(socket.SHUT_WR)
+            ask()
+            return seen
+
+    asked = [b"half " if cork else b"half whole", b"pushed", "BlockingIOError", b"late", b"last"]
+    assert alike(play) == ["BlockingIOError", *asked]
+
+
 def test_a_port_range_is_told_as_it_was_set():
     def play():
         with socket.socket() as sock:

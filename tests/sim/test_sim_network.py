@@ -417,7 +417,7 @@ def test_what_is_not_modelled_is_never_silently_accepted():
             for level, option in (
                 (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
                 (socket.IPPROTO_TCP, socket.TCP_FASTOPEN),
-                (socket.IPPROTO_TCP, socket.TCP_CORK),
+                (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT),
             ):
                 with pytest.raises(OSError) as refused:
                     sock.setsockopt(level, option, 1)

@@ -54,6 +54,7 @@ _OPTIONS: Final = {
     "SO_REUSEPORT": (socket.SOL_SOCKET, socket.SO_REUSEPORT),
     "SO_KEEPALIVE": (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
     "TCP_NODELAY": (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    "TCP_CORK": (socket.IPPROTO_TCP, socket.TCP_CORK),
     "IPV6_V6ONLY": (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
     "IP_BIND_ADDRESS_NO_PORT": (socket.IPPROTO_IP, 24),
     "TCP_LINGER2": (socket.IPPROTO_TCP, socket.TCP_LINGER2),
@@ -65,6 +66,14 @@ _OPTIONS: Final = {
 _SIZES: Final = {
     "SO_SNDBUF": (socket.SOL_SOCKET, socket.SO_SNDBUF),
     "SO_RCVBUF": (socket.SOL_SOCKET, socket.SO_RCVBUF),
+}
+_FLAGS: Final = {
+    "MSG_MORE": socket.MSG_MORE,
+    "MSG_WAITALL": socket.MSG_WAITALL,
+    "MSG_TRUNC": socket.MSG_TRUNC,
+    "MSG_TRUNC|MSG_PEEK": socket.MSG_TRUNC | socket.MSG_PEEK,
+    "MSG_OOB": socket.MSG_OOB,
+    "MSG_ERRQUEUE": socket.MSG_ERRQUEUE,
 }
 _READ_ONLY: Final = {
     "SO_ERROR": (socket.SOL_SOCKET, socket.SO_ERROR),
@@ -117,6 +126,14 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
             listeners.append(server)
         return ends
 
+    def accepted(server: int, family: int) -> int:
+        """The slot of what that listener accepted."""
+        new = min(set(range(SLOTS)) - set(families))
+        families[new] = family
+        mapped.pop(new, None)
+        add("accept", server, new)
+        return new
+
     for _ in range(dice.randint(2, length)):
         slots = list(families)
         if not slots or (len(slots) < SLOTS and dice.random() < 0.2):
@@ -151,10 +168,12 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
                 "size",
                 "range",
                 "fill",
+                "more",
+                "flags",
             ),
-            (10, 9, 12, 12, 8, 7, 1, 7, 8, 5, 3, 2, 2, 2, 0.6, 6, 2, 2, 0.5, 1, 0.6),
+            (10, 9, 12, 12, 8, 7, 1, 7, 8, 5, 3, 2, 2, 2, 0.6, 6, 2, 2, 0.5, 1, 0.6, 1.5, 1.5),
         )[0]:
-            case "send" | "recv" | "peek" | "sendmsg" | "recv_into" if full:
+            case "send" | "more" | "recv" | "flags" | "peek" | "sendmsg" | "recv_into" if full:
                 if dice.random() < 0.5:
                     add("drain")
                     full = False
@@ -175,17 +194,35 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
                     add("close", slot)
                     del families[slot]
                     continue
-                new = min(set(range(SLOTS)) - set(families))
                 source = dice.choice(listeners or slots)
                 if source not in families:
                     continue
-                families[new] = families[source]
-                mapped.pop(new, None)
-                add("accept", source, new)
+                accepted(source, families[source])
                 if filled:
                     add("drain")  # what waited in the listener's queue
             case "send":
                 add("send", slot, dice.choice((0, 1, 100, 1500, 3000)))
+            case "more":
+                ends = pair(family)
+                if len(ends) == 2 and len(families) < SLOTS:
+                    sender, reader = dice.sample((ends[1], accepted(ends[0], family)), 2)
+                    for _ in range(dice.randint(1, 3)):
+                        add("send", sender, dice.choice((0, 1, 100)), "MSG_MORE")
+                        match dice.choice(("send", "answer", "set", "pause", "go on")):
+                            case "send":
+                                add("send", sender, dice.choice((0, 100)))
+                            case "answer":
+                                add("send", reader, 1)
+                            case "set":
+                                option = dice.choice(("TCP_NODELAY", "TCP_CORK"))
+                                add("set", sender, option, dice.choice((0, 1)))
+                            case "pause":
+                                add("pause")
+                        add("recv", reader, 100_000)
+                    # What comes now would show whether the memory was at hand for it.
+                    add("send", sender, 1)
+            case "flags":
+                add("recv_into", slot, dice.choice((1, 50)), 0, dice.choice(tuple(_FLAGS)))
             case "sendmsg":
                 add("sendmsg", slot, dice.choice((0, 1, 1500)), dice.choice((0, 100)))
             case "recv":
@@ -203,11 +240,7 @@ def program(seed: int | str, index: int, length: int = LENGTH) -> Program:
                 ends = pair(family)
                 if len(ends) == 2:
                     if len(families) < SLOTS and dice.random() < 0.7:
-                        new = min(set(range(SLOTS)) - set(families))
-                        families[new] = family
-                        mapped.pop(new, None)
-                        add("accept", ends[0], new)
-                        ends.append(new)
+                        ends.append(accepted(ends[0], family))
                     if dice.random() < 0.3:
                         which = dice.choice(tuple(_SIZES))
                         add("size", ends[-1], which, 5000)
@@ -341,17 +374,18 @@ def _call(slots: dict[int, socket.socket], ports: _Ports, name: str, *rest: Any)
             accepted, peer = sock.accept()
             _put(slots, new, accepted)
             return _place(peer, ports)
-        case "send", size:
-            return sock.send(_text(size))
+        case "send", size, *flags:
+            return sock.send(_text(size), *map(_FLAGS.__getitem__, flags))
         case "sendmsg", first, second:
             return sock.sendmsg([_text(first), bytearray(_text(second))])
         case ("fill",):
             return _fill(sock)
         case "recv", size:
             return sock.recv(size)
-        case "recv_into", size, limit:
+        case "recv_into", size, limit, *flags:
             buffer = bytearray(size)
-            return bytes(buffer[: sock.recv_into(buffer, min(limit, size))])
+            taken = sock.recv_into(buffer, min(limit, size), *map(_FLAGS.__getitem__, flags))
+            return bytes(buffer[:taken])
         case "peek", size:
             return sock.recv(size, socket.MSG_PEEK)
         case "shutdown", how:

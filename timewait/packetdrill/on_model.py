@@ -129,14 +129,14 @@ class ModelSocket:
 
     def send(self, data: bytes, flags: int = 0) -> int:
         """As socket.send; a blocking socket sends all."""
-        harmless = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT | socket.MSG_EOR
-        if flags & ~harmless:
-            names = [name for name in ("MSG_OOB", "MSG_MORE") if flags & CONSTANTS[name]]
-            raise Unsupported(f"{names[0] if names else f'send() flags {flags:#x}'} on the model")
+        known = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT | socket.MSG_EOR | socket.MSG_MORE
+        if flags & ~known:
+            name = "MSG_OOB" if flags & socket.MSG_OOB else f"send() flags {flags:#x}"
+            raise Unsupported(f"{name} on the model")
         waits = self.blocking and not flags & socket.MSG_DONTWAIT
         while len(self._moved) < len(data) or not data:
             try:
-                sent = self.inner.send(data[len(self._moved) :])
+                sent = self.inner.send(data[len(self._moved) :], flags & socket.MSG_MORE)
                 self._moved += bytes(sent)
             except BlockingIOError as trouble:
                 if self._moved and not waits:

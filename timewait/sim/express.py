@@ -59,6 +59,8 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool
         or a.t_keepalive != INF
         or a.options.user_timeout is not None
         or b.options.user_timeout is not None
+        or a.options.cork
+        or b.options.cork
         or b.read_shut
         or b._out_of_order
         or b.t_probe != INF

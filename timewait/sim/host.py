@@ -589,6 +589,7 @@ class Host:
         child.keepalive = listener.keepalive
         child.keep = listener.keep
         child.no_delay = listener.no_delay
+        child.cork = listener.cork
         child.user_timeout = listener.user_timeout
         child.rcvbuf = listener.rcvbuf
         child.sndbuf = listener.sndbuf

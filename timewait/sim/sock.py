@@ -20,6 +20,8 @@ from ipaddress import ip_address
 from selectors import EVENT_READ, SelectorKey
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from attrs import evolve
+
 from timewait.sim.express import Volley, pass_text, read_all
 from timewait.sim.network import Key
 from timewait.sim.ports import ANY4, ANY6, is_v4
@@ -62,6 +64,10 @@ _LINUX_STATES: Final = {
     State.LISTEN: 10,
     State.CLOSING: 11,
 }
+_PUSHING: Final = (  # what has waiting text sent: __tcp_sock_set_nodelay, __tcp_sock_set_cork
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, True),
+    (socket.IPPROTO_TCP, socket.TCP_CORK, False),
+)
 _FIN_SENT: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 
 
@@ -98,6 +104,7 @@ class Sock:
         "clean",
         "clock",
         "connect_bound",
+        "cork",
         "dead",
         "embryos",
         "error",
@@ -113,6 +120,7 @@ class Sock:
         "linger2",
         "listening",
         "local_port_range",
+        "more",
         "network",
         "no_delay",
         "parent",
@@ -179,6 +187,8 @@ class Sock:
         self.keepalive = False
         self.keep: tuple[float, float, int] = _KEEP  # idle, interval, probes
         self.no_delay = False
+        self.cork = False
+        self.more = False
         self.syn_retries = 0  # TCP_SYNCNT; 0: the host's own
         self.user_mss = 0
         self.user_timeout = 0
@@ -356,9 +366,12 @@ class Sock:
         child.phase = CONNECTED
         return child
 
-    def send(self, data: bytes) -> int:
-        """send(2): bytes taken; EAGAIN if there is no room, EPIPE after the end."""
-        if self.peer is not None and self.pass_text(data):
+    def send(self, data: bytes, more: bool = False) -> int:
+        """send(2): bytes taken; EAGAIN if there is no room, EPIPE after the end.
+
+        `more` is to follow (MSG_MORE): a segment that is not full waits for it.
+        """
+        if not more and self.peer is not None and self.pass_text(data):
             return len(data)
         conn = self.conn
         if conn is None:
@@ -368,6 +381,8 @@ class Sock:
             fail(self.take_error())
         if self.shut & 2 and old is not State.SYN_SENT and old is not State.SYN_RECEIVED:
             fail(errno.EPIPE)
+        if data and more is not self.more:
+            self._hold(more)
         try:
             taken = conn.send(data, self.clock.now)
         finally:
@@ -377,6 +392,12 @@ class Sock:
         if taken == 0 and (data or old in (State.SYN_SENT, State.SYN_RECEIVED)):
             fail(errno.EAGAIN)  # even with no text, it waits for the connection
         return taken
+
+    def _hold(self, more: bool) -> None:
+        """Have text that fills no segment wait, or not any more, as the last send(2) said."""
+        assert self._conn is not None
+        self.more = more
+        self._conn.options = evolve(self._conn.options, cork=more or self.cork)
 
     def pass_text(self, data: bytes) -> bool:
         """Send all of `data` to the other end on this host the short way, if that may be."""
@@ -649,6 +670,8 @@ class Sock:
                 fail(errno.EINVAL)  # a number is too short for a struct linger
             case socket.IPPROTO_TCP, socket.TCP_NODELAY:
                 self.no_delay = bool(value)
+            case socket.IPPROTO_TCP, socket.TCP_CORK:
+                self.cork = bool(value)
             case socket.IPPROTO_TCP, socket.TCP_MAXSEG:
                 if value and not _LEAST_MSS <= value <= 32767:
                     fail(errno.EINVAL)
@@ -683,8 +706,11 @@ class Sock:
                 fail(errno.ENOPROTOOPT)
         if self.conn is not None:
             self.tell_options()
-            if option == socket.TCP_NODELAY and level == socket.IPPROTO_TCP and value:
-                send_text(self.conn, None, self.clock.now)  # tcp_sock_set_nodelay
+            if (level, option, bool(value)) in _PUSHING:
+                options = self.conn.options
+                self.conn.options = evolve(options, cork=False)
+                send_text(self.conn, None, self.clock.now)
+                self.conn.options = options
                 self.after(self.conn.state)
                 self.network.drain()
 
@@ -702,9 +728,17 @@ class Sock:
         conn = self.conn
         assert conn is not None
         self.size_buffers()
-        if self.keepalive or self.no_delay or self.user_timeout or self.linger2 is not None:
+        if (
+            self.keepalive
+            or self.no_delay
+            or self.cork
+            or self.more
+            or self.user_timeout
+            or self.linger2 is not None
+        ):
             conn.options = SocketOptions(
                 nodelay=self.no_delay,
+                cork=self.cork or self.more,
                 user_timeout=self.user_timeout / 1000 or None,
                 linger2=None if self.linger2 is None else float(self.linger2),
                 keepalive=self.keep if self.keepalive else None,
@@ -741,6 +775,8 @@ class Sock:
                 return self.sndbuf or self._default_sndbuf()
             case socket.IPPROTO_TCP, socket.TCP_NODELAY:
                 return int(self.no_delay)
+            case socket.IPPROTO_TCP, socket.TCP_CORK:
+                return int(self.cork)
             case socket.IPPROTO_TCP, socket.TCP_KEEPIDLE:
                 return int(self.keep[0])
             case socket.IPPROTO_TCP, socket.TCP_KEEPINTVL:
@@ -883,6 +919,12 @@ class Sock:
             self.host.counters["ListenOverflows"] += 1
             self.host.counters["ListenDrops"] += 1
             return
+        if self.more and not (
+            segment.data
+            and segment.ack == conn.snd_una
+            and segment.window << conn.snd_scale == conn.snd_wnd
+        ):
+            self._hold(False)  # tcp_data_snd_check, which header prediction leaves out
         conn.segment(segment, self.clock.now)
         self.after(old)
         if self.watch is not None:

@@ -26,20 +26,16 @@ from timewait.sim.sock import AF_INET, AF_INET6, CONNECTED, Sock, fail
 __all__ = ["SimSocket", "WouldBlockForever", "current_host"]
 
 _SOCK_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-# Plain numbers: Python's own are enums, whose `&` is slow.
-_KNOWN_FLAGS: Final = int(
-    socket.MSG_PEEK
-    | socket.MSG_DONTWAIT
-    | socket.MSG_NOSIGNAL
-    | socket.MSG_CMSG_CLOEXEC
-    # What TCP has no use for.
-    | socket.MSG_CONFIRM
-    | socket.MSG_CTRUNC
-    | socket.MSG_DONTROUTE
-    | socket.MSG_EOR
+# Plain numbers: Python's own are enums, whose `&` is slow. Others mean nothing to TCP.
+_OOB, _PEEK, _TRUNC, _DONTWAIT, _WAITALL, _ERRQUEUE, _MORE = map(
+    int,
+    (
+        *(socket.MSG_OOB, socket.MSG_PEEK, socket.MSG_TRUNC, socket.MSG_DONTWAIT),
+        *(socket.MSG_WAITALL, socket.MSG_ERRQUEUE, socket.MSG_MORE),
+    ),
 )
-_PEEK: Final = int(socket.MSG_PEEK)
-_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
+_NOT_SENT: Final = _OOB | int(socket.MSG_FASTOPEN)
+_READING_OVER: Final = 0x2000 | 0x8 | 0x10  # POLLRDHUP, POLLERR, POLLHUP
 _TCP_INFO: Final = 280  # bytes of Linux 6.18's struct tcp_info
 _SO_MARK, _SO_TIMESTAMPING = 36, (37, 65)
 _TX_RECORDS: Final = 0x303  # SOF_TIMESTAMPING_TX_RECORD_MASK
@@ -300,13 +296,15 @@ class SimSocket:
 
     def send(self, data: Any, flags: int = 0) -> int:
         """send(2): how many bytes were taken."""
-        if flags:
-            _check_flags(flags)
+        if flags & _NOT_SENT:
+            fail(errno.EOPNOTSUPP)
         sock = self._sock
         if sock is None or sock.dead:
             sock = self._open()
         try:
-            return sock.send(data if type(data) is bytes else bytes(memoryview(data)))
+            return sock.send(
+                data if type(data) is bytes else bytes(memoryview(data)), flags & _MORE != 0
+            )
         except BlockingIOError:
             self._wait("send", flags)
             raise
@@ -342,22 +340,34 @@ class SimSocket:
         return self._receive(bufsize, flags) if bufsize else b""
 
     def _receive(self, bufsize: int, flags: int) -> bytes:
-        if flags:
-            _check_flags(flags)
         sock = self._sock
         if sock is None or sock.dead:
             sock = self._open()
+        if flags & (_OOB | _ERRQUEUE | _WAITALL):
+            self._look_first(sock, bufsize, flags)
         try:
-            return sock.receive(bufsize, bool(flags & _PEEK))
+            data = sock.receive(bufsize, flags & _PEEK != 0)
+            return bytes(len(data)) if flags & _TRUNC else data
         except BlockingIOError:
             self._wait("recv", flags)
             raise
+
+    def _look_first(self, sock: Sock, bufsize: int, flags: int) -> None:
+        """What these flags ask for instead of text, or before it."""
+        if flags & _ERRQUEUE:
+            fail(errno.EAGAIN)
+        if flags & _OOB:
+            fail(errno.ENOTCONN if sock.listening else errno.EINVAL)
+        conn = sock.conn
+        if conn is not None and not sock.poll() & _READING_OVER and len(conn._rx) < bufsize:
+            self._wait("recv", flags)
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """recv(2) into a buffer."""
         view = _writable(buffer, nbytes, "recv_into")
         data = self.recv(len(view), flags)
-        view[: len(data)] = data
+        if not flags & _TRUNC:
+            view[: len(data)] = data
         return len(data)
 
     def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, None]:
@@ -370,7 +380,8 @@ class SimSocket:
         """As `recv_into`, without an address."""
         view = _writable(buffer, nbytes, "recvfrom_into")
         data = self._receive(len(view), flags)
-        view[: len(data)] = data
+        if not flags & _TRUNC:
+            view[: len(data)] = data
         return len(data), None
 
     def recvmsg(
@@ -387,7 +398,7 @@ class SimSocket:
         """recvmsg(2) into one buffer after the other."""
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         data = self._receive(sum(map(len, views)), flags)
-        left = data
+        left = b"" if flags & _TRUNC else data
         for view in views:
             n = min(len(view), len(left))
             view[:n] = left[:n]
@@ -515,11 +526,6 @@ def _writable(buffer: Any, nbytes: int, call: str) -> memoryview:
     if nbytes > len(view):
         raise ValueError("buffer too small for requested bytes")
     return view[:nbytes] if nbytes else view
-
-
-def _check_flags(flags: int) -> None:
-    if flags & ~_KNOWN_FLAGS:
-        fail(errno.EOPNOTSUPP)
 
 
 def _check_ancillary(level: int, kind: int, data: bytes) -> None:

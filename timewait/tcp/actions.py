@@ -245,7 +245,7 @@ def _send_new(c: Connection, now: float, most: int) -> None:
                 fin = False  # room for the text only: tcp_snd_wnd_test looks at the whole
             else:
                 break
-        if n < mss and not (fin or c._recover or c.options.nodelay) and _held_by_nagle(c):
+        if n < mss and not (fin or c._recover) and _held_back(c):
             break
         seq = c.snd_nxt
         if linux and seq != c.snd_una:
@@ -284,9 +284,12 @@ def _effective_mss(c: Connection) -> int:
     return mss if mss <= most or not most else max(most, 36 if c.timestamps else 48)
 
 
-def _held_by_nagle(c: Connection) -> bool:
-    """RFC 9293 §3.7.4; Linux waits only for a segment that was itself small."""
-    if c.snd_una == c.snd_nxt:
+def _held_back(c: Connection) -> bool:
+    """Whether a small segment waits: RFC 9293 §3.7.4; on Linux only for one that was small too."""
+    options = c.options
+    if options.cork:
+        return True
+    if options.nodelay or c.snd_una == c.snd_nxt:
         return False
     if c.profile.parameters.linux_checks:
         return (c.snd_una - c._small) & HALF != 0
