@@ -3,10 +3,12 @@
 import contextlib
 import os
 import select
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -316,3 +318,67 @@ def test_tcp_info_tells_the_receive_window() -> None:
                 break
         else:
             raise AssertionError("the connection is not in the table")
+
+
+@pytest.mark.skipif(shutil.which("ss") is None, reason="needs ss")
+def test_tcp_info_is_what_ss_tells(pair: tuple[socket.socket, ...]) -> None:
+    _, server, client = pair
+    client.sendall(b"x" * 5000)
+    server.sendall(b"y" * 700)
+    assert len(client.recv(700)) == 700
+    renamed = {"mss": "snd_mss", "rcvmss": "rcv_mss", "cwnd": "snd_cwnd"}
+    same = "pmtu advmss bytes_sent bytes_acked bytes_received segs_out segs_in data_segs_out"
+    same += " data_segs_in delivered rcv_space rcv_ssthresh snd_wnd"
+    names = {name: name for name in same.split()} | renamed
+    port = end(server)[1]
+    printed = subprocess.run(
+        ["ss", "-tniOH", "state", "established", f"( sport = :{port} or dport = :{port} )"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    ours = {d.row.local[1]: d.info for d in details(port, states=[State.ESTABLISHED], info=True)}
+    assert len(printed.splitlines()) == len(ours) == 2
+    for line in printed.splitlines():
+        info = ours[int(line.split()[2].rpartition(":")[2])]
+        told = dict(word.split(":", 1) for word in line.split()[4:] if ":" in word)
+        assert info is not None
+        assert {name: int(told[name]) for name in names} == {
+            name: info[field] for name, field in names.items()
+        }
+
+
+def test_an_older_kernels_tcp_info_has_fewer_fields() -> None:
+    assert list(sock_diag._tcp_info(bytes(248)) or {})[-1] == "rehash"
+    # As of Linux 4.6, and a part of the next field.
+    assert list(sock_diag._tcp_info(bytes(146)) or {})[-1] == "segs_in"
+
+
+@pytest.mark.parametrize("sent", [0, 1000, 300_000])
+def test_who_called_connect_is_known_from_what_the_kernel_counts(
+    pair: tuple[socket.socket, ...], sent: int
+) -> None:
+    _, server, client = pair
+    port = end(server)[1]
+
+    def told() -> dict[tuple[str, int], tuple[bool | None, State]]:
+        full = [d for d in details(port, info=True) if d.row.remote[1] and d.row.inode]
+        return {d.row.local: (d.connected, d.row.state) for d in full}
+
+    for each in (server, client):  # 300,000 is more than the window takes: some of it waits
+        each.setblocking(False)
+        assert sent == 0 or each.send(bytes(sent)) > 0
+    assert told() == {
+        end(server): (False, State.ESTABLISHED),
+        end(client): (True, State.ESTABLISHED),
+    }
+    server.shutdown(socket.SHUT_WR)
+    client.setblocking(True)
+    while client.recv(1 << 20):
+        pass
+    while told()[end(server)][1] is State.FIN_WAIT_1:  # its FIN's ACK may be delayed
+        time.sleep(0.001)
+    assert told() == {
+        end(server): (False, State.FIN_WAIT_2),
+        end(client): (True, State.CLOSE_WAIT),
+    }

@@ -17,8 +17,10 @@ import errno
 import os
 import socket
 import struct
+from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -66,7 +68,9 @@ _MAPPED: Final = bytes(10) + b"\xff\xff"
 # retransmits, ports, addresses, interface, cookie, expires, queues, uid, inode.
 _MESSAGE: Final = struct.Struct("=IHHI4xBBBBHH16s16s4xQIIIII")
 _FAMILY, _COOKIE = 4, 12
+_INTERFACE: Final = 56
 _INT: Final = struct.Struct("=i")
+_UINT: Final = struct.Struct("=I")
 _BOTH_FAMILIES: Final = struct.Struct("=xxxB48xI4x")  # inet_diag_req
 _BY_FAMILY: Final = struct.Struct("=BBBxIHH16s16sI8s")  # inet_diag_req_v2
 _HEAD: Final = struct.Struct("=IHHI4xBBBB")
@@ -94,13 +98,14 @@ _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range
 
 T = TypeVar("T")
 
-# include/uapi/linux/inet_diag.h, the attributes worth having, and tcp_info's first
-# fields (include/uapi/linux/tcp.h) up to those every kernel since 4.6 has.
+# include/uapi/linux/inet_diag.h, the attributes worth having, and tcp_info's fields
+# (include/uapi/linux/tcp.h), of which a kernel tells those that it has, from the first on.
 _EXT_INFO: Final = 1 << 1
 _ATTR_INFO: Final = 2
 _ATTR_SHUTDOWN: Final = 8
 _ATTR_SKV6ONLY: Final = 11
-_TCP_INFO: Final = struct.Struct("=8B24IQQQQII")
+_TCP_INFO_LAYOUT: Final = "B" * 8 + "I" * 24 + "Q" * 4 + "I" * 6 + "Q" * 4 + "IIQQ" + "I" * 6
+_TCP_INFO: Final = struct.Struct("=" + _TCP_INFO_LAYOUT)
 _TCP_INFO_FIELDS: Final = (
     *("state", "ca_state", "retransmits", "probes", "backoff", "options", "wscale", "flags"),
     *("rto", "ato", "snd_mss", "rcv_mss", "unacked", "sacked", "lost", "retrans", "fackets"),
@@ -108,8 +113,12 @@ _TCP_INFO_FIELDS: Final = (
     *("pmtu", "rcv_ssthresh", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "advmss"),
     *("reordering", "rcv_rtt", "rcv_space", "total_retrans"),
     *("pacing_rate", "max_pacing_rate", "bytes_acked", "bytes_received"),
-    *("segs_out", "segs_in"),
+    *("segs_out", "segs_in", "notsent_bytes", "min_rtt", "data_segs_in", "data_segs_out"),
+    *("delivery_rate", "busy_time", "rwnd_limited", "sndbuf_limited"),
+    *("delivered", "delivered_ce", "bytes_sent", "bytes_retrans"),
+    *("dsack_dups", "reord_seen", "rcv_ooopack", "snd_wnd", "rcv_wnd", "rehash"),
 )
+_TCP_INFO_ENDS: Final = tuple(accumulate(map(struct.calcsize, _TCP_INFO_LAYOUT)))
 
 
 @frozen
@@ -120,9 +129,11 @@ class Details:
     `family` is `socket.AF_INET` or `AF_INET6` (an IPv6 socket may carry IPv4
     addresses); `v6only` is told of IPv6 sockets that listen or are only bound,
     None otherwise; `shutdown` has bit 1 set for receiving and 2 for sending,
-    and is 0 for TIME_WAIT. `info` is TCP_INFO by the kernel's names without
-    the `tcpi_` prefix, in the kernel's units, "rcv_wnd" since Linux 6.2; None
-    unless asked for, or where the socket has none.
+    and is 0 for TIME_WAIT. `interface` is the index of the one it is bound to
+    (SO_BINDTODEVICE, or a link-local address's), 0 for none. `info` is
+    TCP_INFO by the kernel's names without the `tcpi_` prefix, in the kernel's
+    units, the fields that this kernel has; None unless asked for, or where the
+    socket has none.
     """
 
     row: Row
@@ -131,6 +142,24 @@ class Details:
     v6only: bool | None = None
     shutdown: int = 0
     info: dict[str, int] | None = None
+    interface: int = 0
+
+    @property
+    def connected(self) -> bool | None:
+        """Whether this end called connect(): False if accept() gave it, None where not told.
+
+        The kernel does not say, but counts: a SYN that was acknowledged is in
+        `bytes_acked` as one byte (tcp_rcv_synsent_state_process: tcp_ack), and
+        not in `bytes_sent`; the SYN of an accepted connection is in neither.
+        Needs `info`, of Linux 4.19 or newer.
+        """
+        info = self.info
+        sent_fin = {State.ESTABLISHED: 0, State.CLOSE_WAIT: 0, State.FIN_WAIT_2: 1}
+        if info is None or "bytes_retrans" not in info or self.row.state not in sent_fin:
+            return None
+        taken = info["bytes_acked"] + self.row.send_q - info["notsent_bytes"]
+        syn = taken - (info["bytes_sent"] - info["bytes_retrans"]) - sent_fin[self.row.state]
+        return {0: False, 1: True}.get(syn)
 
 
 def ends_in(row: Row) -> float | None:
@@ -421,6 +450,7 @@ class SockDiag:
                     v6only=None if v6only is None else v6only != b"\0",
                     shutdown=shutdown[0] if shutdown else 0,
                     info=_tcp_info(attributes.get(_ATTR_INFO)),
+                    interface=_UINT.unpack_from(buffer, offset + _INTERFACE)[0],
                 )
         return found
 
@@ -563,9 +593,9 @@ def _tcp_info(data: bytes | None) -> dict[str, int] | None:
     if data is None:
         return None
     # An older kernel's structure is shorter, a newer one's longer: what is there is used.
-    newer = {"rcv_wnd": struct.unpack_from("=I", data, 232)[0]} if len(data) >= 236 else {}
-    padded = data[: _TCP_INFO.size].ljust(_TCP_INFO.size, b"\0")
-    return dict(zip(_TCP_INFO_FIELDS, _TCP_INFO.unpack(padded), strict=True)) | newer
+    values = _TCP_INFO.unpack(data[: _TCP_INFO.size].ljust(_TCP_INFO.size, b"\0"))
+    there = bisect(_TCP_INFO_ENDS, len(data))
+    return dict(zip(_TCP_INFO_FIELDS[:there], values[:there], strict=True))
 
 
 def _port_program(port: int) -> bytes:
