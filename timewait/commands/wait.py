@@ -116,7 +116,7 @@ def command(
     except TimeoutError as error:
         trouble = str(error)
     except OSError as error:
-        raise click.ClickException(f"{address}: {error.strerror or error}") from None
+        raise click.ClickException(error.strerror or str(error)) from None
     if as_json:
         click.echo(
             json.dumps(

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from ipaddress import ip_address
 from types import FrameType
 from typing import Final
 
@@ -19,8 +20,20 @@ from rich.table import Table
 from rich.text import Text
 
 from timewait.commands.wait import TO_END, Seconds
-from timewait.events import Called, Event, Lost, Note, RunStarted, SegmentSeen, Transition, dump
-from timewait.explain import parse_address
+from timewait.events import (
+    Address,
+    Called,
+    Event,
+    Lost,
+    Note,
+    Row,
+    RunEnded,
+    RunStarted,
+    SegmentSeen,
+    Transition,
+    dump,
+)
+from timewait.explain import addresses, parse_address
 from timewait.kernel.namespace import isolate
 from timewait.kernel.observers import OBSERVERS
 from timewait.report import address as address_text
@@ -30,8 +43,8 @@ from timewait.watching import Watch, watch
 
 __all__ = ["command"]
 
-_ROWS: Final = 20
 _FEED: Final = 10
+_ORDER: Final = {State.LISTEN: 0, State.TIME_WAIT: 2}
 _TICK: Final = 0.1  # seconds between two looks at what there is to show
 
 
@@ -82,16 +95,22 @@ def command(
 ) -> int:
     """Watch until interrupted, the time is up, or the command has ended."""
     program: list[str] = ctx.obj
-    if address is None and not program:
-        raise click.UsageError("which port? give [HOST:]PORT, or a command after --")
-    if isolated and not program:
-        raise click.UsageError("--isolated needs a command after --: nothing else is in there")
-    host, port = "0.0.0.0", None
+    hosts: frozenset[str] = frozenset()
+    port = None
     if address is not None:
         try:
             host, port = parse_address(address)
+            hosts = _shown_as(host)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
+        except OSError as error:
+            raise click.ClickException(error.strerror or str(error)) from None
+    if address is None and not program:
+        raise click.UsageError("which port? give [HOST:]PORT, or a command after --")
+    if port == 0:
+        raise click.UsageError("port 0 is nobody's: bind() and connect() take it for any")
+    if isolated and not program:
+        raise click.UsageError("--isolated needs a command after --: nothing else is in there")
     told = _Told()
     before = {
         number: signal.signal(number, told)
@@ -103,10 +122,18 @@ def command(
             isolate()
             if observer == "auto":
                 observer = "sock_diag"  # the tracepoint tells of every namespace's resets
-        return _watch(port, host, observer, as_json, seconds, program, told)
+        return _watch(port, hosts, observer, as_json, seconds, program, told)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _shown_as(host: str) -> frozenset[str]:
+    """The addresses to watch, as the kernel shows them; empty for all."""
+    shown = {ip_address(each.partition("%")[0]) for each in addresses(host)}
+    if any(each.is_unspecified for each in shown):
+        return frozenset()
+    return frozenset(str(getattr(each, "ipv4_mapped", None) or each) for each in shown)
 
 
 class _Told:
@@ -120,14 +147,14 @@ class _Told:
 
 def _watch(
     port: int | None,
-    host: str,
+    hosts: frozenset[str],
     observer: str,
     as_json: bool,
     seconds: float | None,
     program: list[str],
     told: _Told,
 ) -> int:
-    feed = _Feed(host, as_json)
+    feed = _Feed(hosts, as_json)
     process: subprocess.Popen[bytes] | None = None
     with watch(port, observer=observer) as seen:
         for reason in seen.why_not:
@@ -151,6 +178,8 @@ def _watch(
         finally:
             status = _end(process)
     feed.print(seen)
+    if as_json:
+        click.echo(json.dumps(dump(RunEnded(max(event.t for event in seen.events)))))
     if seen.lost:
         click.echo(f"timewait: {seen.lost} events were lost", err=True)
     return status
@@ -173,25 +202,34 @@ def _end(process: subprocess.Popen[bytes] | None) -> int:
 class _Feed:
     """What has happened, as lines; each event is printed once."""
 
-    def __init__(self, host: str, as_json: bool) -> None:
-        self._host = host
+    def __init__(self, hosts: frozenset[str], as_json: bool) -> None:
+        self._hosts = hosts
         self._as_json = as_json
         self._next = 0
         self.last: deque[str] = deque(maxlen=_FEED)
 
     def take(self, seen: Watch) -> list[Event]:
-        """The events that are new, of the host asked for."""
+        """The events that are new, of the hosts asked for."""
         new = seen.events[self._next :]
         self._next += len(new)
         return [event for event in new if self._wanted(event)]
 
+    def rows(self, seen: Watch) -> list[Row]:
+        """The sockets of the hosts asked for: those that live, then as their time is up."""
+        return sorted(
+            (row for row in seen.rows() if self.concerns(row.local, row.remote)),
+            key=lambda row: (_ORDER.get(row.state, 1), row.seconds_left or 0.0, row.local[1]),
+        )
+
+    def concerns(self, *ends: Address) -> bool:
+        """Whether one of these is of a host asked for."""
+        return not self._hosts or any(host in self._hosts for host, _ in ends)
+
     def _wanted(self, event: Event) -> bool:
-        if self._host in ("0.0.0.0", "::"):
-            return True
         if isinstance(event, Transition):
-            return self._host in (event.local[0], event.remote[0])
+            return self.concerns(event.local, event.remote)
         if isinstance(event, SegmentSeen):
-            return self._host in (event.src[0], event.dst[0])
+            return self.concerns(event.src, event.dst)
         return True
 
     def print(self, seen: Watch) -> None:
@@ -200,22 +238,23 @@ class _Feed:
             click.echo(json.dumps(dump(event)) if self._as_json else _line(event))
 
 
-def _line(event: Event) -> str:
-    return f"{event.t:10.6f}  {_what(event)}"
+def _line(event: Event, width: int = 48) -> str:
+    return f"{event.t:10.6f}  {_what(event, width)}"
 
 
-def _what(event: Event) -> str:
+def _what(event: Event, width: int) -> str:
+    """In words, a connection's two ends padded to `width`."""
     if isinstance(event, Transition):
         ends = address_text(event.local)
         if event.remote[1]:
             ends += f" \N{RIGHTWARDS ARROW} {address_text(event.remote)}"
         cause = f" ({event.cause})" if event.cause else ""
         about = " about" if event.sampled else ""
-        return f"{ends:48} {event.old} \N{RIGHTWARDS ARROW} {event.new}{cause}{about}"
+        return f"{ends:{width}} {event.old} \N{RIGHTWARDS ARROW} {event.new}{cause}{about}"
     if isinstance(event, SegmentSeen):
         ends = f"{address_text(event.src)} > {address_text(event.dst)}"
         return (
-            f"{ends:48} {flags_text(event.flags)} seq={event.seq} ack={event.ack} "
+            f"{ends:{width}} {flags_text(event.flags)} seq={event.seq} ack={event.ack} "
             f"len={event.length}"
         )
     if isinstance(event, Lost):
@@ -230,18 +269,30 @@ def _what(event: Event) -> str:
 
 def _live(seen: Watch, feed: _Feed, over: Callable[[], bool]) -> None:
     with Live(auto_refresh=False) as live:
-        while not over():
-            feed.last.extend(_line(event) for event in feed.take(seen))
-            live.update(Group(_table(seen), Text("\n".join(feed.last))), refresh=True)
+        while not over() and live.console.is_terminal and sys.stdout.isatty():
+            # Where there is room for it, the states are below one another.
+            width = min(max(live.console.width - 40, 0), 48)
+            feed.last.extend(_line(event, width) for event in feed.take(seen))
+            shown = Group(
+                _table(feed.rows(seen), live.console.height - len(feed.last)),
+                Text("\n".join(feed.last), overflow="ellipsis", no_wrap=True),
+            )
+            live.update(shown, refresh=True)
             time.sleep(_TICK)
 
 
-def _table(seen: Watch) -> Table:
-    rows = sorted(seen.rows(), key=lambda row: (row.state is not State.LISTEN, row.local[1]))
-    table = Table(box=None, pad_edge=False)
+def _table(rows: list[Row], height: int) -> Table:
+    """The first of the rows that there is room for, under a line that counts all of them."""
+    count = Counter(row.state.name for row in rows)
+    table = Table(
+        box=None,
+        pad_edge=False,
+        title=", ".join(f"{n} {state}" for state, n in count.most_common()) or "no sockets",
+        title_justify="left",
+    )
     for name in ("Local", "Remote", "State", "Timer", "Left"):
-        table.add_column(name, justify="right" if name == "Left" else "left")
-    for row in rows[:_ROWS]:
+        table.add_column(name, justify="right" if name == "Left" else "left", no_wrap=True)
+    for row in rows[: max(height - 3, 1)]:
         table.add_row(
             address_text(row.local),
             address_text(row.remote),
@@ -249,8 +300,4 @@ def _table(seen: Watch) -> Table:
             row.timer or "",
             "" if row.seconds_left is None else f"{row.seconds_left:.1f} s",
         )
-    if len(rows) > _ROWS:
-        table.add_row(f"and {len(rows) - _ROWS} more")
-    if not rows:
-        table.add_row("no sockets")
     return table
