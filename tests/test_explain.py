@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 
 from timewait import State
 from timewait.explain import Explanation, can_bind, explain_bind, parse_address
-from timewait.kernel import sock_diag
+from timewait.kernel import processes, sock_diag
 from timewait.kernel.namespace import Namespace, sysctl
 from timewait.kernel.sock_diag import address_text, sockets
 from timewait.kernel.ticks import wheel_step
@@ -107,7 +108,7 @@ def tried(host: str, port: int) -> dict[str, bool]:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
         try:
-            sock.bind((host, port))
+            sock.bind(socket.getaddrinfo(host, port)[0][4])
             sock.listen()
             outcome[name] = True
         except OSError:
@@ -192,8 +193,10 @@ def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
     assert holder.remote == remote
     assert holder.seconds_left is not None
     assert 55 < holder.seconds_left < 62.1
-    assert found.free_after == holder.gone_after
-    assert holder.seconds_left < found.free_after <= holder.seconds_left + wheel_step(60)
+    assert holder.gone_after is not None
+    assert holder.seconds_left < holder.gone_after <= holder.seconds_left + wheel_step(60)
+    assert found.free_after is not None  # from now on, not from when it was seen
+    assert holder.gone_after - 1 < found.free_after < holder.gone_after + 0.02
     assert found.bindable.reuse_address is reuse
     if reuse:
         assert "so a server that sets it binds now" in found.rule
@@ -253,6 +256,27 @@ def test_the_port_is_free_when_it_was_said_to_be(
     assert found.free_after is not None
     # Never sooner, but for the looks' own time; later only as this process was.
     assert found.free_after - 0.1 <= waited <= found.free_after + 0.9
+
+
+def test_a_bind_succeeds_when_it_was_said_to_and_not_before(
+    server: Server, connect: Connect
+) -> None:
+    sysctl("net.ipv4.tcp_fin_timeout", 2)
+    listener = server()
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.close()
+    wait_for(PORT, State.FIN_WAIT_2)
+    found = explain_bind(PORT, HERE)
+    then = time.monotonic() + (found.free_after or 0.0)
+    refused = 0.0
+    while time.monotonic() < then:
+        before = time.monotonic()
+        if not tried(HERE, PORT)["plain"]:
+            refused = before
+        time.sleep(0.002)
+    assert tried(HERE, PORT)["plain"]
+    assert refused > then - 0.3
 
 
 @pytest.mark.usefixtures("either_family")
@@ -502,7 +526,7 @@ def test_a_link_local_address_goes_with_an_interface(opened: ExitStack) -> None:
     listener.listen()
     assert explain_bind(PORT, "fe80::1%lo").situation == "live-listener"
     assert explain_bind(PORT, "fe80::2%lo").situation == "address-not-local"
-    with pytest.raises(socket.gaierror):
+    with pytest.raises(OSError, match="there is no interface none"):
         explain_bind(PORT, "fe80::1%none")
 
 
@@ -753,3 +777,226 @@ def test_a_server_whose_group_s_leader_has_ended_is_nobody_s_heir() -> None:
             assert explained().situation == "live-listener"
         finally:
             server.kill()
+
+
+@pytest.fixture
+def interfaces() -> tuple[str, str]:
+    """Two interfaces, each with the same link-local address as the other."""
+    commands = "ip link add one type veth peer name two"
+    for name in ("one", "two"):
+        commands += f" && ip link set {name} up && ip address add fe80::77/64 dev {name} nodad"
+    subprocess.run(commands, shell=True, check=True)
+    return "one", "two"
+
+
+def on(interface: str, host: str, opened: ExitStack) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = opened.enter_context(socket.socket(family))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+    sock.bind((host, PORT))
+    sock.listen()
+
+
+def test_servers_on_two_interfaces_do_not_share(
+    interfaces: tuple[str, str], opened: ExitStack
+) -> None:
+    for name in interfaces:
+        on(name, "0.0.0.0", opened)
+    found = explained("0.0.0.0")
+    assert found.situation == "live-listener"
+    assert sorted(holder.to_json()["local"] for holder in found.holders) == [
+        f"0.0.0.0%{name}:{PORT}" for name in interfaces
+    ]
+    assert "bound to interface" in found.rule
+    assert found.warnings == ()
+
+
+@pytest.mark.parametrize("host", ["::", "fe80::77"])
+def test_a_link_local_address_of_another_interface_is_free(
+    interfaces: tuple[str, str], opened: ExitStack, host: str
+) -> None:
+    one, two = interfaces
+    on(one, host, opened)
+    free = explained(f"fe80::77%{two}")
+    assert (free.situation, free.holders) == ("free", ())
+    assert not any("would share" in text for text in free.warnings)
+    assert not explained(f"fe80::77%{one}")
+
+
+def test_a_privileged_port_is_not_free_when_its_time_wait_ends(
+    server: Server, connect: Connect, explained_to_nobody: Callable[[int], Any]
+) -> None:
+    listener = server(port=80)
+    for sock in (*connect(listener), listener):
+        sock.close()
+    found = explained_to_nobody(80)
+    assert found["situation"] == "privileged-port"
+    assert [holder["kind"] for holder in found["holders"]] == ["time-wait"]
+    assert found["free_after"] is None
+    sysctl("net.ipv4.ip_unprivileged_port_start", 20000)
+    found = explained_to_nobody(PORT)
+    assert found["advice"][0].startswith("Now: choose a port from 20000 on")
+
+
+def test_what_a_policy_forbids_is_not_called_a_privileged_port() -> None:
+    # A seccomp filter that refuses bind() with EACCES: load the call's number, compare, return.
+    program = """
+        import ctypes, json, platform, struct, sys
+        number = {"x86_64": 49, "aarch64": 200}[platform.machine()]
+        code = struct.pack(
+            "=HBBIHBBIHBBIHBBI", 0x20, 0, 0, 0, 0x15, 0, 1, number, 6, 0, 0, 0x50000 | 13,
+            6, 0, 0, 0x7FFF0000,
+        )
+        buffer = ctypes.create_string_buffer(code, len(code))
+        libc = ctypes.CDLL(None)
+        assert libc.prctl(38, 1, 0, 0, 0) == 0
+        head = struct.pack("@HP", 4, ctypes.addressof(buffer))
+        assert libc.prctl(22, 2, head) == 0
+        from timewait.explain import explain_bind
+        print(json.dumps(explain_bind(9090).to_json()))
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, check=True
+    )
+    found = json.loads(ran.stdout)
+    assert (found["situation"], found["errno"]) == ("forbidden", "EACCES")
+    assert found["free_after"] is None
+    assert "seccomp" in found["rule"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_ipv6_only_is_advised_where_it_helps(
+    server: Server, opened: ExitStack, beside: bool
+) -> None:
+    server("0.0.0.0")
+    only6 = opened.enter_context(socket.socket(socket.AF_INET6))
+    only6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if beside:
+        only6.bind(("::", PORT))
+        only6.listen()
+    found = explained("::")
+    assert found.situation == ("live-listener" if beside else "ipv4-under-ipv6-wildcard")
+    if not beside:
+        only6.bind(("::", PORT))  # so it does help
+    assert any("set IPV6_V6ONLY" in text for text in found.advice) == (not beside)
+
+
+LISTEN = "import socket, time; s = socket.create_server(('0.0.0.0', 9090)); "
+
+
+@contextmanager
+def elsewhere(program: str) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", LISTEN + program]) as process:
+        try:
+            while not sockets(PORT):
+                time.sleep(0.01)
+            yield process
+        finally:
+            process.kill()
+
+
+def in_state(process: subprocess.Popen[bytes], letter: str) -> None:
+    while Path(f"/proc/{process.pid}/stat").read_text().split(")")[1].split()[0] != letter:
+        time.sleep(0.01)
+
+
+def test_a_suspended_holder_is_to_be_killed() -> None:
+    with elsewhere("time.sleep(60)") as process:
+        process.send_signal(signal.SIGSTOP)
+        in_state(process, "T")
+        process.terminate()  # which it does not take
+        found = explained()
+        assert found.holders[0].process_state == "T"
+        assert f"kill -KILL {process.pid}" in found.advice[0]
+
+
+def test_a_holder_that_waits_uninterruptibly_is_told() -> None:
+    vfork = "import ctypes, platform; n = {'x86_64': 56, 'aarch64': 220}[platform.machine()]; "
+    vfork += (
+        "c = ctypes.CDLL(None).syscall(n, 0x4000 | 17, 0, 0, 0, 0); c or (s.close(), time.sleep(3))"
+    )
+    with elsewhere(vfork) as process:
+        in_state(process, "D")
+        assert "state D" in explained().advice[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("systemd", "systemctl list-sockets"), ("docker-proxy", "docker ps")]
+)
+def test_those_who_hold_ports_for_others_are_known(name: str, advice: str) -> None:
+    with elsewhere(f"open('/proc/self/comm', 'w').write({name!r}); time.sleep(60)") as process:
+        while Path(f"/proc/{process.pid}/comm").read_text().strip() != name:
+            time.sleep(0.01)
+        assert advice in explained().advice[0]
+
+
+def test_all_processes_that_hold_it_are_to_be_stopped() -> None:
+    with elsewhere("import os; os.fork(); time.sleep(60)") as process:
+        while len(explain_bind(PORT).holders[0].pids) < 2:
+            time.sleep(0.01)
+        found = explained()
+        assert "until the last of them lets go" in found.advice[0]
+        process.kill()
+        process.wait()
+        heir = explained()
+        assert heir.situation == "inherited-listener"
+        assert f"stop process {heir.holders[0].pid}" in heir.advice[0]
+        os.kill(heir.holders[0].pid or 0, signal.SIGKILL)
+
+
+def test_who_connected_decides_whose_port_it_is(
+    server: Server, bound: Server, connect: Connect, opened: ExitStack
+) -> None:
+    # By its number, each end could be either's: the client's is low, the server's one that
+    # clients are dealt.
+    listener = server(port=40000)
+    accepted, _client = connect(listener, port=PORT)
+    listener.close()
+    assert explained(port=PORT).situation == "outbound-connection"
+    assert explained(port=40000).situation == "live-connection"
+    accepted.close()
+    wait_for(PORT, State.CLOSE_WAIT)
+    assert explained(port=PORT).situation == "close-wait-leak"
+
+
+def test_a_name_is_all_of_its_addresses(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = socket.getaddrinfo
+
+    def both(host: str, *args: Any, **options: Any) -> Any:
+        if host != "twofold":
+            return resolve(host, *args, **options)
+        return [*resolve("::1", *args, **options), *resolve("127.0.0.1", *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    assert explain_bind(PORT, "twofold").address == ("::1", PORT)
+    assert can_bind(PORT, "twofold")
+    server("127.0.0.1")
+    found = explain_bind(PORT, "twofold")
+    assert (found.address, found.situation) == (("127.0.0.1", PORT), "live-listener")
+    assert not can_bind(PORT, "twofold")
+    # Without IPv6 the other address is all there is.
+    sysctl("net.ipv6.conf.lo.disable_ipv6", 1)
+    assert explain_bind(PORT + 1, "twofold").address == ("127.0.0.1", PORT + 1)
+    assert can_bind(PORT + 1, "twofold")
+
+
+def test_the_wait_for_many_is_counted_from_when_they_were_seen(
+    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sysctl("net.ipv4.tcp_fin_timeout", 30)
+    listener = server()
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.close()
+    wait_for(PORT, State.FIN_WAIT_2)
+    owners = processes.owners
+
+    def slow(inodes: Any) -> Any:
+        time.sleep(1)
+        return owners(inodes)
+
+    first = explain_bind(PORT, HERE)
+    then = time.monotonic() + (first.free_after or 0)
+    monkeypatch.setattr("timewait.explain.owners", slow)
+    found = explain_bind(PORT, HERE)
+    assert then == pytest.approx(time.monotonic() + (found.free_after or 0), abs=0.1)

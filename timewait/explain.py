@@ -18,6 +18,7 @@ import errno
 import os
 import socket
 import textwrap
+import time
 from collections.abc import Container, Iterator
 from functools import cache
 from ipaddress import ip_address
@@ -31,6 +32,7 @@ from timewait.kernel.namespace import sysctl
 from timewait.kernel.observers import psutil_rows
 from timewait.kernel.processes import owners, reuse_options, user_name
 from timewait.kernel.sock_diag import Details, details, ends_in, sockets
+from timewait.kernel.sock_diag import address_text as as_typed
 from timewait.kernel.ticks import fires_in, jiffies, tick
 from timewait.report import address as address_text
 from timewait.tcp.states import State
@@ -48,6 +50,7 @@ __all__ = [
 _S = State
 _UNOWNED: Final = ("last-ack", "closing", "fin-wait-2-orphan", "time-wait", "outbound-time-wait")
 _MANY: Final = 12  # holders that are listed one by one
+_RUN_LATE: Final = 0.01  # seconds by which the kernel may run a timer after its tick
 
 
 @frozen
@@ -70,7 +73,10 @@ class Holder:
     until its timer is due, `gone_after` until it has fired, as the kernel's
     timers may up to 2 s later; both None where none ends it. `pid` and `process` are of
     the first process that has it open and may be seen, `pids` of all;
-    `reuse_address` and `reuse_port` are its options, None where not known.
+    `process_state` is that process's letter in proc_pid_stat(5), "T" for one
+    that was stopped. `reuse_address` and `reuse_port` are the socket's
+    options, None where not known, `interface` the one it is bound to
+    (SO_BINDTODEVICE), None for all.
     """
 
     kind: str
@@ -86,10 +92,17 @@ class Holder:
     reuse_address: bool | None = None
     reuse_port: bool | None = None
     gone_after: float | None = None
+    interface: str | None = None
+    process_state: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Its own end as `ss` writes it, with the interface: `"0.0.0.0%eth0:9090"`."""
+        return _where(self.local, self.interface)
 
     def __str__(self) -> str:
         state = "BOUND" if self.kind == "bound" else self.state.name
-        there = f"{address_text(self.local)}"
+        there = self.where
         if self.remote[1]:
             there += f" \N{RIGHTWARDS ARROW} {address_text(self.remote)}"
         text = f"{state:12} {there:34}"
@@ -106,7 +119,7 @@ class Holder:
         return {
             "kind": self.kind,
             "state": "BOUND" if self.kind == "bound" else self.state.name,
-            "local": address_text(self.local),
+            "local": self.where,
             "remote": address_text(self.remote),
             "seconds_left": self.seconds_left,
             "gone_after": self.gone_after,
@@ -114,6 +127,7 @@ class Holder:
             "process": self.process,
             "user": self.user,
             "pids": list(self.pids),
+            "process_state": self.process_state,
             "reuse_address": self.reuse_address,
             "reuse_port": self.reuse_port,
         }
@@ -150,7 +164,7 @@ class Explanation:
     @property
     def reason(self) -> str:
         """In one line, what is the matter."""
-        where = address_text(self.address)
+        where = as_typed(self.address)
         return f"{where} is free" if self else f"{where} is not free: {self.title}"
 
     def __str__(self) -> str:
@@ -175,10 +189,12 @@ class Explanation:
         if not self:
             lines += ["", *_wrapped("Why", self.rule)]
             free = "when its holder lets go; no timer ends it"
-            if self.free_after is not None:
+            if self.situation in _FREED_BY:
+                free = _FREED_BY[self.situation]
+            elif self.free_after is not None:
                 free = f"in {self.free_after:.1f} s, when the kernel looks at its last timer"
             elif not self.holders:
-                free = "no timer ends it"
+                free = "when what holds it lets go"
             elif all(holder.kind in _UNOWNED and not holder.user for holder in self.holders):
                 free = "when a timer ends that cannot be seen from here"
                 if self.holders[0].kind in ("last-ack", "closing"):
@@ -194,7 +210,7 @@ class Explanation:
     def to_json(self) -> dict[str, Any]:
         """As `timewait explain --json` prints it."""
         return {
-            "address": address_text(self.address),
+            "address": as_typed(self.address),
             "situation": self.situation,
             "title": self.title,
             "bindable": {
@@ -226,17 +242,44 @@ def explain_bind(port: int, host: str = "0.0.0.0") -> Explanation:
     Raises `OSError` (`socket.gaierror`) for a name that has no address, and
     where there is nothing to look with; `ValueError` for no port number.
     """
-    port, host = port_number(port), _numeric(host)
+    port = port_number(port)
+    # Of a name's addresses a server binds all that this machine has: what is in the way of one
+    # is in the way of the server.
+    return min((_explain(port, each) for each in addresses(host)), key=_urgency)
+
+
+def _urgency(found: Explanation) -> int:
+    if found:
+        return 1
+    return 2 if found.situation == "address-not-local" else 0
+
+
+def _explain(port: int, host: str) -> Explanation:
     for _ in range(3):
         found = _sockets(port)
+        looked = 0
+        if any(one.row.timer for one in found):
+            began = time.monotonic()
+            looked = jiffies()
+            if time.monotonic() - began > tick():  # it takes a while the first time
+                found, looked = _sockets(port), jiffies()
         listening = any(one.row.state is _S.LISTEN for one in found)
         trials = {options: _try(host, port, *options, listen=not listening) for options in _OPTIONS}
-        there = [one for one in found if _overlap(host, one)]
-        if there or trials[False, False] is None or port == 0:
+        # What does not refuse a server that sets nothing holds nothing.
+        mine = _shown(host), _interface(host)
+        there = [one for one in found if trials[False, False] and _overlapping(*mine, one)]
+        holders = list(_holders(there, looked))
+        gone = False
+        if any(holder.user and not holder.pids for holder in holders):
+            # Its process cannot be seen, or closed it before it was looked for.
+            gone = not {one.cookie for one in there} <= {one.cookie for one in _sockets(port)}
+        if (there and not gone) or trials[False, False] is None or port == 0:
             break  # else what refused may have come just after the look
-    holders = list(_holders(there))
     stuck = _cannot_listen(list(zip(there, holders, strict=True)), trials)
-    return _explanation((host, port), trials, tuple(sorted(holders, key=_weight)), found, stuck)
+    # The one that will stay longest decides, and is told of first; of several the nearest.
+    holders.sort(key=lambda each: (*_weight(each), each.local[0] != mine[0]))
+    age = (jiffies() - looked) * tick() if looked else 0.0
+    return _explanation((host, port), trials, tuple(holders), found, stuck, age)
 
 
 def can_bind(
@@ -248,16 +291,23 @@ def can_bind(
     `PermissionError` for a privileged port, `OSError` for a host that has no
     address or not one of this machine's, `ValueError` for no port number.
     """
-    port, host = port_number(port), _numeric(host)
-    failed = _try(host, port, reuse_address, reuse_port, listen=False)
-    if failed is None and not any(one.row.state is _S.LISTEN for one in _sockets(port)):
-        failed = _try(host, port, reuse_address, reuse_port, listen=True)
-    if failed is None:
+    port = port_number(port)
+    trouble, can = None, False
+    for each in addresses(host):
+        failed = _try(each, port, reuse_address, reuse_port, listen=False)
+        if failed is None and not any(one.row.state is _S.LISTEN for one in _sockets(port)):
+            failed = _try(each, port, reuse_address, reuse_port, listen=True)
+        if failed is None:
+            can = True
+        elif failed[1] == errno.EADDRINUSE:
+            return False
+        else:
+            why = _FOR_GOOD.get(failed[1]) or os.strerror(failed[1])
+            trouble = OSError(failed[1], f"{as_typed((each, port))}: {why}")
+    if can:
         return True
-    if failed[1] == errno.EADDRINUSE:
-        return False
-    why = _FOR_GOOD.get(failed[1]) or os.strerror(failed[1])
-    raise OSError(failed[1], f"{address_text((host, port))}: {why}")
+    assert trouble is not None  # a name has an address at least
+    raise trouble
 
 
 def port_number(port: SupportsIndex) -> int:
@@ -272,17 +322,65 @@ def port_number(port: SupportsIndex) -> int:
 
 
 def parse_address(text: str) -> Address:
-    """`"9090"`, `"127.0.0.1:9090"`, `"[::1]:9090"`, `"localhost:9090"` or `":9090"` as an address.
+    """`"9090"`, `"127.0.0.1:9090"`, `"[::1]:9090"`, `"localhost:http"` or `":9090"` as an address.
 
     A bare port, `:PORT` and `*:PORT` mean all of IPv4. Raises `ValueError`.
     """
     host, _, port = text.rpartition(":")
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+    bracketed = host.startswith("[") and host.endswith("]")
+    if ":" in host and not bracketed:
         raise ValueError(f"an IPv6 address goes into brackets, as in [::1]:9090: {text!r}")
-    if not port.isascii() or not port.isdecimal() or int(port[-9:]) > 65535 or len(port) > 9:
+    try:
+        number = int(port) if port.isdecimal() else socket.getservbyname(port, "tcp")
+    except (OSError, ValueError):
+        number = -1
+    if not port.isascii() or not 0 <= number <= 65535 or host == "[]":
         raise ValueError(f"not [HOST:]PORT: {text!r}")
-    host = host.removeprefix("[").removesuffix("]")
-    return ("0.0.0.0" if host in ("", "*") else host), int(port)
+    if bracketed:
+        host = host[1:-1]
+    return ("0.0.0.0" if host in ("", "*") else host), number
+
+
+def addresses(host: str) -> list[str]:
+    """The numeric addresses of a host, which may be one already, in the resolver's order.
+
+    Raises `OSError` (`socket.gaierror`) that says so where it has none, or
+    names an interface that is not there.
+    """
+    try:
+        address = ip_address(host)
+    except ValueError:
+        pass
+    else:
+        _interface(host)
+        mapped = getattr(address, "ipv4_mapped", None)
+        # As all Pythons but old do.
+        return [str(address) if mapped is None else f"::ffff:{mapped}"]
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise socket.gaierror(error.errno, f"{host}: {error.strerror}") from None
+    except ValueError:  # what the idna codec cannot take: an empty label, too long a one
+        raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is not a host name") from None
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _interface(host: str) -> int:
+    """The index of the interface that a link-local address names, 0 for other addresses."""
+    name = host.partition("%")[2]
+    if not name or not ip_address(host).is_link_local:
+        return 0
+    try:
+        number = int(name) if name.isdecimal() else socket.if_nametoindex(name)
+        socket.if_indextoname(number)
+    except (OSError, OverflowError):
+        raise OSError(errno.ENODEV, f"{host}: there is no interface {name}") from None
+    return number
+
+
+def _where(local: Address, interface: str | None) -> str:
+    host, port = local
+    return address_text((host if interface is None else f"{host}%{interface}", port))
 
 
 def _wrapped(name: str, text: str) -> list[str]:
@@ -302,27 +400,12 @@ _FOR_GOOD: Final = {
 _Trials: TypeAlias = dict[tuple[bool, bool], tuple[str, int] | None]
 
 
-def _numeric(host: str) -> str:
-    try:
-        address = ip_address(host)
-    except ValueError:
-        pass
-    else:
-        mapped = getattr(address, "ipv4_mapped", None)
-        return str(address) if mapped is None else f"::ffff:{mapped}"  # as all Pythons but old do
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except ValueError:  # what the idna codec cannot take: an empty label, too long a one
-        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
-    return str(found[0][4][0])
-
-
 def _sockets(port: int) -> list[Details]:
     """All sockets whose own end is on the port, bound ones included."""
     if port == 0:
         return []
     try:
-        found = details(port, states=State)
+        found = details(port, states=State, info=True)
     except OSError:  # not Linux, or a kernel without sock_diag
         found = [
             Details(row, socket.AF_INET6 if ":" in row.local[0] else socket.AF_INET, 0)
@@ -363,10 +446,11 @@ def _shown(host: str) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def _overlap(host: str, one: Details) -> bool:
-    """Whether a socket's own address and `host` are or contain each other."""
-    host = _shown(host)
+def _overlapping(host: str, interface: int, one: Details) -> bool:
+    """Whether a socket's own address and one on `interface` are or contain each other."""
     theirs = one.row.local[0]
+    if interface and one.interface and interface != one.interface:
+        return False
     if theirs == host:
         return True
     if host == "::":  # as a server that does not set IPV6_V6ONLY
@@ -397,10 +481,12 @@ def _cannot_listen(holders: list[tuple[Details, Holder]], trials: _Trials) -> bo
 def _meet(one: Details, other: Details) -> bool:
     """Whether two sockets' own addresses overlap."""
     mine, theirs = one.row.local[0], other.row.local[0]
-    return _overlap(mine, other) and not (one.v6only and mine == "::" and ":" not in theirs)
+    apart = one.v6only and mine == "::" and ":" not in theirs
+    return _overlapping(mine, one.interface, other) and not apart
 
 
-def _holders(found: list[Details]) -> Iterator[Holder]:
+def _holders(found: list[Details], looked: int) -> Iterator[Holder]:
+    """Those who hold the port, of sockets that were shown at `looked`, in jiffies."""
     processes = owners(one.row.inode or 0 for one in found)
     served = any(one.row.state is _S.LISTEN for one in found)
     low, high = _dealt_out()
@@ -411,7 +497,7 @@ def _holders(found: list[Details]) -> Iterator[Holder]:
         who = processes.get(row.inode or 0, [])
         options = reuse_options(who[0]) if who else None
         yield Holder(
-            kind=_kind(row, served, dealt_out, listening),
+            kind=_kind(one, served, dealt_out, listening),
             state=row.state,
             local=row.local,
             remote=row.remote,
@@ -423,22 +509,41 @@ def _holders(found: list[Details]) -> Iterator[Holder]:
             inherited=any(process.inherited for process in who),
             reuse_address=options[0] if options else None,
             reuse_port=options[1] if options else None,
-            gone_after=_gone_after(row),
+            gone_after=_gone_after(row, looked),
+            interface=_interface_name(one.interface),
+            process_state=who[0].state if who else None,
         )
 
 
-def _gone_after(row: Row) -> float | None:
-    """When its timer has really ended a socket, in seconds from now."""
+@cache
+def _interface_name(index: int) -> str | None:
+    try:
+        return socket.if_indextoname(index) if index else None
+    except OSError:  # it has gone, or is another namespace's
+        return str(index)
+
+
+def _gone_after(row: Row, looked: int) -> float | None:
+    """When its timer has really ended a socket, in seconds from when it was shown."""
     left = ends_in(row)
     if left is None:
         return None
-    whole = 60.0 if row.state is _S.TIME_WAIT else float(sysctl("net.ipv4.tcp_fin_timeout"))
+    if row.state is _S.TIME_WAIT:
+        return fires_in(left, 60.0, looked)
+    whole = float(sysctl("net.ipv4.tcp_fin_timeout"))
     if row.timer == "keepalive":  # it is timed twice, see ends_in()
         whole -= 60.0
-        first = fires_in(left - max(whole, 0.0), whole)
-        now = jiffies()
-        return first + fires_in(whole, whole, now + round(first / tick()))
-    return fires_in(left, max(whole, left))
+        first = fires_in(left - max(whole, 0.0), whole, looked)
+        return first + fires_in(whole, whole, looked + round(first / tick()))
+    return fires_in(left, max(whole, left), looked)
+
+
+def _privileged() -> int:
+    """The first port that needs no privilege."""
+    try:
+        return int(sysctl("net.ipv4.ip_unprivileged_port_start"))
+    except OSError:
+        return 1024
 
 
 def _dealt_out() -> tuple[int, int]:
@@ -449,23 +554,25 @@ def _dealt_out() -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _kind(row: Row, served: bool, dealt_out: range, listening: Container[Address]) -> str:
+def _kind(one: Details, served: bool, dealt_out: range, listening: Container[Address]) -> str:
+    row = one.row
     if row.state is _S.LISTEN:
         return "listener"
     if row.state is _S.CLOSED:
         return "bound"
     if row.local == row.remote:
         return "self-connect"
-    # The kernel does not tell who connected. A client's port is one that the kernel deals
-    # out, and its peer's is mostly not, or somebody here listens on that one.
-    outbound = row.state is _S.SYN_SENT or (
-        not served
-        and row.local[1] in dealt_out
-        and (
-            row.remote[1] not in dealt_out
-            or any((host, row.remote[1]) in listening for host in (row.remote[0], "0.0.0.0", "::"))
+    outbound = one.connected
+    if outbound is None:
+        # Then the kernel does not tell who connected. Somebody here listens where a client's
+        # peer is, or its port is one that the kernel deals out, and its peer's is not.
+        outbound = row.state is _S.SYN_SENT or (
+            not served
+            and (
+                any((host, row.remote[1]) in listening for host in (row.remote[0], "0.0.0.0", "::"))
+                or (row.local[1] in dealt_out and row.remote[1] not in dealt_out)
+            )
         )
-    )
     if row.state is _S.TIME_WAIT:
         return "outbound-time-wait" if outbound else "time-wait"
     if row.state is _S.FIN_WAIT_2:
@@ -495,7 +602,6 @@ _ORDER: Final = (
 
 
 def _weight(holder: Holder) -> tuple[int, float]:
-    """The one that will stay longest, and so decides, first."""
     return _ORDER.index(holder.kind), -(holder.seconds_left or 0.0)
 
 
@@ -505,11 +611,13 @@ def _explanation(
     holders: tuple[Holder, ...],
     found: list[Details],
     stuck: bool,
+    age: float,
 ) -> Explanation:
     bindable = Bindable(*(trials[options] is None for options in _OPTIONS))
     failed = trials[False, False]
     situation = _situation(address, failed, bindable, holders, stuck)
-    case = _Case(address, bindable, holders, found)
+    free_after = _free_after(situation, bindable, holders, age)
+    case = _Case(address, bindable, holders, found, free_after)
     title, rule, advice = getattr(case, situation.replace("-", "_"))()
     return Explanation(
         address=address,
@@ -518,7 +626,7 @@ def _explanation(
         bindable=bindable,
         holders=holders,
         rule=rule,
-        free_after=_free_after(bindable, holders),
+        free_after=free_after,
         advice=tuple(advice),
         warnings=tuple(case.warnings()),
         errno=errno.errorcode.get(failed[1]) if failed else None,
@@ -526,12 +634,16 @@ def _explanation(
     )
 
 
-def _free_after(bindable: Bindable, holders: tuple[Holder, ...]) -> float | None:
+def _free_after(
+    situation: str, bindable: Bindable, holders: tuple[Holder, ...], age: float
+) -> float | None:
+    """In seconds from now, `age` seconds after the holders were shown."""
     if bindable.plain:
         return 0.0
-    left = [holder.gone_after for holder in holders]
-    known = [seconds for seconds in left if seconds is not None]
-    return max(known) if known and len(known) == len(left) else None
+    left = [holder.gone_after for holder in holders if holder.gone_after is not None]
+    if situation in _FREED_BY or not left or len(left) < len(holders):
+        return None
+    return max(max(left) - age, 0.0) + _RUN_LATE
 
 
 def _situation(
@@ -544,12 +656,16 @@ def _situation(
     if failed is None:
         return "free"
     call, code = failed
-    if code == errno.EACCES:
+    if code == errno.EACCES and address[1] < _privileged():
         return "privileged-port"
+    if code in (errno.EACCES, errno.EPERM):
+        return "forbidden"
     if code in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
         return "address-not-local"
     if code == errno.EINVAL:
         return "link-local-without-interface"
+    if code != errno.EADDRINUSE:
+        raise OSError(code, f"{as_typed(address)}: {call}() fails: {os.strerror(code)}")
     if address[1] == 0:
         return "ephemeral-range-exhausted"
     if not holders:
@@ -580,9 +696,7 @@ def _listener_situation(host: str, holders: tuple[Holder, ...], stuck: bool) -> 
         return "other-users-listener"
     if stuck:
         return "listen-refused"
-    if len({(holder.local, holder.pid) for holder in listeners}) < len(listeners) or (
-        len(listeners) > 1 and len({holder.local for holder in listeners}) == 1
-    ):
+    if len({holder.where for holder in listeners}) < len(listeners):
         return "shared-listener"
     theirs = first.local[0]
     if theirs == "::" and ":" not in host:
@@ -598,8 +712,14 @@ def _listener_situation(host: str, holders: tuple[Holder, ...], stuck: bool) -> 
 
 _Said: TypeAlias = tuple[str, str, list[str]]
 
-_KILL: Final = "Now: stop that process, or choose another port."
-_STOP: Final = _KILL.replace("Now", "Or")
+_FREED_BY: Final = {
+    "privileged-port": "not for this user, whatever the time",
+    "forbidden": "not for this process, whatever the time",
+    "address-not-local": "when the address is one of this machine's",
+    "link-local-without-interface": "not without an interface",
+    "ephemeral-range-exhausted": "when a socket in that range ends",
+}
+_ONE_ADDRESS: Final = "For good: have each server bind the one address it serves."
 _REUSE: Final = (
     "For good: set SO_REUSEADDR before bind() in every run of the server, the first included; "
     "asyncio, trio and most servers do."
@@ -621,15 +741,47 @@ class _Case:
     bindable: Bindable
     holders: tuple[Holder, ...]
     found: list[Details]
+    free_after: float | None
 
     # Words for the parts
 
     def _who(self, holder: Holder) -> str:
         if holder.pid is None:
             of = f" of user {holder.user}" if holder.user else ""
-            return f"a process{of} that cannot be seen from here (another user's or a container's)"
+            where = "in a container" if os.geteuid() == 0 else "another user's or a container's"
+            return f"a process{of} that cannot be seen from here ({where})"
         many = f" and {len(holder.pids) - 1} more" if len(holder.pids) > 1 else ""
         return f"{holder.process} (pid {holder.pid}{many}, user {holder.user})"
+
+    def _stop(self, when: str = "Now") -> str:
+        """How to have those that hold it let go."""
+        first = self.holders[0]
+        pids = {pid for holder in self.holders for pid in holder.pids}
+        how, note = "stop that process", ""
+        if first.pid is None and os.geteuid() != 0:
+            how = "ask as root which process it is (sudo timewait explain), and stop it"
+        elif first.process == "systemd":
+            how = (
+                "stop the socket unit (`systemctl list-sockets` names it; to stop its service "
+                "alone leaves the port taken)"
+            )
+        elif first.process == "docker-proxy":
+            how = f"stop the container (`docker ps --filter publish={self.address[1]}`)"
+        elif len(pids) > 1:
+            how = "stop those processes: the port is held until the last of them lets go"
+        elif first.process_state in ("T", "t"):
+            how += f" (kill -KILL {first.pid}; it is suspended, and takes no other signal)"
+        elif first.process_state == "D":
+            note = " It waits uninterruptibly (state D), and ends when that wait does."
+        return f"{when}: {how}; or choose another port.{note}"
+
+    def _bound_to(self, holder: Holder) -> str:
+        if holder.interface is None:
+            return ""
+        return (
+            f" It is bound to interface {holder.interface} (SO_BINDTODEVICE); a server that names "
+            "no interface overlaps it, one that names another does not."
+        )
 
     def _count(self, kind: str) -> str:
         count = sum(holder.kind == kind for holder in self.holders)
@@ -661,30 +813,44 @@ class _Case:
         return otherwise
 
     def _wait(self, condition: str = "") -> str:
-        left = _free_after(self.bindable, self.holders)
-        if left is None:
+        if self.free_after is None:
             return "Now: wait, or choose another port."
-        return f"Now: wait; it is free in {left:.1f} s{condition}. Or choose another port."
+        return (
+            f"Now: wait; it is free in {self.free_after:.1f} s{condition}. Or choose another port."
+        )
 
     # The situations
 
     def free(self) -> _Said:
+        if self.address[1] == 0:
+            return "it is free", "bind() to port 0 is dealt a port that nothing has.", []
         return "it is free", "Nothing that overlaps this address has the port.", []
 
     def privileged_port(self) -> _Said:
-        try:
-            start = sysctl("net.ipv4.ip_unprivileged_port_start")
-        except OSError:
-            start = "1024"
+        start = _privileged()
         return (
             "it is a privileged port",
             f"Ports below {start} (net.ipv4.ip_unprivileged_port_start) may be bound only with "
             "CAP_NET_BIND_SERVICE; whether anybody has it cannot be tried without.",
             [
-                "Now: choose a port from 1024 on, or run as root.",
+                f"Now: choose a port from {start} on, or run as root.",
                 "For good: give the program the capability (setcap cap_net_bind_service=+ep, or "
                 "AmbientCapabilities= in its systemd unit), or let a proxy or socket unit "
                 "listen for it.",
+            ],
+        )
+
+    def forbidden(self) -> _Said:
+        return (
+            "a security policy forbids it",
+            "bind() is refused to this process before the kernel looks who has the port: by "
+            "SELinux (name_bind), AppArmor, Landlock, a seccomp filter or a BPF program of its "
+            "control group.",
+            [
+                "Now: look for the denial (`ausearch -m avc`, `dmesg`), or choose a port that the "
+                "policy grants.",
+                "For good: grant it, as with `semanage port`, or `RestrictAddressFamilies=` and "
+                "`SocketBindAllow=` of a systemd unit.",
             ],
         )
 
@@ -739,7 +905,7 @@ class _Case:
         )
         if first.user not in (None, user_name(os.geteuid())):
             rule += f" It is {first.user}'s, so not even that helps here."
-        return f"{self._who(first)} listens on it", rule, [_KILL]
+        return f"{self._who(first)} listens on it", rule + self._bound_to(first), [self._stop()]
 
     def shared_listener(self) -> _Said:
         listeners = [holder for holder in self.holders if holder.kind == "listener"]
@@ -781,32 +947,39 @@ class _Case:
             f"{self._who(self.holders[0])} listens on [::], which takes IPv4 as well",
             "A listener on the IPv6 wildcard that did not set IPV6_V6ONLY overlaps every address "
             "of both families.",
-            [_KILL, "For good: set IPV6_V6ONLY on it, if it is to serve IPv6 alone."],
+            [self._stop(), "For good: set IPV6_V6ONLY on it, if it is to serve IPv6 alone."],
         )
 
     def ipv4_under_ipv6_wildcard(self) -> _Said:
         first = self.holders[0]
         return (
-            f"{self._who(first)} listens on {address_text(first.local)}, and [::] takes IPv4 too",
+            f"{self._who(first)} listens on {first.where}, and [::] takes IPv4 too",
             "The IPv6 wildcard overlaps every address of both families, unless the server that "
-            "binds it sets IPV6_V6ONLY.",
-            ["Now: set IPV6_V6ONLY before bind(): then [::] has IPv6 alone.", _STOP],
+            "binds it sets IPV6_V6ONLY." + self._bound_to(first),
+            [self._stop()]
+            if any(":" in holder.local[0] for holder in self.holders)
+            else [
+                "Now: set IPV6_V6ONLY before bind(): then [::] has IPv6 alone.",
+                self._stop("Or"),
+            ],
         )
 
     def wildcard_over_specific(self) -> _Said:
         first = self.holders[0]
         return (
-            f"{self._who(first)} listens on {address_text(first.local)}, which includes it",
-            "A wildcard overlaps every address of its family; being more specific does not help.",
-            [_KILL, "For good: have each server bind the one address it serves."],
+            f"{self._who(first)} listens on {first.where}, which includes it",
+            "A wildcard overlaps every address of its family; being more specific does not help."
+            + self._bound_to(first),
+            [self._stop(), _ONE_ADDRESS],
         )
 
     def specific_under_wildcard(self) -> _Said:
         first = self.holders[0]
         return (
-            f"{self._who(first)} listens on {address_text(first.local)}, a part of it",
-            "A wildcard overlaps every address of its family: one that is taken refuses them all.",
-            [_KILL, "For good: have each server bind the one address it serves."],
+            f"{self._who(first)} listens on {first.where}, a part of it",
+            "A wildcard overlaps every address of its family: one that is taken refuses them all."
+            + self._bound_to(first),
+            [self._stop(), _ONE_ADDRESS],
         )
 
     def listen_refused(self) -> _Said:
@@ -816,7 +989,7 @@ class _Case:
             "listens. The kernel looks again at listen(): the first to listen has the port, and "
             "the others, bound as they are, get EADDRINUSE from listen().",
             [
-                _KILL,
+                self._stop(),
                 "For good: take the error of listen() as seriously as that of bind(); do not "
                 "start two copies of the server.",
             ],
@@ -827,7 +1000,10 @@ class _Case:
         return (
             f"{self._who(first)} has bound it, and neither listens nor connects",
             self._reuse_rule("a socket that is only bound"),
-            [_KILL, "For good: call listen() soon after bind(), and close what is given up."],
+            [
+                self._stop(),
+                "For good: call listen() soon after bind(), and close what is given up.",
+            ],
         )
 
     def self_connect(self) -> _Said:
@@ -955,8 +1131,9 @@ class _Case:
             )
         if self.bindable.plain:
             for one in self.found:
-                if one.row.state is _S.LISTEN and not _overlap(self.address[0], one):
+                if one.row.state is _S.LISTEN:
+                    where = _where(one.row.local, _interface_name(one.interface))
                     yield (
-                        f"Another server listens on {address_text(one.row.local)}: clients that "
+                        f"Another server listens on {where}: clients that "
                         "call this machine by another of its addresses reach that one."
                     )

@@ -34,4 +34,4 @@ def explanation(address: str) -> Explanation:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except OSError as error:
-        raise click.ClickException(f"{address}: {error.strerror or error}") from None
+        raise click.ClickException(error.strerror or str(error)) from None

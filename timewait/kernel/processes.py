@@ -29,12 +29,14 @@ class Process:
 
     `inherited` says that it looks like the heir of one that has ended: its
     parent is not of the session it was born in, so somebody has adopted it.
+    `state` is its letter in proc_pid_stat(5).
     """
 
     pid: int
     name: str
     fd: int
     inherited: bool = False
+    state: str = ""
 
 
 def owners(inodes: Iterable[int]) -> dict[int, list[Process]]:
@@ -67,22 +69,23 @@ def _descriptors(process: str) -> Iterator[str]:
 
 
 def _process(pid: int, fd: int) -> Process:
-    name, parent, group, session = _family(pid)
+    name, state, parent, group, session = _family(pid)
     # Whoever made it would be of its session, unless it began that session itself.
     heir = pid not in (group, session) and (
-        _family(parent)[3] != session or (parent == 1 and not Path(f"/proc/{group}").exists())
+        _family(parent)[4] != session or (parent == 1 and not Path(f"/proc/{group}").exists())
     )
-    return Process(pid, name, fd, heir)
+    return Process(pid, name, fd, heir, state)
 
 
-def _family(pid: int) -> tuple[str, int, int, int]:
-    """A process's name, parent, process group and session; zeros for the kernel's own 0."""
+def _family(pid: int) -> tuple[str, str, int, int, int]:
+    """A process's name, state, parent, group and session; zeros for the kernel's own 0."""
     if not pid:
-        return "", 0, 0, 0
+        return "", "", 0, 0, 0
     # stat(5): the name is in brackets and may hold any character; the state comes after it.
     left, _, right = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    parent, group, session = (int(number) for number in right.split()[1:4])
-    return left.partition("(")[2], parent, group, session
+    state, *numbers = right.split()[:4]
+    parent, group, session = map(int, numbers)
+    return left.partition("(")[2], state, parent, group, session
 
 
 def user_name(uid: int) -> str:

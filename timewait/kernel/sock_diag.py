@@ -24,7 +24,7 @@ from itertools import accumulate
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from attrs import frozen
+from attrs import define
 
 from timewait.events import Address, Row
 from timewait.kernel import bpf
@@ -121,9 +121,9 @@ _TCP_INFO_FIELDS: Final = (
 _TCP_INFO_ENDS: Final = tuple(accumulate(map(struct.calcsize, _TCP_INFO_LAYOUT)))
 
 
-@frozen
+@define
 class Details:
-    """One socket and all the kernel tells about it.
+    """One socket and all the kernel tells about it. Treat it as immutable, as `Row`.
 
     `cookie` names the socket as long as it lives, through TIME_WAIT too;
     `family` is `socket.AF_INET` or `AF_INET6` (an IPv6 socket may carry IPv4
