@@ -58,7 +58,7 @@ __all__ = ["Checker", "Connection", "check", "check_events"]
 
 Profiles = Mapping[str, "str | Profile"]
 
-_LOOKED_UP: Final = 1.0  # reading a table, twice, may take so long where processors are wanted
+_LOOKED_UP: Final = 0.5  # reading a table, twice, may take so long where processors are wanted
 
 
 class Checker:
@@ -90,6 +90,7 @@ class Checker:
         self._forgotten = False
         self._cut = False  # from here on some of what was seen is missing
         self._unended = False  # and so it was in this run, or in one before
+        self._misses = False  # a capture between hosts has been shown to lack segments
         self._given = dict(profiles or {})
         self._on_end = on_end
         self._ends: dict[tuple[Address, Address], tuple[Connection, int]] = {}
@@ -370,6 +371,8 @@ class Checker:
         except Contradiction as wrong:
             connection.diverge(event, str(wrong), wrong.rule)
             return
+        if sequence.missed:
+            self._not_captured(connection, event)
         # Where one direction is captured, what the other side does is anybody's guess.
         half = not sequence.exact and not event.flags & SYN and sequence.one_sided
         if half and seen:
@@ -383,6 +386,8 @@ class Checker:
             sequence.dropped(end == 1)
         if half or connection.lossy or (event.flags & RST and not seen and not self._from_start):
             return  # What it is about, or answers, may have been missed.
+        if sequence.echo and not event.flags & (SYN | RST):
+            return  # A network may deliver a segment late, or twice.
         if not (sequence.exact or event.flags & RST) and sequence.is_overtaken(
             end == 1, kind, event.ack, event.t
         ):
@@ -391,6 +396,18 @@ class Checker:
         if kind & (SYN | ACK) == SYN | ACK and connection.divergence is None:
             # The answer to a SYN that was seen: nothing went before it.
             connection.presumed = False
+
+    def _not_captured(self, connection: Connection, event: SegmentSeen) -> None:
+        """A capture between hosts may lack what shows only by what answers or follows it."""
+        assert connection.sequence is not None
+        connection.sequence.missed = False
+        connection.begin_anywhere(connection.mode)
+        if not self._misses:
+            self._misses = True
+            self._problems.append(
+                f"{event_text(event)} at {event.t:.6f} s: the capture lacks segments before it, or "
+                "they were never sent"
+            )
 
     def _forged(self, connection: Connection, event: SegmentSeen) -> None:
         """Neither end sent it, and it may have done anything to the end that it came to."""

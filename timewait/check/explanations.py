@@ -510,7 +510,8 @@ def after(pair: Pair, step: Step) -> Pair:
     if step.event is Event.OPEN_ACTIVE:
         # A new connection: what the peer sent in an older one is not for it.
         peer = a if step.end else b
-        peer = 0 if peer & 15 == CLOSED else peer & ~WIRE
+        kept = W_SYN if peer & 15 == SYN_SENT else 0  # unless both open at the same time
+        peer = 0 if peer & 15 == CLOSED else peer & ~(WIRE & ~kept)
         return (peer, step.after) if step.end else (step.after, peer)
     a, b = (a, step.after) if step.end else (step.after, b)
     return _still_useful(a, b), _still_useful(b, a)

@@ -8,6 +8,7 @@ without any sequence number in it, which is all that the states depend on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from attrs import define, field
@@ -117,6 +118,8 @@ class Flow:
     gap_ack: int = 0  # what the segment after it acknowledged
     gap: Contradiction | None = None  # the suspicion that the first of them raised
     gap_told: bool = False  # the peer has asked for it since, or it was long ago
+    claimed: int | None = None  # up to where the peer acknowledged more than was seen,
+    claim: Contradiction | None = None  # which is wrong unless the capture lacks it
     ends: list[int] = field(factory=list)  # where its last segments ended
     last: float = _NEVER  # when it last sent anything
     reset_at: float = _NEVER  # when it sent a RST,
@@ -134,9 +137,11 @@ class Sequence:
     __slots__ = (
         "a",
         "b",
+        "echo",
         "exact",
         "latency",
         "linux",
+        "missed",
         "presumed",
         "reset_by",
         "rto_min",
@@ -162,6 +167,8 @@ class Sequence:
         # Presumably exact: a gap is a contradiction unless a retransmission fills it.
         self.presumed = presumed
         self.suspicion: Contradiction | None = None
+        self.echo = False  # the last segment, between hosts, shows nothing that was not known
+        self.missed = False  # the last segment shows that others before it were not captured
         self.reset_by: int | None = None  # which end sent a RST before any FIN was seen
 
     def is_new(self, from_b: bool, seq: int) -> bool:
@@ -174,6 +181,11 @@ class Sequence:
         again.a, again.b = self.a, self.b
         again.whole = False
         return again
+
+    @property
+    def lacking(self) -> bool:
+        """Whether a capture of it, between hosts, may lack segments."""
+        return not (self.exact or self.presumed)
 
     @property
     def one_sided(self) -> bool:
@@ -244,6 +256,14 @@ class Sequence:
             x.guessed = False
         else:
             new = ((end - x.next + 0x80000000) & 0xFFFFFFFF) - 0x80000000
+            # (All of what was acknowledged may be seen late, being sent again, or doubled.)
+            if (
+                x.claim is not None
+                and x.claimed is not None
+                and new > 0
+                and seq_diff(seq, x.claimed) < 0 < seq_diff(end, x.claimed)
+            ):
+                raise x.claim
             if seq != x.next:
                 # Not seen yet, and sent before what has overtaken it.
                 late = bool(x.gaps) and x.ack is not None and seq_diff(ack, x.ack) < 0
@@ -283,8 +303,12 @@ class Sequence:
                 x.due, x.due_at = end, t
         if late:
             kind |= OLD
+        news = False
         if ack != x.ack:
-            self._acknowledge(x, y, seq, ack, kind)
+            news = self._acknowledge(x, y, seq, ack, kind)
+            if not news:
+                kind |= OLD
+        self.echo = self.lacking and bool(kind & OLD) and not news
         if y.fin is not None and (ack - y.fin & 0xFFFFFFFF) == 1:
             kind |= ACKS_FIN
             if flags & FIN and placed and not kind & OLD:
@@ -362,8 +386,14 @@ class Sequence:
                 raise wrong
             if self.presumed and self.suspicion is None:
                 self.suspicion = x.gap = wrong
-            x.gaps.append((x.next, seq))
-            x.missed.append(x.next)
+            low = x.next
+            if x.claimed is not None and seq_diff(seq, x.claimed) >= 0:
+                # The peer had it, and its sender goes on behind it: the capture has not seen it.
+                low, x.claimed, x.claim = x.claimed, None, None
+            if low != seq:
+                x.gaps.append((low, seq))
+                _remember(x.missed, low)
+                del x.gaps[:-_REMEMBERED]
             x.gap_at, x.gap_ack = x.last, ack
             x.gap_told = False
             return max(new, 1)
@@ -372,13 +402,12 @@ class Sequence:
                 # It was sent again as if it had been lost: segments do get lost here.
                 self.presumed = False
                 self.suspicion = None
+            if end == seq and any(
+                seq_diff(seq, low) > 0 and seq_diff(high, seq) > 0 for low, high in x.gaps
+            ):
+                return 1  # an acknowledgment alone, sent between octets that were not seen
             before = x.gaps
-            x.gaps = [
-                piece
-                for low, high in x.gaps
-                for piece in ((low, min(high, seq)), (max(low, end), high))
-                if seq_diff(piece[1], piece[0]) > 0
-            ]
+            x.gaps = [piece for low, high in x.gaps for piece in _without(low, high, seq, end)]
             if not x.gaps:
                 x.missed.clear()
                 overtaken = new <= 0 and seq_diff(ack, x.gap_ack) <= 0
@@ -423,7 +452,8 @@ class Sequence:
             known = known and seq_diff(ack, y.ack_at) <= 0
         return known and (x.ack is None or seq_diff(ack, x.ack) <= 0)
 
-    def _acknowledge(self, x: Flow, y: Flow, seq: int, ack: int, kind: int) -> None:
+    def _acknowledge(self, x: Flow, y: Flow, seq: int, ack: int, kind: int) -> bool:
+        """Take in what it acknowledges; false if it was sent before others that are known."""
         if y.next is None or y.guessed:
             if y.next is None or seq_diff(ack, y.next) > 0:
                 y.next = ack
@@ -434,40 +464,52 @@ class Sequence:
                 # What is left of a former connection, older than the capture, answers a SYN.
                 x.ack = ack
                 _remember(x.acks, ack)
-                return
+                return True
             if ahead > 0 and not (
                 # A half-open side answers a new SYN with what it knows of the former connection.
                 y.former is not None and y.former.next == ack
             ):
-                raise Contradiction(
+                wrong = Contradiction(
                     f"it acknowledges {ack}, {ahead} octet{'s'[: ahead != 1]} more than was sent",
                     _UNSENT,
                 )
+                if y.fin is not None or not self.lacking:
+                    raise wrong
+                if y.isn is None:
+                    y.next = ack
+                else:  # Its sender will tell: it goes on behind what was acknowledged, or before.
+                    y.claimed, y.claim = ack, y.claim or wrong
+                self.missed = True
             for low, _ in y.gaps:
                 if ack == low and kind & ~FROM_B == ACK:
                     y.gap_told = y.gap_told or low in y.missed
-                elif seq_diff(ack, low) > 0:
+                elif seq_diff(ack, low) > 0 and not self.lacking:
                     raise Contradiction(
                         f"it acknowledges {ack}, and the octets from {low} were never seen",
                         _UNSENT,
                     )
+                elif seq_diff(ack, low) > 0:
+                    self.missed = True
+            if self.missed:
+                y.gaps = [gap for gap in y.gaps if seq_diff(ack, gap[0]) <= 0]
         known = x.ack if x.ack is not None or y.isn is None else seq_add(y.isn, 1)
         if known is not None and seq_diff(ack, known) < 0:
             if x.former is not None and x.former.ack == ack:
-                return
+                return True
             overtaken = y.isn is None or ack in y.ends or ack == seq_add(y.isn, 1)
             if self.exact or (self.presumed and self.whole and not overtaken):
                 raise Contradiction(
                     f"it acknowledges {ack}, and {known} was acknowledged already", _BACKWARDS
                 )
-            if not kind & OLD and (kind & (FIN | TEXT) or (y.ends and ack not in y.ends)):
+            if not self.lacking and not kind & OLD and kind & (FIN | TEXT):
                 raise Contradiction(
                     f"it acknowledges {ack} anew, and {known} was acknowledged already",
                     _BACKWARDS,
                 )
-            return
+            return False
         x.ack, x.ack_at = ack, seq
         _remember(x.acks, ack)
+        return True
 
     def _syn(
         self, x: Flow, y: Flow, flags: int, seq: int, ack: int, length: int, from_b: bool
@@ -543,12 +585,19 @@ class Sequence:
             # answers a segment without ACK.
             at = own if here and own and not y.shut else own + answers
             at.append(0)
-            if y.next is not None and not y.guessed and seq_diff(ack, y.next) > 0:
+            ahead = y.next is not None and not y.guessed and seq_diff(ack, y.next) > 0
+            if ahead and self.lacking:
+                self.missed = True
+            elif ahead:
                 raise Contradiction(f"a reset acknowledges {ack}, sent is up to {y.next}", _UNSENT)
             if self.whole and y.next is None:
                 self._missed(f"a reset acknowledges {ack}, and nothing was sent", _UNSENT)
         heard = y.last != _NEVER or flags & ACK
-        if heard and at and (self.whole or at != [0]) and seq not in at:
+        if self.lacking and x.next is not None and seq_diff(seq, x.next) > 0:
+            self.missed = True
+        elif self.lacking and not flags & ACK and x.isn is not None and seq_diff(seq, x.isn) > 0:
+            pass  # the acknowledgment that it answers may not have been captured
+        elif heard and at and (self.whole or at != [0]) and seq not in at:
             due = _or(list(dict.fromkeys(at))[-4:])
             raise Contradiction(f"a reset at {seq}; {due} was due", _RESET)
         kind = RST
@@ -565,6 +614,19 @@ class Sequence:
             if y.ack == seq_add(seq, 1):
                 kind |= RST_CERTAIN
         return kind
+
+
+def _without(low: int, high: int, seq: int, end: int) -> Iterator[tuple[int, int]]:
+    """What is left of the octets from `low` to `high` without those from `seq` to `end`."""
+    before = seq if seq_diff(seq, high) < 0 else high
+    after = end if seq_diff(end, low) > 0 else low
+    if after == low and before == high:
+        yield low, high
+        return
+    if seq_diff(before, low) > 0:
+        yield low, before
+    if seq_diff(high, after) > 0:
+        yield after, high
 
 
 def _remember(numbers: list[int], number: int) -> None:
