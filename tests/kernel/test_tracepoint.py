@@ -33,8 +33,8 @@ RST = struct.pack("ii", 1, 0)
 
 @pytest.fixture
 def port() -> int:
-    """A port of this test's own: tracepoints see the same port in every namespace."""
-    return random.randrange(2000, 30000)
+    """A port of this test's own, and nobody's ephemeral one: other namespaces' are seen too."""
+    return random.randrange(600, 1000)
 
 
 @pytest.fixture(autouse=True)
@@ -323,6 +323,70 @@ def test_what_the_program_could_not_record_is_counted(
         assert isinstance(lost, Lost)
         assert (lost.count, seen.lost) == (3, 3)
         assert seen.read() == []
+
+
+IN_ITS_CONTEXT = """
+import socket, subprocess, sys, threading
+def connect():
+    client = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+    client.close()
+print("ready", flush=True)
+input()
+if sys.argv[2] == "thread":
+    done = threading.Event()
+    def connect_and_stay():
+        connect()
+        print("done", flush=True)
+        done.wait()
+    threading.Thread(target=connect_and_stay, daemon=True).start()
+elif sys.argv[2] == "child":
+    subprocess.run([sys.executable, "-c", f"import socket, sys; {sys.argv[3]}", sys.argv[1]])
+    print("done", flush=True)
+else:
+    connect()
+    print("done", flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("who", ["itself", "thread", "child"])
+def test_what_happens_in_process_1_is_recorded_where_programs_do_not_run(
+    who: str, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process stands in for process 1, and no program records anything."""
+    connect = 'socket.create_connection(("127.0.0.1", int(sys.argv[1]))).close()'
+    with (
+        socket.create_server(("127.0.0.1", port)) as listener,
+        subprocess.Popen(
+            [sys.executable, "-c", IN_ITS_CONTEXT, str(port), who, connect],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        program = tracepoint.Recorder
+        monkeypatch.setattr(tracepoint, "Recorder", lambda _, size: program([1], size))
+        monkeypatch.setattr(tracepoint, "keeps_init_apart", lambda: True)
+        monkeypatch.setattr(tracepoint, "_INIT", Path(f"/proc/{process.pid}/task"))
+        with Tracepoint([port]) as seen:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            server, client = listener.accept()
+            server.close()  # in this process's context: the program's part
+            events = seen.read()
+            process.stdin.write("end\n")
+            process.stdin.flush()
+    if who == "child":
+        assert events == []
+        return
+    assert course(events, client)[:4] == [S.CLOSED, S.SYN_SENT, S.ESTABLISHED, S.FIN_WAIT_1]
+    assert course(events, ("127.0.0.1", port)) == [
+        *(S.LISTEN, S.SYN_RECEIVED, S.ESTABLISHED, S.CLOSE_WAIT)
+    ]
 
 
 @pytest.mark.usefixtures("recorded")

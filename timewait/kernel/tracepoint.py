@@ -6,6 +6,8 @@ binary pages laid out as the kernel's own `format` files say. Nothing is
 missed, short of an overrun, which the kernel counts and so do we. Transitions,
 by far the most of it, are recorded by a program of ours on the same tracepoint
 (`timewait.kernel.recorder`) where the kernel takes it, at a third of the cost.
+Where the kernel keeps process 1 apart from such programs, an instance of its
+own records what happens while that process has the processor.
 
 Two things a tracepoint does not show are put right here. TIME_WAIT is a small
 socket of another kind: the kernel reports the full socket's end
@@ -41,7 +43,7 @@ from attrs import evolve
 
 from timewait.events import Address, Event, Lost, Note, Row, Transition
 from timewait.kernel import recorder
-from timewait.kernel.recorder import Recorder
+from timewait.kernel.recorder import Recorder, keeps_init_apart
 from timewait.kernel.sock_diag import SockDiag, address_text, host_text
 from timewait.tcp.states import State
 
@@ -56,6 +58,9 @@ _FSCONFIG_CMD_CREATE: Final = 6
 # Every kind of event has these; an IPv4 address stands in the IPv6 field too, mapped.
 _PORTS: Final = "sport dport"
 _HOSTS: Final = "saddr_v6 daddr_v6"
+_STATE_EVENT: Final = "events/sock/inet_sock_set_state"
+_STATE_FIELDS: Final = f"skaddr oldstate newstate {_PORTS} protocol {_HOSTS}"
+_INIT: Final = Path("/proc/1/task")
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _UNCONNECTED: Final = frozenset((7, 10))  # CLOSE, LISTEN
@@ -65,6 +70,7 @@ _RECORDED: Final = 0  # the kind of our own records; the kernel's numbers begin 
 _LOOKS: Final = 64  # at most so many orphans are looked at in one read
 
 _PAGE: Final = struct.Struct("=QQ")
+_THREAD: Final = struct.Struct("=4xi")  # of any record: who had the processor
 _WORD: Final = struct.Struct("=I")
 _MISSED: Final = 1 << 31
 _SIZE: Final = (1 << 30) - 1
@@ -124,10 +130,12 @@ class Tracepoint:
         self._handlers: dict[int, Callable[[float, bytes, int, list[Event]], None]] = {}
         self._enable: list[Path] = []
         self._recorder: Recorder | None = None
+        self._of_init: dict[int, bool] = {}
+        self._in_init: Path | None = None
         self._written: list[bytes] = []
         self._missed: Counter[str] = Counter()
         self._buffers: list[int] = []
-        self._stats: list[int] = []
+        self._stats: dict[int, str] = {}
         self._epoll: select.epoll | None = None
         self._resources = ExitStack()
         try:
@@ -162,6 +170,8 @@ class Tracepoint:
             if self._recorder is not None:  # its ring rings no bell; the kernel's record does
                 self._filter(self._states)
                 (self._states / "enable").write_text("1")
+                if self._in_init is not None:  # which is in it
+                    self._in_init.write_text("0")
             for fd in self._buffers:
                 self._epoll.register(fd, select.EPOLLIN)
         return self._epoll.fileno()
@@ -220,27 +230,23 @@ class Tracepoint:
         self._diag = self._resources.enter_context(SockDiag())
         root = _tracefs(self._resources)
         _sweep(root / "instances")
-        pid = os.getpid()
-        self.home = home = root / "instances" / f"timewait-{pid}-{_started(pid)}-{next(_serial)}"
-        home.mkdir()
-        self._resources.callback(_remove, home, pid)
-        (home / "trace_clock").write_text("mono")
-        (home / "trace_options").write_text("norecord-cmd")  # which is noted at each switch
-        with suppress(FileNotFoundError):  # since Linux 5.0
-            (home / "buffer_percent").write_text("0")
+        self.home = home = self._instance(root)
         self._page = bytearray(_subbuffer_size(home, root))
-        self._states = home / "events/sock/inet_sock_set_state"
+        self._states = home / _STATE_EVENT
         try:
             self._recorder = Recorder(self._ports, buffer)
         except OSError:  # the kernel's own record will do
             self.blind += ("which network namespace a socket is in",)
-            fields = f"skaddr oldstate newstate {_PORTS} protocol {_HOSTS}"
-            self._state_kind, self._unpack_state = self._watch(self._states, fields, self._on_state)
+            self._state_kind, self._unpack_state = self._watch(
+                self._states, _STATE_FIELDS, self._on_state
+            )
         else:
             self._resources.callback(self._recorder.close)
             self._state_kind, self._unpack_state = _RECORDED, recorder.RECORD.unpack_from
             self._handlers[_RECORDED] = partial(self._on_state, self._unpack_state)
             buffer >>= 2  # what is left to the kernel's is seldom
+            if keeps_init_apart():
+                self._watch_init(root, buffer)
         (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
         for name, fields, handler in (
             ("tcp_receive_reset", f"skaddr {_PORTS} {_HOSTS}", self._on_reset),
@@ -256,6 +262,31 @@ class Tracepoint:
         self._open_buffers(home)
         for enable in self._enable:
             enable.write_text("1")
+
+    def _instance(self, root: Path) -> Path:
+        pid = os.getpid()
+        home = root / "instances" / f"timewait-{pid}-{_started(pid)}-{next(_serial)}"
+        home.mkdir()
+        self._resources.callback(_remove, home, pid)
+        (home / "trace_clock").write_text("mono")
+        (home / "trace_options").write_text("norecord-cmd")  # which is noted at each switch
+        with suppress(FileNotFoundError):  # since Linux 5.0
+            (home / "buffer_percent").write_text("0")
+        return home
+
+    def _watch_init(self, root: Path, buffer: int) -> None:
+        """Have the kernel record what happens while a thread of process 1 has the processor."""
+        home = self._instance(root)
+        self._watch(home / _STATE_EVENT, _STATE_FIELDS, self._on_state_in_init)
+        self._in_init = home / _STATE_EVENT / "enable"
+        self.blind += ("of what happens while process 1 has the processor, in which namespace",)
+        (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
+        (home / "trace_options").write_text("event-fork")  # new threads too; and children
+        while new := {int(thread.name) for thread in _INIT.iterdir()} - self._of_init.keys():
+            with (home / "set_event_pid").open("r+b", buffering=0) as followed:
+                followed.write(" ".join(map(str, new)).encode())
+            self._of_init.update(dict.fromkeys(new, True))
+        self._open_buffers(home)
 
     def _watch(self, event: Path, fields: str, handler: Callable[..., None]) -> tuple[int, Unpack]:
         """Record this event and hand its fields to the handler; its number, and what unpacks it."""
@@ -279,15 +310,15 @@ class Tracepoint:
             self._buffers.append(fd)
             stats = os.open(cpu / "stats", os.O_RDONLY | os.O_CLOEXEC)
             self._resources.callback(os.close, stats)
-            self._stats.append(stats)
+            self._stats[stats] = cpu.name.removeprefix("cpu")
 
     def _count_lost(self, events: list[Event]) -> None:
-        for cpu, fd in enumerate(self._stats):
+        for fd, cpu in self._stats.items():
             text = os.pread(fd, 1000, 0).decode()
             numbers = dict(line.split(": ") for line in text.splitlines() if ": " in line)
             total = sum(int(numbers[n]) for n in ("overrun", "commit overrun", "dropped events"))
-            self._missed[f"processor {cpu}'s buffer overran"] += total - self._overruns[cpu]
-            self._overruns[cpu] = total
+            self._missed[f"processor {cpu}'s buffer overran"] += total - self._overruns[fd]
+            self._overruns[fd] = total
         if self._recorder is not None:
             total = self._recorder.not_run()
             self._missed["made while another was being recorded"] += total - self._not_run
@@ -326,6 +357,15 @@ class Tracepoint:
             if became is not State.CLOSED or old in _UNCONNECTED:
                 cause = None  # it was of a socket that had this address in memory before
             events.append(Transition(at, local, remote, was, became, self.name, cause=cause))
+
+    def _on_state_in_init(
+        self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
+    ) -> None:
+        (thread,) = _THREAD.unpack_from(page, offset)
+        if thread not in self._of_init:
+            self._of_init[thread] = (_INIT / str(thread)).exists()
+        if self._of_init[thread]:  # and no child's, of which the program told
+            self._on_state(unpack, at, page, offset, events)
 
     def _on_reset(
         self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
