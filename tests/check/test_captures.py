@@ -142,7 +142,7 @@ def test_an_interface_that_shows_each_segment_twice_changes_nothing() -> None:
 
 def test_a_port_is_free_from_the_attempt_on_even_if_the_table_was_read_late() -> None:
     events = list(read(TRACES / "server-first.jsonl", lambda problem: None))
-    for early, conforms in ((0.8, True), (1.5, False)):
+    for early, conforms in ((0.4, True), (1.0, False)):
         moved = [
             evolve(e, free_after=e.free_after - early)
             if isinstance(e, Restart) and e.free_after

@@ -58,6 +58,9 @@ _ACK_DELAY: Final = 0.5
 _OVERTAKEN: Final = 0.02  # a segment may wait so long for the processor in whose queue it is
 _ANSWERED: Final = 0.5  # an answer is sent at once
 
+# What a capture between hosts may lack: so much at once, and what a wire of 100 Gbit/s carries.
+_AT_ONCE: Final = 1 << 20
+_PER_SECOND: Final = 12.5e9
 _NEVER: Final = -1e9
 _REMEMBERED: Final = 64
 _NO_ACK = "RFC 9293 §3.10.7.4: every segment after the SYN carries an acknowledgment"
@@ -234,6 +237,7 @@ class Sequence:
         """The kind of this segment. Raises `Contradiction` where it cannot be."""
         x, y = (self.b, self.a) if from_b else (self.a, self.b)
         quiet = t - max(y.last, x.probed)
+        since = x.last
         if self.whole is None:
             self.whole = flags & (SYN | ACK | RST) == SYN and (self.exact or self.presumed)
         x.last = t
@@ -267,7 +271,7 @@ class Sequence:
             if seq != x.next:
                 # Not seen yet, and sent before what has overtaken it.
                 late = bool(x.gaps) and x.ack is not None and seq_diff(ack, x.ack) < 0
-                new = self._out_of_place(x, y, seq, ack, end, new, length, quiet)
+                new = self._out_of_place(x, y, seq, ack, end, new, length, quiet, since)
             if new > 0:
                 if seq_diff(end, x.next) > 0:
                     x.next = end
@@ -371,7 +375,16 @@ class Sequence:
             y.due = None
 
     def _out_of_place(
-        self, x: Flow, y: Flow, seq: int, ack: int, end: int, new: int, length: int, quiet: float
+        self,
+        x: Flow,
+        y: Flow,
+        seq: int,
+        ack: int,
+        end: int,
+        new: int,
+        length: int,
+        quiet: float,
+        since: float,
     ) -> int:
         """A segment that does not begin at SND.NXT; how many new octets it brings."""
         assert x.next is not None
@@ -382,7 +395,7 @@ class Sequence:
                 f"(at {seq}, not {x.next})",
                 _SEQUENCE,
             )
-            if self.exact:
+            if self.exact or (self.lacking and gap > _most_in(x.last - since)):
                 raise wrong
             if self.presumed and self.suspicion is None:
                 self.suspicion = x.gap = wrong
@@ -473,7 +486,7 @@ class Sequence:
                     f"it acknowledges {ack}, {ahead} octet{'s'[: ahead != 1]} more than was sent",
                     _UNSENT,
                 )
-                if y.fin is not None or not self.lacking:
+                if y.fin is not None or not self.lacking or ahead > _most_in(x.last - y.last):
                     raise wrong
                 if y.isn is None:
                     y.next = ack
@@ -585,15 +598,15 @@ class Sequence:
             # answers a segment without ACK.
             at = own if here and own and not y.shut else own + answers
             at.append(0)
-            ahead = y.next is not None and not y.guessed and seq_diff(ack, y.next) > 0
-            if ahead and self.lacking:
+            ahead = 0 if y.next is None or y.guessed else seq_diff(ack, y.next)
+            if 0 < ahead < _AT_ONCE and self.lacking:
                 self.missed = True
-            elif ahead:
+            elif ahead > 0:
                 raise Contradiction(f"a reset acknowledges {ack}, sent is up to {y.next}", _UNSENT)
             if self.whole and y.next is None:
                 self._missed(f"a reset acknowledges {ack}, and nothing was sent", _UNSENT)
         heard = y.last != _NEVER or flags & ACK
-        if self.lacking and x.next is not None and seq_diff(seq, x.next) > 0:
+        if self.lacking and x.next is not None and 0 < seq_diff(seq, x.next) < _AT_ONCE:
             self.missed = True
         elif self.lacking and not flags & ACK and x.isn is not None and seq_diff(seq, x.isn) > 0:
             pass  # the acknowledgment that it answers may not have been captured
@@ -614,6 +627,11 @@ class Sequence:
             if y.ack == seq_add(seq, 1):
                 kind |= RST_CERTAIN
         return kind
+
+
+def _most_in(seconds: float) -> float:
+    """How many octets can have passed in this time without being captured."""
+    return _AT_ONCE + max(seconds, 0.0) * _PER_SECOND
 
 
 def _without(low: int, high: int, seq: int, end: int) -> Iterator[tuple[int, int]]:

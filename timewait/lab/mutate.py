@@ -655,7 +655,52 @@ def _segment_class(mutant: Mutant, events: Events, event: SegmentSeen) -> str | 
     before.reverse()
     after = _of_the_same(event, events[mutant.at + 1 :])
     explain = _CLASSES.get(mutant.operator)
-    return explain(mutant, event, before, after) if explain else None
+    why = explain(mutant, event, before, after) if explain else None
+    if why is None and _apart(event):
+        why = _why_between_hosts(mutant, event, before, after)
+    return why
+
+
+def _apart(event: SegmentSeen) -> bool:
+    """Whether the two ends are on different machines, as far as their addresses tell."""
+    hosts = {event.src[0], event.dst[0]}
+    return len(hosts) == 2 and not all(host.startswith("127.") for host in hosts)
+
+
+def _why_between_hosts(
+    mutant: Mutant, event: SegmentSeen, before: _Segments, after: _Segments
+) -> str | None:
+    """What a network, and a capture of it that lacks segments, may show."""
+    changed = mutant.events[mutant.at]
+    others = before + after
+    match mutant.operator:
+        case "segment-dropped" | "fin-removed" | "ack-of-fin-dropped":
+            return _LACKS
+        case "ack-of-unsent":
+            assert isinstance(changed, SegmentSeen)
+            peers = [e for e in after if e.src == event.dst and _space(e) != e.seq]
+            behind = not peers or seq_diff(peers[0].seq, changed.ack) >= 0
+            seen_late = peers and seq_diff(changed.ack, _space(peers[0])) >= 0
+            sent = any(e.src == event.dst and seq_diff(_space(e), changed.ack) >= 0 for e in others)
+            return _LACKS if behind or seen_late or sent else None
+        case "sequence-off-by-one":
+            return _LACKS if abs(_off_by(mutant, event)) == 1 else None
+        case "segments-swapped" | "fin-again-too-soon" | "acknowledged-too-late":
+            return _LATE_OR_TWICE
+        case "rst-for-fin" | "rst-invented":
+            # What its sender sent before the RST may come after it, but nothing sent later.
+            reset = changed if mutant.operator == "rst-for-fin" else mutant.events[mutant.at + 1]
+            assert isinstance(reset, SegmentSeen)
+            mine = [e for e in after if e.src == event.src and e.t - event.t < _ON_ITS_WAY]
+            late = [e for e in after if e.src == event.src and e not in mine and not e.flags & RST]
+            return _LATE_OR_TWICE if not late else None
+    return None
+
+
+def _off_by(mutant: Mutant, event: SegmentSeen) -> int:
+    moved = mutant.events[mutant.at]
+    assert isinstance(moved, SegmentSeen)
+    return seq_diff(moved.seq, event.seq)
 
 
 def _of_the_same(event: SegmentSeen, events: Iterable[Event]) -> list[SegmentSeen]:
@@ -852,6 +897,15 @@ def _why_turned(
     return None
 
 
+_ON_ITS_WAY: Final = 1.0  # s: how long a segment may be on its way between two hosts
+_LACKS: Final = (
+    "between hosts a segment may be lost before the capture, sent again and cut otherwise, or be "
+    "missed by the capture: what shows it is told, and what follows agrees"
+)
+_LATE_OR_TWICE: Final = (
+    "between hosts a segment may come late, twice, or after others that were sent later (RFC 9293 "
+    "§3.4)"
+)
 _CUMULATIVE: Final = "acknowledgments of text are cumulative: one may be missing, or be of less"
 _PROBE: Final = "text was on its way with it: a probe may follow at once (RFC 8985 §7)"
 _ONE_MORE: Final = (
