@@ -118,14 +118,32 @@ def veth(name: str, far: str) -> socket.socket:
 
 
 def tap(name: str) -> socket.socket:
-    """A packet socket that sees what passes a device, and when (SO_TIMESTAMPNS), as IP packets."""
+    """A packet socket that sees what passes a device, and when (SO_TIMESTAMPNS), as IP packets.
+
+    The first that asks for stamps has a worker of the kernel's begin to stamp
+    (net_enable_timestamp()); until it did, a packet's stamp is when it was read.
+    """
     everything = 0x0003
     seen = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
     seen.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     seen.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
     seen.setblocking(False)
     seen.bind((name, everything))
+    _until_stamped()
     return seen
+
+
+def _until_stamped() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        probe.bind(("127.0.0.1", 0))
+        while True:
+            probe.sendto(b"", probe.getsockname())
+            sent = time.time_ns()
+            _, extra, _, _ = probe.recvmsg(1, 64)
+            seconds, ns = struct.unpack("=qq", extra[0][2])
+            if seconds * 1_000_000_000 + ns < sent:
+                return
 
 
 def neighbour(name: str, host: str) -> None:
