@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import subprocess
@@ -46,6 +47,27 @@ def test_a_capture_is_read_like_events() -> None:
     done = timewait_check(TRACES / "loopback.pcap")
     assert done.return_value == 0
     assert done.output.count("closed first") == 9
+
+
+@pytest.mark.parametrize("file", [GOOD, TRACES / "loopback.pcap"], ids=lambda file: file.suffix)
+def test_a_compressed_file_is_read_like_a_file(file: Path, tmp_path: Path) -> None:
+    whole = gzip.compress(file.read_bytes())
+    (tmp_path / "whole.gz").write_bytes(whole)
+    assert list(read(tmp_path / "whole.gz", print)) == list(read(file, print))
+    for damaged in (whole[: len(whole) // 2], whole[:2], whole[:-8] + bytes(8), whole + b"more"):
+        (tmp_path / "damaged.gz").write_bytes(damaged)
+        with pytest.raises(OSError, match="not a whole gzip file"):
+            list(read(tmp_path / "damaged.gz", print))
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault_of_the_file() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m timewait check {TRACES / 'loopback.pcap'} | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin"])

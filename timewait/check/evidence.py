@@ -6,10 +6,14 @@ is still yielded.
 
 from __future__ import annotations
 
+import errno
+import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from timewait import events
 from timewait.events import Event, Lost, RunEnded, RunStarted
@@ -18,6 +22,7 @@ __all__ = ["REST", "read"]
 
 REST: Final = "rest of the file"  # the observer that has lost what was never written
 _JITTER: Final = 0.001  # two processors' stamps may be so far out of order
+_GZIP: Final = b"\x1f\x8b"
 _MAGIC: Final = frozenset(
     bytes.fromhex(magic) for magic in ("a1b2c3d4", "d4c3b2a1", "a1b23c4d", "4d3cb2a1", "0a0d0d0a")
 )
@@ -27,18 +32,30 @@ def read(path: Path, tell: Callable[[str], object]) -> Iterator[Event]:
     """The file's events, in its order; `tell` hears of each fault, with its line.
 
     "-" is standard input. What is read may be a pipe: it is opened and read once.
+    It may be compressed with gzip, as captures often are.
 
-    Raises `OSError` where the file cannot be read.
+    Raises `OSError` where the file cannot be read, or decompressed to its end.
     """
     piped = str(path) == "-"
     with open(0 if piped else path, "rb", closefd=not piped) as file:
-        if file.peek(4)[:4] in _MAGIC:
-            yield from import_module("timewait.kernel.capture").read(file, tell)
-        else:
-            yield from _events(file, tell)
+        if file.peek(2)[:2] != _GZIP:
+            yield from _read(file, tell)
+            return
+        with gzip.open(file) as whole:
+            try:
+                yield from _read(whole, tell)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as why:
+                raise OSError(errno.EBADMSG, f"not a whole gzip file: {why}") from None
 
 
-def _events(file: BinaryIO, tell: Callable[[str], object]) -> Iterator[Event]:
+def _read(file: BufferedReader | gzip.GzipFile, tell: Callable[[str], object]) -> Iterator[Event]:
+    if file.peek(4)[:4] in _MAGIC:
+        yield from import_module("timewait.kernel.capture").read(file, tell)
+    else:
+        yield from _events(file, tell)
+
+
+def _events(file: BufferedReader | gzip.GzipFile, tell: Callable[[str], object]) -> Iterator[Event]:
     number = 0
 
     def lines() -> Iterator[bytes]:

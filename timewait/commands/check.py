@@ -49,6 +49,8 @@ def command(file: Path, profiles: tuple[str, ...], as_json: bool) -> int:
         for event in read(file, problems.append):
             checker.feed(event)
         verdict = checker.verdict(problems)
+    except BrokenPipeError:  # whoever reads what is printed has seen enough
+        raise
     except (OSError, ValueError) as wrong:
         raise click.ClickException(f"{file}: {getattr(wrong, 'strerror', None) or wrong}") from None
     if not verdict.evidence.events:
