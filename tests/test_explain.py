@@ -1000,3 +1000,11 @@ def test_the_wait_for_many_is_counted_from_when_they_were_seen(
     monkeypatch.setattr("timewait.explain.owners", slow)
     found = explain_bind(PORT, HERE)
     assert then == pytest.approx(time.monotonic() + (found.free_after or 0), abs=0.1)
+
+
+def test_the_command_loads_only_what_it_needs() -> None:
+    program = "import sys, timewait.commands.explain; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not {"asyncio", "rich", "structlog"} & set(loaded.stdout.split())

@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from types import TracebackType
 from typing import IO, Any, ClassVar, Final, NoReturn, TypeAlias, get_args
 
-import structlog
 from attrs import define, field, fields_dict, frozen
 from cattrs import Converter
 from cattrs.gen import make_dict_unstructure_fn
@@ -413,7 +413,9 @@ def log(event: Event) -> None:
     program; nothing is said there. A run's `stack` is logged as `on`, since
     structlog means a stack trace by that name.
     """
-    if structlog.is_configured():
+    # Who has not imported it has not configured it, and need not wait for it to load.
+    structlog = sys.modules.get("structlog")
+    if structlog is not None and structlog.is_configured():
         fields = _converter().unstructure(event)
         if "stack" in fields:
             fields["on"] = fields.pop("stack")

@@ -31,10 +31,8 @@ from timewait.events import Address, Row
 from timewait.kernel.namespace import sysctl
 from timewait.kernel.observers import psutil_rows
 from timewait.kernel.processes import owners, reuse_options, user_name
-from timewait.kernel.sock_diag import Details, details, ends_in, sockets
-from timewait.kernel.sock_diag import address_text as as_typed
+from timewait.kernel.sock_diag import Details, address_text, details, ends_in, sockets
 from timewait.kernel.ticks import fires_in, jiffies, tick
-from timewait.report import address as address_text
 from timewait.tcp.states import State
 
 __all__ = [
@@ -120,7 +118,7 @@ class Holder:
             "kind": self.kind,
             "state": "BOUND" if self.kind == "bound" else self.state.name,
             "local": self.where,
-            "remote": address_text(self.remote),
+            "remote": _where(self.remote),
             "seconds_left": self.seconds_left,
             "gone_after": self.gone_after,
             "pid": self.pid,
@@ -164,7 +162,7 @@ class Explanation:
     @property
     def reason(self) -> str:
         """In one line, what is the matter."""
-        where = as_typed(self.address)
+        where = address_text(self.address)
         return f"{where} is free" if self else f"{where} is not free: {self.title}"
 
     def __str__(self) -> str:
@@ -210,7 +208,7 @@ class Explanation:
     def to_json(self) -> dict[str, Any]:
         """As `timewait explain --json` prints it."""
         return {
-            "address": as_typed(self.address),
+            "address": address_text(self.address),
             "situation": self.situation,
             "title": self.title,
             "bindable": {
@@ -303,7 +301,7 @@ def can_bind(
             return False
         else:
             why = _FOR_GOOD.get(failed[1]) or os.strerror(failed[1])
-            trouble = OSError(failed[1], f"{as_typed((each, port))}: {why}")
+            trouble = OSError(failed[1], f"{address_text((each, port))}: {why}")
     if can:
         return True
     assert trouble is not None  # a name has an address at least
@@ -378,9 +376,11 @@ def _interface(host: str) -> int:
     return number
 
 
-def _where(local: Address, interface: str | None) -> str:
-    host, port = local
-    return address_text((host if interface is None else f"{host}%{interface}", port))
+def _where(end: Address, interface: str | None = None) -> str:
+    """As `ss` writes it, port 0 as a star."""
+    host, port = end
+    text = address_text((host if interface is None else f"{host}%{interface}", port))
+    return text if port else f"{text[:-1]}*"
 
 
 def _wrapped(name: str, text: str) -> list[str]:
@@ -665,7 +665,7 @@ def _situation(
     if code == errno.EINVAL:
         return "link-local-without-interface"
     if code != errno.EADDRINUSE:
-        raise OSError(code, f"{as_typed(address)}: {call}() fails: {os.strerror(code)}")
+        raise OSError(code, f"{address_text(address)}: {call}() fails: {os.strerror(code)}")
     if address[1] == 0:
         return "ephemeral-range-exhausted"
     if not holders:
