@@ -545,7 +545,11 @@ def test_a_failure_that_is_not_fatal(tmp_path: Path) -> None:
     ("events", "why"),
     [
         ("+0 < F. 1:1(0) ack 1 win 257\n+0 > . 1:1(0) ack 9 win 1", "failed"),
-        ("+0 write(4, ..., 30000) = 30000\n+0 > P. 1:10001(10000) ack 1", "congestion control"),
+        (
+            "+0 write(4, ..., 30000) = 30000\n+0 > P. 1:10001(10000) ack 1\n"
+            "+.01 < . 1:1(0) ack 10001 win 257\n+0 > P. 10001:30001(20000) ack 1",
+            "congestion control",
+        ),
         ("+0 < SEW 1:1(0) win 257\n+0 > SE. 0:0(0) ack 1", "ECN"),
         ("+0 < U. 1:11(10) ack 1 win 257 urg 3\n+0 > . 1:1(0) ack 12", "urgent data"),
         (

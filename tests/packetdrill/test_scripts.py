@@ -61,7 +61,6 @@ BEYOND = {
     "duplicate-acks": "fast retransmission",
     "ecn": "tcp_ecn=1",
     "icmp-frag-needed": "path MTU discovery",
-    "control-message": "TCP_INQ",
     "icmp-outbound": "UDP",
     "sendfile": "open()",
     "splice": "pipe()",
@@ -73,7 +72,8 @@ BEYOND = {
 # Written for IPv6, and for its names of ICMP's codes, or with IPv4 addresses in them.
 OF_ONE_VERSION = {
     "ipv6": {
-        "addresses", "bad-calls", "bind-then-connect", "connect-to-port", "icmp-frag-needed",
+        "addresses", "bad-calls", "bind-then-connect", "connect-to-port", "header-options",
+        "icmp-frag-needed",
         "icmp-frag-needed-opening", "icmp-half-open", "icmp-host-prohibited",
         "icmp-protocol-unreachable", "icmp-time-exceeded", "ipv4-mapped",
     },

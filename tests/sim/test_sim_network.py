@@ -18,6 +18,7 @@ import pytest
 from timewait import sim
 from timewait.events import SegmentSeen, Transition
 from timewait.sim.ports import PortTable
+from timewait.sim.sock import REMEMBERED
 from timewait.tcp.segment import FIN
 from timewait.tcp.states import State
 
@@ -411,13 +412,34 @@ def test_blocking_mode_is_refused_where_it_would_have_to_wait():
     sim.run(main)
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_options_that_are_only_remembered_are_so_as_on_this_kernel(family):
+    def transcript():
+        told = []
+        for level, option in sorted(REMEMBERED):
+            for value in (None, -2, -1, 0, 1, 2, 4, 7, 63, 255, 256, 1000):
+                with socket.socket(family) as sock:
+                    try:
+                        if value is not None:
+                            sock.setsockopt(level, option, value)
+                        told.append((level, option, value, sock.getsockopt(level, option)))
+                    except OSError as refused:
+                        told.append((level, option, value, errno.errorcode[refused.errno]))
+        return told
+
+    async def main():
+        return transcript()
+
+    assert sim.run(main) == transcript()
+
+
 def test_what_is_not_modelled_is_never_silently_accepted():
     async def main():
         with socket.socket() as sock:
             for level, option in (
                 (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
                 (socket.IPPROTO_TCP, socket.TCP_FASTOPEN),
-                (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT),
+                (socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP),
             ):
                 with pytest.raises(OSError) as refused:
                     sock.setsockopt(level, option, 1)

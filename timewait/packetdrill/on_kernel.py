@@ -144,6 +144,7 @@ class KernelStack:
 
     name = "kernel"
     real = True
+    offloads = False
 
     def __init__(self, settings: Settings) -> None:
         six = settings.ip_version == "ipv6"

@@ -57,6 +57,10 @@ class _Wait(Exception):
 # Where tcp_disconnect() has nothing to reset.
 _NO_RESET: Final = (State.CLOSED, State.CLOSING, State.LAST_ACK, State.TIME_WAIT)
 _EDGE: Final = 1 << 31  # EPOLLET
+_RECEIVED: Final = (socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+_NOTSENT: Final = (socket.IPPROTO_TCP, CONSTANTS["TCP_NOTSENT_LOWAT"])
+_INQ: Final = (socket.IPPROTO_TCP, CONSTANTS["TCP_INQ"])
+_SEND_FLAGS: Final = ("MSG_OOB", "MSG_FASTOPEN", "MSG_ZEROCOPY")
 _LINGERS_IN: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 
 
@@ -73,6 +77,10 @@ class ModelSocket:
         self._lingering: Sock | None = None  # closed, but close() has yet to return
         self._until = 0.0
         self._patience = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+        # Octets: what must have come for the socket to be readable, and what must not wait for it
+        # to be writable (0: however much).
+        self._lowat = {_RECEIVED: 1, _NOTSENT: 0}
+        self._tells_rest = False  # TCP_INQ
 
     @property
     def family(self) -> int:
@@ -107,7 +115,9 @@ class ModelSocket:
         except BlockingIOError as trouble:
             raise self._wait(trouble, socket.SO_RCVTIMEO) from None
         self._since = None
-        return ModelSocket(taken, True), address
+        made = ModelSocket(taken, True)
+        made._lowat = dict(self._lowat)
+        return made, address
 
     def connect(self, address: tuple[str, int]) -> None:
         """As socket.connect."""
@@ -129,14 +139,16 @@ class ModelSocket:
 
     def send(self, data: bytes, flags: int = 0) -> int:
         """As socket.send; a blocking socket sends all."""
-        known = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT | socket.MSG_EOR | socket.MSG_MORE
-        if flags & ~known:
-            name = "MSG_OOB" if flags & socket.MSG_OOB else f"send() flags {flags:#x}"
-            raise Unsupported(f"{name} on the model")
+        more = flags & socket.MSG_MORE
+        if flags & ~(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT | socket.MSG_EOR | more):
+            names = [name for name in _SEND_FLAGS if flags & CONSTANTS[name]]
+            raise Unsupported(f"{names[0] if names else f'send() flags {flags:#x}'} on the model")
+        if self._lowat[_NOTSENT] and self.unsent() + len(data) > self._lowat[_NOTSENT]:
+            raise Unsupported("a write() beyond TCP_NOTSENT_LOWAT on the model")
         waits = self.blocking and not flags & socket.MSG_DONTWAIT
         while len(self._moved) < len(data) or not data:
             try:
-                sent = self.inner.send(data[len(self._moved) :], flags & socket.MSG_MORE)
+                sent = self.inner.send(data[len(self._moved) :], more)
                 self._moved += bytes(sent)
             except BlockingIOError as trouble:
                 if self._moved and not waits:
@@ -153,6 +165,11 @@ class ModelSocket:
                 break
         moved, self._moved, self._since = self._moved, b"", None
         return len(moved)
+
+    def unsent(self) -> int:
+        """Octets of text that were never sent."""
+        conn = self.inner._open().conn
+        return 0 if conn is None else conn.status().unsent
 
     def sendto(self, data: bytes, flags: int, address: Any) -> int:
         """As socket.sendto."""
@@ -172,6 +189,12 @@ class ModelSocket:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # it is always empty
         peek = flags & socket.MSG_PEEK
         want = size
+        conn = self.inner._open().conn
+        low = min(self._lowat[_RECEIVED], size)
+        if conn is not None and 0 < conn.readable_bytes < low and not (conn.eof or conn.error):
+            why = self._wait(BlockingIOError(errno.EAGAIN, ""), socket.SO_RCVTIMEO, flags)
+            if isinstance(why, _Wait):
+                raise why
         if flags & socket.MSG_WAITALL and not peek:
             want = size - len(self._moved)
         try:
@@ -196,7 +219,13 @@ class ModelSocket:
 
     def recvmsg(self, size: int, _: int, flags: int) -> tuple[bytes, list[Any], int, None]:
         """As socket.recvmsg."""
-        return self.recv(size, flags), [], 0, None
+        data = self.recv(size, flags)
+        ancillary: list[tuple[int, int, bytes]] = []
+        if self._tells_rest:
+            conn = self.inner._open().conn
+            rest = 0 if conn is None else conn.readable_bytes or conn.eof  # tcp_inq_hint
+            ancillary.append((*_INQ, struct.pack("=i", rest)))
+        return data, ancillary, 0, None
 
     def shutdown(self, how: int) -> None:
         """As socket.shutdown."""
@@ -231,6 +260,19 @@ class ModelSocket:
                 raise OSError(errno.EDOM, os.strerror(errno.EDOM))
             self._patience[option] = max(seconds + micros / 1e6, 0.0)
             return
+        if (level, option) in self._lowat and value is not None and len(value) >= 4:
+            (number,) = struct.unpack_from("=i", value)
+            most = (1 << 31) - 1
+            if option == socket.SO_RCVLOWAT:
+                number, most = number or 1, self.inner._open().get_option(1, socket.SO_RCVBUF) // 2
+            self._lowat[level, option] = min(number, most) if number >= 0 else most
+            return
+        if (level, option) == _INQ and value is not None and len(value) >= 4:
+            (number,) = struct.unpack_from("=I", value)
+            if number > 1:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            self._tells_rest = bool(number)
+            return
         self.inner.setsockopt(level, option, value)
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
@@ -238,6 +280,10 @@ class ModelSocket:
         if level == socket.SOL_SOCKET and option in self._patience:
             seconds = self._patience[option]
             return struct.pack("=qq", int(seconds), round(seconds % 1 * 1e6))[:size]
+        if (level, option) in self._lowat:
+            return struct.pack("=i", self._lowat[level, option])[:size]
+        if (level, option) == _INQ:
+            return struct.pack("=i", self._tells_rest)[:size]
         got: bytes = self.inner.getsockopt(level, option, size)
         return got
 
@@ -287,9 +333,10 @@ class ModelSocket:
             events |= select.POLLHUP
         if conn.eof or closed:
             events |= select.POLLIN | select.POLLRDNORM | select.POLLRDHUP
-        if conn.readable_bytes:
+        if conn.readable_bytes >= self._lowat[_RECEIVED]:
             events |= select.POLLIN | select.POLLRDNORM
-        if conn.state.name not in ("SYN_SENT", "SYN_RECEIVED") and sock.writable():
+        room = not self._lowat[_NOTSENT] or 2 * self.unsent() < self._lowat[_NOTSENT]
+        if conn.state.name not in ("SYN_SENT", "SYN_RECEIVED") and sock.writable() and room:
             events |= select.POLLOUT | select.POLLWRNORM
         if conn.error or sock.error:
             events |= select.POLLERR
@@ -463,6 +510,7 @@ class ModelStack:
         self._pending: list[Pending] = []
         self._due: dict[int, float] = {}  # when the calls that wait give up
         self.beyond: set[str] = set()
+        self.offloads = self.host.profile.parameters.linux_checks
 
     def __enter__(self) -> ModelStack:
         return self
@@ -604,6 +652,8 @@ class ModelStack:
         mss = max(536, max((end - seq) & MASK for seq, end in (*tally.flight.items(), (0, 0))))
         if sum((end - seq) & MASK for seq, end in tally.flight.items()) > 10 * mss:
             self.beyond.add("congestion control")
+        sock = self.host.tcp.get(local)
+        tos, ttl = sock.header() if isinstance(sock, Sock) else (0, 64)
         self.arrived.append(
             Frame(
                 key[2],
@@ -616,6 +666,8 @@ class ModelStack:
                 segment.window,
                 options=from_options(segment),
                 body=segment.data,
+                tos=tos,
+                ttl=ttl,
                 t=self.now(),
             )
         )

@@ -92,6 +92,7 @@ class Stack(Protocol):
     calls: Calls
     real: bool
     beyond: set[str]  # features the script has used that this stack does not have
+    offloads: bool  # it stands for one that hands a run of segments to its device as one
 
     def start(self) -> None:
         """Set the clock to 0 and begin."""
@@ -568,7 +569,9 @@ class _Runner:
             if frame is None:
                 seen = "" if first is None else f" (only {length} octets of it)"
                 raise Failure(f"expected {show(packet)}, nothing came{seen}", event.line)
-            first = frame if first is None else _joined(first, frame)
+            # Linux pushes what is more than a segment (__tcp_transmit_skb).
+            push = PSH if self.stack.offloads else 0
+            first = frame if first is None else _joined(first, frame, push)
             length += len(frame.body)
             came = self.script_frame(first, connection, packet)
             # As packetdrill does outside of --strict_segments: a run of segments may
@@ -739,9 +742,10 @@ def _beyond(want: Packet, came: Frame, differences: list[str]) -> set[str]:
     return found
 
 
-def _joined(first: Frame, more: Frame) -> Frame:
+def _joined(first: Frame, more: Frame, push: int) -> Frame:
+    flags = first.flags | more.flags | push
     return Frame(
-        first.src, first.dst, first.protocol, first.ports, first.flags | more.flags, first.seq,
+        first.src, first.dst, first.protocol, first.ports, flags, first.seq,
         more.ack, more.window, more.urgent, first.options, first.body + more.body, first.tos,
         first.ttl, first.flow_label, t=first.t,
     )  # fmt: skip

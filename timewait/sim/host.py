@@ -490,6 +490,7 @@ class Host:
         sock.parent = listener
         sock.rcvbuf, sock.sndbuf = listener.rcvbuf, listener.sndbuf  # the SYN,ACK's window
         sock.user_mss = listener.user_mss
+        sock.remembered = listener.remembered
         conn = sock.conn = self.connection(sock)
         sock.size_buffers()
         now = self.network.clock.now

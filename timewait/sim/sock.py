@@ -44,6 +44,34 @@ UNCONNECTED, CONNECTING, CONNECTED, DISCONNECTING = range(4)
 INF: Final = float("inf")
 _KEEP: Final = (7200.0, 75.0, 9)
 _NO_OPTIONS: Final = SocketOptions()
+# Options that change nothing a model has but the header of its packets: default and range, as
+# Linux 6.18 has them. Of a range 0 to 1 any number is one or the other.
+_INT: Final = (0, -(1 << 31), (1 << 31) - 1)
+_SWITCH: Final = (0, 0, 1)
+REMEMBERED: Final = {
+    (socket.SOL_SOCKET, socket.SO_BROADCAST): _SWITCH,
+    (socket.SOL_SOCKET, socket.SO_OOBINLINE): _SWITCH,
+    (socket.SOL_SOCKET, socket.SO_PRIORITY): _INT,
+    (socket.SOL_SOCKET, socket.SO_MARK): _INT,
+    (socket.SOL_SOCKET, 46): (0, 0, (1 << 31) - 1),  # SO_BUSY_POLL
+    (socket.IPPROTO_IP, socket.IP_TOS): _INT,
+    (socket.IPPROTO_IP, socket.IP_TTL): (64, 1, 255),
+    (socket.IPPROTO_IP, 8): _SWITCH,  # IP_PKTINFO
+    (socket.IPPROTO_IP, 10): (1, 0, 5),  # IP_MTU_DISCOVER
+    (socket.IPPROTO_IP, 12): _SWITCH,  # IP_RECVTTL
+    (socket.IPPROTO_IP, socket.IP_RECVTOS): _SWITCH,
+    (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS): (64, 0, 255),
+    (socket.IPPROTO_IPV6, 23): (1, 0, 5),  # IPV6_MTU_DISCOVER
+    (socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO): _SWITCH,
+    (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS): _SWITCH,
+    (socket.IPPROTO_IPV6, socket.IPV6_TCLASS): (0, 0, 255),
+}
+_CLASS: Final = ((socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_IPV6, socket.IPV6_TCLASS))
+_HEADER: Final = (
+    (socket.IPPROTO_IP, socket.IP_TTL),
+    (socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS),
+    (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
+)
 _LOOPBACK_BROADCAST: Final = "127.255.255.255"
 _SOMAXCONN: Final = 4096
 _LEAST_MSS: Final = 88  # TCP_MIN_MSS
@@ -129,6 +157,7 @@ class Sock:
         "phase",
         "port",
         "rcvbuf",
+        "remembered",
         "remote",
         "remote_port",
         "reuse_address",
@@ -189,6 +218,8 @@ class Sock:
         self.no_delay = False
         self.cork = False
         self.more = False
+        # Options that change nothing that a model has, by level and name.
+        self.remembered: dict[tuple[int, int], int] = {}
         self.syn_retries = 0  # TCP_SYNCNT; 0: the host's own
         self.user_mss = 0
         self.user_timeout = 0
@@ -702,6 +733,8 @@ class Sock:
                 if self.port:
                     fail(errno.EINVAL)
                 self.v6only = bool(value)
+            case _ if (level, option) in REMEMBERED:
+                self.remember(level, option, value)
             case _:
                 fail(errno.ENOPROTOOPT)
         if self.conn is not None:
@@ -713,6 +746,28 @@ class Sock:
                 self.conn.options = options
                 self.after(self.conn.state)
                 self.network.drain()
+
+    def remember(self, level: int, option: int, value: int) -> None:
+        """Keep an option that only getsockopt(2) and the packets' headers tell of."""
+        if level == socket.IPPROTO_IPV6 and self.family != AF_INET6:
+            fail(errno.ENOPROTOOPT)
+        default, least, most = REMEMBERED[level, option]
+        if (least, most) == (0, 1):
+            value = int(bool(value))
+        elif value == -1 and (level, option) in _HEADER:
+            value = default
+        elif not least <= value <= most and (level, option) != (0, socket.IP_TOS):
+            fail(errno.EINVAL)
+        if (level, option) in _CLASS:
+            value &= 0xFC  # the other two bits are ECN's
+        self.remembered = {**self.remembered, (level, option): value}
+
+    def header(self) -> tuple[int, int]:
+        """Traffic class and hop limit of the packets: as setsockopt(2) gave, else 0 and 64."""
+        six = not is_v4(self.remote)
+        kinds = (_CLASS[1], _HEADER[1]) if six else (_CLASS[0], _HEADER[0])
+        tos, ttl = (self.remembered.get(kind) for kind in kinds)
+        return tos or 0, 64 if ttl is None else ttl
 
     def size_buffers(self) -> None:
         """Have the connection's buffers as large as was set; half is for Linux's own overhead."""
@@ -802,6 +857,10 @@ class Sock:
                 return self.local_port_range
             case socket.IPPROTO_IPV6, socket.IPV6_V6ONLY if self.family == AF_INET6:
                 return int(self.v6only)
+        if (level, option) in REMEMBERED and (
+            level != socket.IPPROTO_IPV6 or self.family == AF_INET6
+        ):
+            return self.remembered.get((level, option), REMEMBERED[level, option][0])
         # ip_getsockopt's answer to another level, unlike ip_setsockopt's.
         if level == socket.IPPROTO_IPV6 and self.family == AF_INET:
             fail(errno.EOPNOTSUPP)

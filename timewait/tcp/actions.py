@@ -214,25 +214,26 @@ def take_text(c: Connection, data: bytes, now: float) -> None:
     c._tx += data[: max(0, c.snd_buf - len(c._tx))]
 
 
-def send_text(c: Connection, _seg: Any, now: float) -> None:
-    """Send what may be sent: text, then the FIN."""
+def send_text(c: Connection, given: Any, now: float) -> None:
+    """Send what may be sent: text, then the FIN. `given` is a segment, or the text of a SEND."""
     if not c._tx and c._fin != 1:
         return
     if c._fin == 2 or c.state is SYN_SENT or c.state is SYN_RECEIVED:
         return
     if c._recover is not None:
         return  # nothing new until what was retransmitted is acknowledged
-    _send_new(c, now, MASK)
+    _send_new(c, now, MASK, type(given) is bytes)
 
 
-def _send_new(c: Connection, now: float, most: int) -> None:
-    """Up to `most` segments of what was not sent yet."""
+def _send_new(c: Connection, now: float, most: int, queued: bool = False) -> None:
+    """Up to `most` segments of what was not sent yet, some of it `queued` just now."""
     sent = (c.snd_nxt - c.snd_una - (c.snd_una == c.iss)) & MASK
     tx = c._tx
     mss = _effective_mss(c) if tx else 1
     end = c.snd_una + c.snd_wnd
     left = len(tx) - sent
     linux = c.profile.parameters.linux_checks
+    pushed = c.snd_nxt
     for _ in range(most):
         usable = (end - c.snd_nxt) & MASK
         if usable & HALF:
@@ -260,7 +261,9 @@ def _send_new(c: Connection, now: float, most: int) -> None:
         if n:
             if now - c._last_text < c._ato:
                 c._pingpong = True
-            push = last or (linux and n > c.max_wnd >> 1)  # forced_push
+            push = last
+            if queued and linux and (c.snd_nxt - pushed) & MASK > c.max_wnd >> 1:
+                push, pushed = True, c.snd_nxt  # forced_push
             emit(c, ACK | (FIN if fin else 0) | (PSH if push else 0), now, seq, tx[sent : sent + n])
         else:
             emit(c, ACK | FIN, now, seq)
