@@ -328,7 +328,14 @@ def give_text(c: Connection, _data: bytes, now: float) -> None:
     if c.fin_received or c.read_shut:
         return
     told = (c.rcv_adv - c.rcv_nxt) & MASK
-    if c.rcv_buf - len(c._rx) - told >= min(c.rcv_buf // 2, 2 * c.mss):
+    space = c.rcv_buf - len(c._rx)
+    if not c.profile.parameters.linux_checks:
+        worth = space - told >= min(c.rcv_buf // 2, 2 * c.mss)
+    elif 2 * told > c.rcv_buf:
+        return
+    else:  # twice as much, and not so little that __tcp_select_window calls it none
+        worth = space >= max(2 * told, c.rcv_buf >> 4, c._rcv_mss)
+    if worth:
         emit(c, ACK, now)
 
 
