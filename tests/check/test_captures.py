@@ -67,6 +67,56 @@ def test_what_overtakes_what_or_repeats_it_conforms(
     assert verdict, verdict.explain()
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        # Windows and browsers: a reset ends what was said, or answers what comes after the close.
+        "1 s FIN 9 5|1.1 c ACK 5 10|500 c RSTACK 5 10",
+        "1 c TXT 5 9 200|20 s TXT 9 205 1000|60 c ACK 205 1009|900 c RSTACK 205 1009",
+        "1 c FIN 5 9|1.1 s ACK 9 6|2 s TXT 9 6 31|2.1 c RSTACK 6 40",
+        "1 c FIN 5 9|2 s TXT 9 6 31|2.1 s FIN 40 6|3 c RST 6 0|3.1 c RST 6 0",
+        "1 s FIN 9 5|2 c FIN 5 10|3 s ACK 10 6|3.1 c RSTACK 6 10",
+        # A keep-alive with an octet of garbage.
+        "1 c TXT 5 9 9|2 s ACK 9 14|9000 c ACK 13 9 1|9001 s ACK 9 14|9500 c FIN 14 9",
+        # Segments larger than any MTU, as before and after segmentation by the hardware.
+        "1 c TXT 5 9 65000|1.2 c TXT 65005 9 64240|2 s ACK 9 1453|3 s ACK 9 129245",
+        # Text that the capture missed: before what follows, at the end, and a FIN.
+        "1 s ACK 9 105|2 c TXT 105 9 20|3 s ACK 9 125",
+        "1 c TXT 5 9 20|2 s ACK 9 125|3 s FIN 9 125|4 c ACK 125 10",
+        "1 s ACK 9 6|2 s FIN 9 6|3 c ACK 6 10",
+        # Acknowledgments that others have overtaken, and a copy of text from long before.
+        "1 c TXT 5 9 50|1.1 c TXT 55 9 50|2 s ACK 9 105|2.1 s ACK 9 55|2.2 s ACK 9 30",
+        "1 c TXT 5 9 50|2 s ACK 9 55|3 c FIN 55 9|4 s ACK 9 56|4.1 c TXT 5 9 50|5 s FIN 9 56",
+    ],
+)
+def test_what_captures_between_hosts_often_show_conforms(lines: str) -> None:
+    verdict = check(seen(OPEN + lines, APART))
+    assert verdict, verdict.explain()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "1 s ACK 9 105|2 c TXT 5 9 120",  # acknowledged, and its sender begins before
+        "1 s ACK 9 99999999|2 c ACK 5 9",  # more than can have passed
+        "1 c TXT 99999999 9 20|2 s ACK 9 5",
+        "1 c FIN 5 9|2 s ACK 9 7",  # after the FIN
+        "1 c FIN 5 9|1.1 c TXT 6 9 5",
+    ],
+)
+def test_what_no_capture_between_hosts_can_show(lines: str) -> None:
+    assert not check(seen(OPEN + lines, APART))
+
+
+def test_where_the_capture_lacks_segments_is_told_once() -> None:
+    lines = "1 s ACK 9 105|2 c TXT 105 9 20|3 s ACK 9 225|4 c TXT 225 9 20|5 s ACK 9 245"
+    (problem,) = check(seen(OPEN + lines, APART)).evidence.problems
+    assert problem.endswith(
+        "ACK seq=9 ack=105 at 0.001000 s: the capture lacks segments before it, or they were "
+        "never sent"
+    )
+
+
 def test_text_in_the_syn_conforms() -> None:
     # RFC 7413, as Linux 6.18 does it: the server answers before the handshake is done.
     lines = (

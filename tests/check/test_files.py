@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from timewait.check import check
 from timewait.check.evidence import read
 from timewait.commands.check import command as check_command
 from timewait.commands.mutate import command as mutate_command
+from timewait.lab.two_hosts import pcap
 
 TRACES = Path(__file__).parent / "traces"
 GOOD = TRACES / "server-first.jsonl"
@@ -162,6 +165,18 @@ def test_what_is_no_such_file_is_one_line(tmp_path: Path) -> None:
         done = timewait_check(wrong)
         assert done.exception is not None
         assert why in str(done.exception)
+
+
+def test_a_capture_without_tcp_is_one_line_that_says_what_is_in_it(tmp_path: Path) -> None:
+    tunnel = struct.pack(">BBHHHBBH8x", 0x45, 0, 24, 1, 0, 64, socket.IPPROTO_GRE, 0) + bytes(4)
+    other = struct.pack(">BBHHHBBH8x", 0x45, 0, 28, 1, 0, 64, socket.IPPROTO_UDP, 0) + bytes(8)
+    wrong = tmp_path / "gre.pcap"
+    wrong.write_bytes(pcap([(0.0, tunnel), (1.0, other), (2.0, other)]))
+    done = timewait_check(wrong)
+    assert str(done.exception) == (
+        f"{wrong}: no event could be read (1 frame not TCP but IP protocol 47 (GRE: what is inside "
+        "is not read); 2 frames not TCP but IP protocol 17)"
+    )
 
 
 def test_a_profile_that_is_none_is_one_line(tmp_path: Path) -> None:

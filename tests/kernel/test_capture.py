@@ -196,8 +196,11 @@ def test_frames_that_are_no_segments_are_passed_over_or_told() -> None:
     udp = b"\x45\0\0\x1c" + bytes(5) + b"\x11" + bytes(18)
     udp6 = b"\x60\0\0\0\0\x08\x11\x40" + bytes(40)
     arp = bytes(12) + b"\x08\x06" + bytes(28)
-    events, faults = run(pcap([LINKS["ethernet"][1](p) for p in (udp, udp6)] + [arp, b""], 1))
-    assert (events, faults) == ([], [])
+    strays = [LINKS["ethernet"][1](p) for p in (udp, udp6)] + [arp, b""]
+    events, faults = run(pcap([*strays, LINKS["ethernet"][1](PACKETS[0])], 1))
+    assert (len(events), faults) == (1, [])
+    events, faults = run(pcap(strays, 1))
+    assert (events, faults) == ([], ["2 frames not TCP but IP protocol 17", "2 frames not IP"])
     fragment = bytearray(PACKETS[0])
     fragment[6] = 0x20
     events, faults = run(pcap([bytes(fragment), bytes(fragment), PACKETS[0][:30]], 101))

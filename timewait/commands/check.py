@@ -54,7 +54,7 @@ def command(file: Path, profiles: tuple[str, ...], as_json: bool) -> int:
     except (OSError, ValueError) as wrong:
         raise click.ClickException(f"{file}: {getattr(wrong, 'strerror', None) or wrong}") from None
     if not verdict.evidence.events:
-        why = f" ({problems[0]})" if problems else ""
+        why = f" ({'; '.join(problems[:4])})" if problems else ""
         raise click.ClickException(f"{file}: no event could be read{why}")
     if as_json:
         click.echo(json.dumps({"file": str(file), **verdict.to_json(), "connections": found}))

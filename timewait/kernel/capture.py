@@ -58,7 +58,7 @@ def read(
     The file may be open already. `ports` limits the segments. `tell` hears of
     each fault: where the file is cut off or makes no sense (what follows is
     then not read), which link types are not understood, how many frames were
-    not whole TCP segments.
+    not whole TCP segments, how many were something else where none was TCP.
 
     Raises `OSError`, and `CaptureError` for a file that is no capture.
     """
@@ -75,6 +75,8 @@ def _segments(
     origin: int | None = None
     unknown: set[int] = set()
     unreadable: dict[str, int] = {}
+    others: dict[str, int] = {}
+    found = False
     for ns, link, buffer, at, end, wire in frames:
         if origin is None:
             origin = ns
@@ -89,18 +91,30 @@ def _segments(
             continue
         start = find(buffer, at, end)
         if start < 0:
+            others["not IP"] = others.get("not IP", 0) + 1
             continue
         try:
             seen = _segment(buffer, start, end, wire - (start - at), (ns - origin) * 1e-9)
-        except NotTCP:
+        except NotTCP as what:
+            others[str(what)] = others.get(str(what), 0) + 1
             continue
         except ValueError as why:
             unreadable[str(why)] = unreadable.get(str(why), 0) + 1
             continue
+        found = True
         if ports is None or seen.src[1] in ports or seen.dst[1] in ports:
             yield seen
     for reason, count in unreadable.items():
         tell(f"{count} frame{'s' if count > 1 else ''} not read: {reason}")
+    for reason, count in others.items():
+        # Beside TCP it is of no interest, unless TCP may be inside.
+        tunnel = next((name for name in _TUNNELS if reason.endswith(f"protocol {name}")), None)
+        if tunnel or not found:
+            inside = f" ({_TUNNELS[tunnel]}: what is inside is not read)" if tunnel else ""
+            tell(f"{count} frame{'s' if count > 1 else ''} {reason}{inside}")
+
+
+_TUNNELS: Final = {"4": "IP in IP", "41": "IPv6 in IP", "47": "GRE", "50": "ESP"}
 
 
 # IPv4 without options, then TCP: as nearly all segments are. A look at the whole of it at
