@@ -38,9 +38,9 @@ def told(error):
     return f"{type(error).__name__}: {errno.errorcode.get(number) if number else error}"
 
 
-def attempt(call, *args):
+def attempt(call, *args, **named):
     try:
-        return call(*args)
+        return call(*args, **named)
     except BaseException as error:
         return told(error)
 
@@ -286,6 +286,70 @@ async def odd_addresses():
     return seen
 
 
+async def arguments():
+    """What Python itself finds wrong with them, and in which order."""
+    seen = []
+    four, six = socket.socket(), socket.socket(socket.AF_INET6)
+    listener = socket.create_server(("127.0.0.1", PORT))
+    with four, six, listener:
+        for address in (
+            *("127.0.0.1", None, ["127.0.0.1", 80], ("127.0.0.1",), ("127.0.0.1", 80, 0)),
+            *((1, 2), ("127.0.0.1", "80"), ("127.0.0.1", 1.5), ("127.0.0.1", -1)),
+            *(("127.0.0.1", 70000), ("::1", 70000), (bytearray(b"127.0.0.1"), 70000)),
+        ):
+            seen += [attempt(four.bind, address), attempt(four.connect, address)]
+        for address in (
+            *(("::1",), ("::1", 0, 0, 0, 0), ("::1", 0, 1 << 20), ("::1", 0, -1)),
+            *(("::1", 0, 0, "x"), ("::1", -1, -1), ("127.0.0.1", -1)),
+        ):
+            seen.append(attempt(six.bind, address))
+        for value in (b"x", "x", None, 1 << 31, 1.5):
+            seen.append(attempt(four.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEADDR, value))
+        for sock in (four, six):
+            for level in (socket.IPPROTO_IP, socket.IPPROTO_TCP, 999):
+                seen += [attempt(sock.getsockopt, level, 999)]
+                seen += [attempt(sock.setsockopt, level, 999, 1)]
+        seen += [attempt(socket.socket, socket.AF_INET, kind) for kind in (11, 99)]
+        seen += [attempt(socket.create_server, ("127.0.0.1", 1), dualstack_ipv6=True)]
+        seen += [attempt(socket.create_connection, ("127.0.0.1", 1), all_errors=True)]
+        # With a timeout Python connects as if it did not block: connect(2) can be asked once more.
+        for timeout in (None, 5):
+            client = socket.create_connection(("127.0.0.1", PORT), timeout)
+            with client:
+                seen += [client.gettimeout(), attempt(client.connect, ("127.0.0.1", PORT))]
+        with socket.socket() as client:
+            client.settimeout(5)
+            for port in (1, 1, PORT):
+                seen.append(attempt(client.connect, ("127.0.0.1", port)))
+        plain = socket.SocketType()
+        seen += [isinstance(sock, socket.SocketType) for sock in (four, plain)]
+        plain.close()
+    return seen
+
+
+async def watched_numbers():
+    """What loops are given to watch: numbers that are none, and sockets closed meanwhile."""
+    loop = asyncio.get_running_loop()
+    seen = []
+    for number in (-1, 1.5):
+        seen += [attempt(call, number, print) for call in (loop.add_reader, loop.add_writer)]
+        seen += [attempt(loop.remove_reader, number), attempt(loop.remove_writer, number)]
+    listener, client, conn = pair()
+    hits = []
+    with listener, conn:
+        loop.add_reader(client, hits.append, "closed")
+        client.close()
+        conn.close()
+        await asyncio.sleep(0.01)
+        seen += [hits, attempt(loop.add_reader, client, print)]
+        seen += [attempt(loop.remove_reader, client) for _ in range(2)]
+        client = socket.create_connection(("127.0.0.1", PORT))
+        loop.add_reader(client, print)
+        client.close()
+        seen += [attempt(loop.add_writer, client, print), attempt(loop.remove_reader, client)]
+    return seen
+
+
 async def ancillary_data():
     number = struct.pack("i", 0)
     listener, client, conn = pair()
@@ -374,7 +438,7 @@ class Log(logging.Handler):
         self.lines = []
 
     def emit(self, record):
-        line = re.sub(r"<(_Selector|_Transport).*", "<a transport", record.getMessage())
+        line = re.sub(r"<_Selector.*", "<a transport", record.getMessage())
         self.lines.append((line.partition("\n")[0], record.exc_info and told(record.exc_info[1])))
 
 
@@ -406,6 +470,8 @@ def on(stack, program):
         left_open,
         use_after_close,
         odd_addresses,
+        arguments,
+        watched_numbers,
         ancillary_data,
         sending_nothing,
         options,

@@ -581,7 +581,7 @@ def test_a_livelock_names_what_goes_round(debug):
     with pytest.raises(sim.Livelock) as stuck:
         sim.run(main, debug=debug, patience=500)
     text = str(stuck.value)
-    assert text.startswith("500 iterations, and it is still 3 s into the simulation")
+    assert text.startswith("500 iterations without waiting, and no socket has moved, 3 s into")
     assert "spinning on localhost: sleep(), from " in text or "__sleep0(), from " in text
     assert "impatient() (" in text
     assert "again() at " in text
@@ -605,6 +605,48 @@ def test_a_reader_that_never_reads_is_a_livelock_too(debug):
     with pytest.raises(sim.Livelock) as stuck:
         sim.run(main, debug=debug, patience=100)
     assert "idle_reader()" in str(stuck.value)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_program_that_turns_until_something_happens_lives_to_see_it(debug):
+    """On a machine turning takes time: 10 us an iteration here, once nothing else moves."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        happened = asyncio.Event()
+        loop.call_later(0.02, happened.set)
+        while not happened.is_set():
+            await asyncio.sleep(0)
+        seen = [loop.time()]
+        while loop.time() < 0.05:
+            await asyncio.sleep(0)
+        server = await asyncio.start_server(greet, "127.0.0.1", 80)
+        reader, writer = await asyncio.open_connection("127.0.0.1", 80)
+        reading = asyncio.create_task(reader.read())
+        while not reading.done():
+            await asyncio.sleep(0)
+        writer.close()
+        server.close()
+        return [*seen, loop.time(), reading.result()]
+
+    async def greet(_reader, writer):
+        await asyncio.sleep(0.02)
+        writer.write(b"hello")
+        writer.close()
+
+    *times, greeting = sim.run(main, debug=debug)
+    assert times == [0.02, pytest.approx(0.08, abs=0.01)]
+    assert greeting == b"hello"
+
+
+def test_asking_for_the_time_until_it_is_over_ends():
+    async def main():
+        started = time.perf_counter()
+        while time.perf_counter() < started + 0.01:
+            pass
+        return time.perf_counter() - started
+
+    assert sim.run(main) == pytest.approx(0.01, abs=1e-5)
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -37,6 +37,9 @@ __all__ = ["LeavesSimulation", "getaddrinfo", "inside", "leaves"]
 
 EPOCH: Final = 1_767_225_600.0  # what time.time() says at the start: 2026-01-01T00:00:00Z
 
+_PATIENCE: Final = 100_000  # questions for the time at one instant
+_ASKING: Final = 1e-6  # seconds that each takes from then on
+
 _EPOCHS: Final = {  # of clock_gettime(2)'s clocks; the processor's time stays the machine's
     getattr(time, name): epoch
     for name, epoch in (
@@ -61,6 +64,7 @@ _machine_getaddrinfo: Final = socket.getaddrinfo
 _machine_getnameinfo: Final = socket.getnameinfo
 _turn: Final = threading.Lock()
 _machine_socket: Final = socket.socket
+_machine_type: Final = socket.SocketType
 _thread_inside = 0
 _hooked = False
 _asking = False  # while the machine itself is asked, whom no program can tell from another
@@ -80,6 +84,18 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         sys.addaudithook(_audit)
         _hooked = True
     clock = network.clock
+
+    asked = 0  # how often the time was asked for at `moment`
+    moment = clock.now
+
+    def now() -> float:
+        """Virtual time, which stands still: only who asks for it all the time has it pass."""
+        nonlocal asked, moment
+        asked = asked + 1 if clock.now == moment else 0
+        if asked > _PATIENCE:
+            sleep(_ASKING)
+        moment = clock.now
+        return moment
 
     def sleep(seconds: float) -> None:
         """Nothing of the program runs meanwhile, but its kernel and the network do."""
@@ -106,15 +122,13 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
 
     def clock_gettime(which: int) -> float:
         epoch = _EPOCHS.get(which)
-        return machine_clock(which) if epoch is None else epoch + clock.now
+        return machine_clock(which) if epoch is None else epoch + now()
 
     def clock_gettime_ns(which: int) -> int:
         epoch = _EPOCHS.get(which)
-        return machine_clock_ns(which) if epoch is None else int((epoch + clock.now) * 1e9)
+        return machine_clock_ns(which) if epoch is None else int((epoch + now()) * 1e9)
 
     replaced: list[tuple[Any, str, Any]] = [
-        (socket, "create_connection", _create_connection),
-        (socket, "create_server", _create_server),
         (socket, "getaddrinfo", getaddrinfo),
         (socket, "getnameinfo", _getnameinfo),
         (socket, "gethostbyname", lambda name: _gethostbyname(name)[2][0]),
@@ -138,14 +152,14 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         # Modules that are imported only now look for their libraries, by asking ldconfig.
         (ctypes.util, "find_library", lambda name: _machine(_machine_find_library, name)),
         (_thread, "start_new_thread", lambda *a, **k: leaves("a thread")),
-        (time, "monotonic", lambda: clock.now),
-        (time, "monotonic_ns", lambda: int(clock.now * 1e9)),
-        (time, "perf_counter", lambda: clock.now),
-        (time, "perf_counter_ns", lambda: int(clock.now * 1e9)),
+        (time, "monotonic", now),
+        (time, "monotonic_ns", lambda: int(now() * 1e9)),
+        (time, "perf_counter", now),
+        (time, "perf_counter_ns", lambda: int(now() * 1e9)),
         (time, "clock_gettime", clock_gettime),
         (time, "clock_gettime_ns", clock_gettime_ns),
-        (time, "time", lambda: EPOCH + clock.now),
-        (time, "time_ns", lambda: int((EPOCH + clock.now) * 1e9)),
+        (time, "time", lambda: EPOCH + now()),
+        (time, "time_ns", lambda: int((EPOCH + now()) * 1e9)),
         (time, "sleep", sleep),
     ]
     with _turn:
@@ -156,11 +170,12 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         for where, name, ours in replaced:
             call = _for_caller(ours, getattr(where, name))
             setattr(where, name, staticmethod(call) if where in _SELECTORS else call)
-        socket.socket = _Socket  # type: ignore[assignment, misc]
+        socket.socket = socket.SocketType = _Socket  # type: ignore[assignment, misc]
         try:
             yield
         finally:
             socket.socket = _machine_socket  # type: ignore[misc]
+            socket.SocketType = _machine_type
             for where, name, theirs in originals:
                 setattr(where, name, theirs)
             _thread_inside = 0
@@ -325,51 +340,6 @@ def _gethostbyaddr(address: str) -> tuple[str, list[str], list[str]]:
     if name is None:
         raise socket.herror(1, "Unknown host")
     return name, [], [first]
-
-
-def _create_connection(
-    address: tuple[str, int], timeout: Any = None, source_address: Any = None, **_: Any
-) -> SimSocket:
-    """socket.create_connection, which must not have to wait here."""
-    failure: OSError | None = None
-    for family, kind, number, _name, target in getaddrinfo(*address, 0, socket.SOCK_STREAM):
-        sock = SimSocket(family, kind, number)
-        try:
-            if source_address:
-                sock.bind(source_address)
-            sock.connect(target)
-        except OSError as error:
-            failure = error
-            sock.close()
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    raise failure or OSError("getaddrinfo returns an empty list")
-
-
-def _create_server(
-    address: Any,
-    *,
-    family: int = socket.AF_INET,
-    backlog: int | None = None,
-    reuse_port: bool = False,
-    dualstack_ipv6: bool = False,
-) -> SimSocket:
-    sock = SimSocket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dualstack_ipv6 else 1)
-        sock.bind(address)
-        sock.listen(128 if backlog is None else backlog)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _fromfd(fd: int, family: int, type: int, proto: int = 0) -> SimSocket:

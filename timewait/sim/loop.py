@@ -25,13 +25,14 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextvars import Context, copy_context
 from heapq import heapify, heappop
 from math import ulp
+from selectors import _fileobj_to_fd  # type: ignore[attr-defined]
 from typing import Any, Final, NoReturn, TypeVar
 from zlib import crc32
 
 from timewait.sim.host import HERE, Host
 from timewait.sim.inside import LeavesSimulation, getaddrinfo, inside, leaves
 from timewait.sim.network import Network
-from timewait.sim.sock import Sock
+from timewait.sim.sock import Sock, fail
 
 __all__ = ["Deadlock", "Livelock", "SimLoop", "SimSelector", "run"]
 
@@ -40,7 +41,9 @@ T = TypeVar("T")
 _SENDFILE: Final = 1 << 18  # bytes read of a file at once
 INF: Final = float("inf")
 RESOLUTION: Final = 1e-9  # seconds: timers that are closer than this are due at once
-PATIENCE: Final = 1_000_000  # iterations at one instant before it is a livelock
+PATIENCE: Final = 1_000_000  # iterations in which nothing moves before it is a livelock
+GLANCE: Final = 1000  # iterations after which to look whether anything moves
+TURN: Final = 1e-5  # seconds that each takes where nothing does, as on a machine
 
 
 class Deadlock(RuntimeError):
@@ -48,19 +51,30 @@ class Deadlock(RuntimeError):
 
 
 class Livelock(RuntimeError):
-    """Something is always ready, so time stands still: the message names what goes round."""
+    """Something is always ready, and nothing comes of it: the message names what goes round."""
 
 
 class _Keys(dict[int, selectors.SelectorKey]):
     """What is watched, by number; asked for a file object too, as asyncio does from 3.13 on."""
 
+    def number(self, file: Any) -> int:
+        """Its number; a closed file has none any more, but is known if it was registered."""
+        try:
+            number: int = _fileobj_to_fd(file)
+        except ValueError:
+            for key in self.values():
+                if key.fileobj is file:
+                    return key.fd
+            raise
+        return number
+
     def get(self, file: Any, default: Any = None) -> Any:
-        return super().get(file if isinstance(file, int) else file.fileno(), default)
+        return super().get(self.number(file), default)
 
     def __missing__(self, file: Any) -> selectors.SelectorKey:
         if isinstance(file, int):
             raise KeyError(file)
-        return self[file.fileno()]
+        return self[self.number(file)]
 
 
 class SimSelector(selectors.BaseSelector):
@@ -73,12 +87,9 @@ class SimSelector(selectors.BaseSelector):
         self.touched: dict[Sock, None] = {}
         self.stuck: Callable[[], NoReturn] | None = None
 
-    def _fd(self, fileobj: Any) -> int:
-        return fileobj if isinstance(fileobj, int) else int(fileobj.fileno())
-
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """Watch a modelled socket; `LeavesSimulation` for any other file."""
-        fd = self._fd(fileobj)
+        fd = self._keys.number(fileobj)
         sock = self.network.files.get(fd)
         if sock is None:
             raise LeavesSimulation(
@@ -94,7 +105,7 @@ class SimSelector(selectors.BaseSelector):
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
         """Watch it no more."""
-        fd = self._fd(fileobj)
+        fd = self._keys.number(fileobj)
         key = self._keys.pop(fd)
         sock = self.network.files.get(fd)
         if sock is not None:
@@ -104,13 +115,17 @@ class SimSelector(selectors.BaseSelector):
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """Watch it for something else."""
-        fd = self._fd(fileobj)
+        fd = self._keys.number(fileobj)
         if fd not in self._keys:
             raise KeyError(f"{fileobj!r} is not registered")
+        sock = self.network.files.get(fd)
+        if sock is None and events != self._keys[fd].events:
+            del self._keys[fd]
+            fail(errno.EBADF)
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
-        sock = self.network.files[fd]
-        sock.selector_key = key
-        self.touched[sock] = None
+        if sock is not None:
+            sock.selector_key = key
+            self.touched[sock] = None
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -151,7 +166,7 @@ class SimSelector(selectors.BaseSelector):
 
     def get_key(self, fileobj: Any) -> selectors.SelectorKey:
         """The key of a watched socket."""
-        return self._keys[self._fd(fileobj)]
+        return self._keys[self._keys.number(fileobj)]
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
         """All that is watched, by number."""
@@ -215,6 +230,9 @@ class _Transport(_SelectorSocketTransport):  # type: ignore[misc]
         super().write(data)
 
 
+_Transport.__name__ = _Transport.__qualname__ = _SelectorSocketTransport.__name__
+
+
 class _Info(tuple[Any, ...]):
     """An answer of getaddrinfo whose hash is the same in every process.
 
@@ -244,8 +262,10 @@ class SimLoop(asyncio.SelectorEventLoop):
     def __init__(self, network: Network, *, patience: int = PATIENCE) -> None:
         self.network = network
         self.patience = patience
-        self._turns = 0  # iterations since time and the sockets were as `_found`
-        self._found: object = None
+        self._glance = min(GLANCE, patience)
+        self._turns = 0  # iterations since the last look round
+        self._idle = 0  # those before in which nothing has moved
+        self._found: object = None  # the time and the sockets as they were then
         selector = SimSelector(network)
         selector.stuck = self._stuck
         self._touched = selector.touched
@@ -266,7 +286,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         """
         if self._debug:
             self._turns += 1
-            if self._turns > self.patience:
+            if self._turns > self._glance:
                 self._look_round()
             # asyncio runs what is due *before* now plus this, which must not be lost in rounding.
             self._clock_resolution = max(RESOLUTION, 2 * ulp(self._clock.now))
@@ -281,7 +301,7 @@ class SimLoop(asyncio.SelectorEventLoop):
             if clock.next <= clock.now:
                 clock.run_until(clock.now)
             self._turns += 1
-            if self._turns > self.patience:
+            if self._turns > self._glance:
                 self._look_round()
             if touched:
                 self._poll(ready)
@@ -307,11 +327,22 @@ class SimLoop(asyncio.SelectorEventLoop):
                 return
 
     def _look_round(self) -> None:
-        """Called every `patience` iterations: where time and all sockets stand still, say so."""
+        """Called every `GLANCE` iterations: where none has moved anything, they take their time."""
         self._turns = 0
-        found = (self._clock.now, self.network.progress())
-        if found == self._found:
-            self._spinning()
+        clock, progress = self._clock, self.network.progress
+        found = clock.now, progress()
+        if found != self._found:
+            self._idle = 0
+        else:
+            self._idle += self._glance
+            if self._idle >= self.patience:
+                self._spinning()
+            until = clock.now + self._glance * TURN
+            if self._scheduled:
+                until = min(until, max(clock.now, self._scheduled[0]._when))
+            while clock.run_until(until):
+                pass
+            found = clock.now, progress()
         self._found = found
 
     def _wait(self, until: float) -> None:
@@ -597,9 +628,8 @@ class SimLoop(asyncio.SelectorEventLoop):
             elif not handle._cancelled:
                 turning.append(f"  {handle!r}")
         raise Livelock(
-            f"{self.patience:,} iterations, and it is still {self.time():g} s into the simulation: "
-            "time moves only while the program waits, and it never does; ready again are:\n"
-            + "\n".join(turning)
+            f"{self.patience:,} iterations without waiting, and no socket has moved, "
+            f"{self.time():g} s into the simulation; ready again are:\n" + "\n".join(turning)
         )
 
 
@@ -621,7 +651,7 @@ def run(
 
     Raises what the program raises, with a note of the virtual time;
     `Deadlock` if it waits for what cannot happen; `Livelock` if the loop turns
-    `patience` times at one instant without a socket having a part in it.
+    `patience` times without waiting and without a socket having a part in it.
     """
     network = hosts if isinstance(hosts, Network) else Network(seed)
     if not isinstance(hosts, Network):

@@ -96,6 +96,7 @@ _PUSHING: Final = (  # what has waiting text sent: __tcp_sock_set_nodelay, __tcp
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, True),
     (socket.IPPROTO_TCP, socket.TCP_CORK, False),
 )
+_LEVELS: Final = (socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP)
 _FIN_SENT: Final = (State.FIN_WAIT_1, State.CLOSING, State.LAST_ACK)
 
 
@@ -541,8 +542,10 @@ class Sock:
         self.notify()
 
     def close(self) -> None:
-        """The last file is closed: `inet_release`, `tcp_close`."""
-        self.watch = None
+        """The last file is closed: `inet_release`, `tcp_close`; epoll forgets it."""
+        if self.watch is not None:
+            self.watch.pop(self, None)
+        self.watch = self.selector_key = None
         self.fd = -1
         if self.dead:
             return
@@ -862,7 +865,7 @@ class Sock:
         ):
             return self.remembered.get((level, option), REMEMBERED[level, option][0])
         # ip_getsockopt's answer to another level, unlike ip_setsockopt's.
-        if level == socket.IPPROTO_IPV6 and self.family == AF_INET:
+        if self.family == AF_INET and level not in _LEVELS:
             fail(errno.EOPNOTSUPP)
         fail(errno.ENOPROTOOPT)
 

@@ -16,6 +16,7 @@ import socket
 import struct
 import warnings
 from collections.abc import Iterable
+from operator import index
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
@@ -25,6 +26,7 @@ from timewait.sim.sock import AF_INET, AF_INET6, CONNECTED, Sock, fail
 
 __all__ = ["SimSocket", "WouldBlockForever", "current_host"]
 
+_SOCK_MAX: Final = 10  # SOCK_PACKET
 _SOCK_FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 # Plain numbers: Python's own are enums, whose `&` is slow. Others mean nothing to TCP.
 _OOB, _PEEK, _TRUNC, _DONTWAIT, _WAITALL, _ERRQUEUE, _MORE = map(
@@ -88,6 +90,8 @@ class SimSocket:
             raise OSError(
                 errno.EAFNOSUPPORT, f"{os.strerror(errno.EAFNOSUPPORT)}: only TCP is simulated"
             )
+        if kind & ~_SOCK_FLAGS > _SOCK_MAX:
+            fail(errno.EINVAL)
         if kind & ~_SOCK_FLAGS != socket.SOCK_STREAM:
             raise OSError(
                 errno.ESOCKTNOSUPPORT,
@@ -196,29 +200,34 @@ class SimSocket:
     # Addresses.
 
     def _address(self, address: Any, call: str) -> tuple[str, int]:
-        want = 2 if self._family == AF_INET else (2, 3, 4)
+        v4 = self._family == AF_INET
         if not isinstance(address, tuple):
             raise TypeError(
-                f"{call}(): {'AF_INET' if want == 2 else 'AF_INET6'} address must be tuple, "
+                f"{call}(): {'AF_INET' if v4 else 'AF_INET6'} address must be tuple, "
                 f"not {address.__class__.__name__}"
             )
-        if (want == 2 and len(address) != 2) or not 2 <= len(address) <= 4:
-            raise TypeError(f"{call}(): wrong number of items in the address")
-        host, port = address[0], address[1]
+        if v4 and len(address) != 2:
+            raise TypeError("AF_INET address must be a pair (host, port)")
+        if not 2 <= len(address) <= 4:
+            raise TypeError("AF_INET6 address must be a tuple (host, port[, flowinfo[, scopeid]])")
+        host, *numbers = address
         if isinstance(host, (bytes, bytearray)):
             host = host.decode()
         if not isinstance(host, str):
             raise TypeError("str, bytes or bytearray expected, not " + host.__class__.__name__)
-        if not isinstance(port, int):
-            raise TypeError(
-                f"{port.__class__.__name__!r} object cannot be interpreted as an integer"
-            )
+        port, flow, *_ = [*map(index, numbers), 0]
+        found = self._resolved(host)
         if not 0 <= port <= 65535:
             raise OverflowError(f"{call}(): port must be 0-65535.")
+        if not 0 <= flow <= 0xFFFFF:
+            raise OverflowError(f"{call}(): flowinfo must be 0-1048575.")
+        return found, port
+
+    def _resolved(self, host: str) -> str:
         if host == "":
-            return ("0.0.0.0" if self._family == AF_INET else "::"), port
+            return "0.0.0.0" if self._family == AF_INET else "::"
         if host == "<broadcast>" and self._family == AF_INET:
-            return "255.255.255.255", port
+            return "255.255.255.255"
         mapped = self._family == AF_INET6 and host.lower().startswith("::ffff:") and "." in host
         found = self._host.resolve(host, AF_INET if mapped else self._family)
         if not found:
@@ -227,7 +236,7 @@ class SimSocket:
                     socket.EAI_ADDRFAMILY, "Address family for hostname not supported"
                 )
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-        return found[0], port
+        return found[0]
 
     def _tuple(self, address: str, port: int) -> Any:
         if self._family == AF_INET:
@@ -279,10 +288,13 @@ class SimSocket:
             if not sock.writable():
                 self._wait("connect")
             number = sock.take_error()
+            if self._timeout is None:  # with a timeout Python only looks for the error
+                if number:
+                    sock.disconnect()
+                else:
+                    sock.phase = CONNECTED
             if number:
-                sock.disconnect()
                 raise OSError(number, os.strerror(number)) from None
-            sock.phase = CONNECTED
 
     def connect_ex(self, address: Any) -> int:
         """As `connect`, returning the errno."""
@@ -441,12 +453,16 @@ class SimSocket:
     def setsockopt(self, level: int, option: int, value: Any, optlen: int | None = None) -> None:
         """setsockopt(2); ENOPROTOOPT for an option that is not modelled."""
         sock = self._open()
-        if value is None:
+        if value is None and optlen is not None:
             fail(errno.EFAULT)
-        if isinstance(value, int):
-            number = value
+        if isinstance(value, int) and -(1 << 31) <= value < 1 << 31:
+            number = int(value)
         else:
-            data = bytes(value)
+            try:
+                data = bytes(memoryview(value))
+            except TypeError:
+                kind = value.__class__.__name__
+                raise TypeError(f"a bytes-like object is required, not {kind!r}") from None
             if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
                 if len(data) < 8:
                     fail(errno.EINVAL)
