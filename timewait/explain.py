@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _S = State
-_UNOWNED: Final = ("last-ack", "closing", "fin-wait-2-orphan", "time-wait", "outbound-time-wait")
+_TIMED: Final = ("fin-wait-2-orphan", "time-wait", "outbound-time-wait")
 _MANY: Final = 12  # holders that are listed one by one
 _RUN_LATE: Final = 0.01  # seconds by which the kernel may run a timer after its tick
 
@@ -193,10 +193,10 @@ class Explanation:
                 free = f"in {self.free_after:.1f} s, when the kernel looks at its last timer"
             elif not self.holders:
                 free = "when what holds it lets go"
-            elif all(holder.kind in _UNOWNED and not holder.user for holder in self.holders):
-                free = "when a timer ends that cannot be seen from here"
-                if self.holders[0].kind in ("last-ack", "closing"):
-                    free = "when the peer answers, or the kernel gives up (tcp_orphan_retries)"
+            elif {holder.kind for holder in self.holders} <= {"last-ack", "closing", *_TIMED}:
+                free = "when the peer answers, or the kernel gives up (tcp_orphan_retries)"
+                if self.holders[0].kind in _TIMED:
+                    free = "when a timer ends that cannot be seen from here"
             lines += _wrapped("Free", free)
         for text in self.advice:
             name, _, what = text.partition(": ")
@@ -759,21 +759,21 @@ class _Case:
         pids = {pid for holder in self.holders for pid in holder.pids}
         how, note = "stop that process", ""
         if first.pid is None and os.geteuid() != 0:
-            how = "ask as root which process it is (sudo timewait explain), and stop it"
+            how = "ask as root which process it is (sudo timewait explain) and stop it"
         elif first.process == "systemd":
-            how = (
-                "stop the socket unit (`systemctl list-sockets` names it; to stop its service "
-                "alone leaves the port taken)"
-            )
+            how = "stop the socket unit (`systemctl list-sockets` names it)"
+            note = " To stop its service alone leaves the port taken."
         elif first.process == "docker-proxy":
             how = f"stop the container (`docker ps --filter publish={self.address[1]}`)"
         elif len(pids) > 1:
-            how = "stop those processes: the port is held until the last of them lets go"
+            how = "stop all those processes"
+            note = " The port is held until the last of them lets go."
         elif first.process_state in ("T", "t"):
-            how += f" (kill -KILL {first.pid}; it is suspended, and takes no other signal)"
+            how = f"stop that process (kill -KILL {first.pid})"
+            note = " It is suspended, and takes no other signal."
         elif first.process_state == "D":
             note = " It waits uninterruptibly (state D), and ends when that wait does."
-        return f"{when}: {how}; or choose another port.{note}"
+        return f"{when}: {how}, or choose another port.{note}"
 
     def _bound_to(self, holder: Holder) -> str:
         if holder.interface is None:

@@ -55,3 +55,12 @@ def test_jiffies_are_the_kernels() -> None:
     before = jiffies()
     told = Path("/proc/timer_list").read_text().partition("\njiffies:")[2]
     assert before - 2 <= int(told.split()[0]) <= jiffies() + 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="jiffies are Linux's")
+def test_they_are_found_alike_at_any_time() -> None:
+    found = set()
+    for _ in range(20):
+        ticks._ahead.cache_clear()
+        found.add(ticks._ahead())
+    assert len(found) == 1

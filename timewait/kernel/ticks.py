@@ -72,22 +72,20 @@ def present() -> tuple[int, float]:
 def _ahead() -> int:
     """By how many ticks jiffies are ahead of CLOCK_MONOTONIC, which they are counted by.
 
-    Of several measurements the least: the kernel counts a tick a moment
-    before its clock shows it, and whoever looks between the two sees one more.
+    times(2) tells jiffies in hundredths of a second, rounded down. Each look at both
+    clocks within one tick is a bound, and a few looks leave one number, however long
+    it was from one to the next.
     """
-    return min(_measured_ahead() for _ in range(3))
-
-
-def _measured_ahead() -> int:
-    """By times(2), which tells jiffies in hundredths of a second, rounded down.
-
-    Exactly, therefore, in the tick in which its answer changes; and whoever was
-    kept from looking in the tick before does not know which one that was.
-    """
-    was, before = time.clock_gettime(_COARSE), os.times().elapsed
-    while True:
+    told_in = 1 / (tick() * os.sysconf("SC_CLK_TCK"))  # ticks
+    least, most = -(1 << 63), 1 << 63
+    while least != most:
         now = time.clock_gettime(_COARSE)
-        told = os.times().elapsed
-        if told != before and now - was < 1.5 * tick() and time.clock_gettime(_COARSE) == now:
-            return ceil(round(told / tick(), 3)) - round(now / tick())
-        was, before = now, told
+        told = round(os.times().elapsed * os.sysconf("SC_CLK_TCK"))
+        if time.clock_gettime(_COARSE) == now:
+            ticks = round(now / tick())
+            least = max(least, ceil(round(told * told_in, 3)) - ticks)
+            most = min(most, ceil(round((told + 1) * told_in, 3)) - 1 - ticks)
+        if least > most:  # a look between the count of a tick and its show on the clock
+            least, most = -(1 << 63), 1 << 63
+        time.sleep(tick() / 4)
+    return least
