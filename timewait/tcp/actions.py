@@ -176,6 +176,8 @@ def synchronized(c: Connection, seg: Segment, now: float) -> None:
 
 
 def establish(c: Connection, seg: Segment, now: float) -> None:
+    if c.retransmits <= 1:
+        c._recover = None  # tcp_init_transfer: a SYN sent again once costs nothing
     c.retransmits = 0
     c._last_text = c.heard = now
     if c.passive:
@@ -580,7 +582,8 @@ def retransmit(c: Connection, _seg: None, now: float) -> None:
         c._recover = c.snd_nxt
         _send_oldest(c, now)
         if c.t_user == inf and c.options.user_timeout is not None:
-            c.t_user = now + c.options.user_timeout
+            since = now if c.first_sent is None else c.first_sent
+            c.t_user = max(now, since + c.options.user_timeout)
     if c.rto < parameters.rto_max:
         c._backoff += 1
         c.rto = min(2 * c.rto, parameters.rto_max)
@@ -693,12 +696,16 @@ def acknowledged(
         c.first_sent = c._recover = None
         c.t_retransmit = c.t_user = inf
     else:
+        since = c.first_sent
         _start_retransmitting(c, now)
         if c._recover is not None:
             if not (ack - c._recover) & HALF:
                 c._recover = None
-            elif not (c._frto and _try_new(c, now)):
-                _send_oldest(c, now)
+            else:
+                if c.profile.parameters.linux_checks:
+                    c.first_sent = since  # tp->retrans_stamp stays until the loss is made good
+                if not (c._frto and _try_new(c, now)):
+                    _send_oldest(c, now)
         if oldest is not None and c._recover is None and not (c._probed and c._probed[1]):
             # Whatever is acknowledged next, Linux measures by its oldest segment.
             c._rtt_seq, c._rtt_at = (c._ends[0][0] if c._ends else c.snd_nxt), oldest
