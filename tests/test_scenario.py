@@ -29,7 +29,7 @@ def test_a_scenario_cannot_be_changed() -> None:
 @pytest.mark.parametrize("name", BUILT_IN | WITH_FAULTS)
 def test_built_in_scenarios_survive_pickle_and_toml(name: str) -> None:
     scenario = Scenario.built_in(name, clients=3)
-    assert scenario.clients == (5 if name == "peer-vanishes" else 3)  # one for each state
+    assert scenario.clients == (7 if name == "peer-vanishes" else 3)  # one for each state
     assert pickle.loads(pickle.dumps(scenario)) == scenario
     assert Scenario.from_toml(scenario.to_toml()) == scenario
 
@@ -244,8 +244,17 @@ def test_what_vanishes_and_what_is_forged_needs_a_link_of_its_own() -> None:
         ("model", "wire"),
         "client-1 vanishes and comes back",
     )
-    with pytest.raises(ScenarioError, match="vanish and inject take a link of one's own"):
-        evolve(plain, stacks=("kernel",))
+    deaf = Scenario().listen().connect(deaf=True).connect(2, deaf=True)
+    deaf = deaf.vanish("client", deaf=True).close("client")
+    assert [str(step) for step in deaf.steps[1:4]] == [
+        "a deaf client connects",
+        "2 deaf clients connect",
+        "clients hear nothing any more",
+    ]
+    assert Scenario.from_toml(deaf.to_toml()) == deaf
+    for story in plain, deaf:
+        with pytest.raises(ScenarioError, match="deaf clients take a link of one's own"):
+            evolve(story, stacks=("kernel",))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +265,7 @@ def test_what_vanishes_and_what_is_forged_needs_a_link_of_its_own() -> None:
         (lambda s: s.inject("server", "RST", 1 << 40), "offset"),
         (lambda s: s.vanish("client-2"), "there is no client-2"),
         (lambda s: s.vanish("client").close("client"), "the clients have closed before"),
+        (lambda s: s.vanish("client", back=True, deaf=True), "what is back is not deaf"),
         (lambda s: s.fault("melt", "FIN"), "act"),
     ],
 )

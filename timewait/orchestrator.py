@@ -144,6 +144,7 @@ class _End:
     over: bool = False  # it sends no more: closed, or shut down
     gone: bool = False  # its machine vanished
     back: bool = False  # and is there again
+    deaf: bool = False  # nothing has ever reached it
 
     @property
     def name(self) -> str:
@@ -325,6 +326,9 @@ class Orchestrator:
         sock = self._socket(actor, step)
         server = (_reachable(self.scenario.host), self.scenario.port)
         began = self.stack.now()
+        if step.deaf:
+            self._connect_deaf(_End(actor, number, sock, server, server, False, step.at_eof), began)
+            return
         try:
             try:
                 sock.connect(server)
@@ -350,6 +354,20 @@ class Orchestrator:
         self._start(end)
         self._ended(end, "connect", began)
 
+    def _connect_deaf(self, end: _End, began: float) -> None:
+        network = self.stack.network
+        assert network is not None
+        unanswered = network.drop("SYN,ACK", source=end.remote, times=None)
+        try:
+            end.sock.connect(end.remote)
+        except BlockingIOError as wrong:
+            end.local = end.sock.getsockname()[:2]
+            network.cut(end.local, end.remote, one_way=True)
+            self._clients.append(end)
+            end.gone = end.deaf = True
+            self._ended(end, "connect", began, wrong)
+        network.faults.remove(unanswered)
+
     async def _send(self, end: _End, size: int) -> None:
         block = memoryview(bytes(min(size, _BLOCK)))
         while size:
@@ -366,7 +384,8 @@ class Orchestrator:
     def _close_all(self, who: str, reset: bool = False) -> None:
         if who == "both":
             for client in self._clients:
-                self._close(self._peers[client.remote, client.local])
+                if server := self._peers.get((client.remote, client.local)):
+                    self._close(server)
                 self._close(client)
         elif who != "listener":
             for end in self._ends(who):
@@ -387,8 +406,10 @@ class Orchestrator:
         network = self.stack.network
         assert network is not None
         for end in self._ends(step.who, closed=True):
-            mend = network.cut(end.local, end.remote)
+            mend = network.cut(end.local, end.remote, one_way=step.deaf)
             end.gone, end.back = True, step.back
+            if step.deaf:
+                continue
             self._close(end, reset=True)  # of which nobody hears
             if step.back:
                 mend()
@@ -597,7 +618,7 @@ class Orchestrator:
         table = {(row.local, row.remote): row for row in rows}
         waits = []
         awaited = set(self._ends(step.who)) if isinstance(step, Eof) else set()
-        if self._listener and len(self._servers) < len(self._clients):
+        if self._listener and len(self._servers) < sum(not end.deaf for end in self._clients):
             waits.append(f"the server has not accepted client-{len(self._servers) + 1}")
         for end in (*self._servers, *self._clients):
             row = table.get((end.local, end.remote))

@@ -104,7 +104,11 @@ class Listen:
 
 @frozen
 class Connect:
-    """So many further clients connect, one after the other; they are numbered from 1."""
+    """So many further clients connect, one after the other; they are numbered from 1.
+
+    The machine of a `deaf` one hears nothing, so that it does not get beyond its
+    SYN, and nobody waits for it. Only where the link is ours: "model" and "wire".
+    """
 
     do: ClassVar = "connect"
     # A client takes a port of its address, so there can be no more.
@@ -113,9 +117,13 @@ class Connect:
     reuse_port: bool = False
     reads: bool = True
     at_eof: AtEof = field(default="close", validator=_at_eof)
+    deaf: bool = False
 
     def __str__(self) -> str:
-        return "a client connects" if self.clients == 1 else f"{self.clients} clients connect"
+        deaf = "deaf " * self.deaf
+        if self.clients == 1:
+            return f"a {deaf}client connects"
+        return f"{self.clients} {deaf}clients connect"
 
 
 @frozen
@@ -208,15 +216,23 @@ class Vanish:
     """The machine of `who` is gone without a word, and its sockets with it.
 
     Nothing passes between the two ends any more; with `back` the machine is
-    there again at once, knows nothing, and answers with resets. Nobody waits
+    there again at once, knows nothing, and answers with resets. With `deaf` it
+    is not gone, but hears nothing any more; what it sends still arrives. Nobody waits
     for the other end to notice. Only where the link is ours: "model" and "wire".
     """
 
     do: ClassVar = "vanish"
     who: str
     back: bool = False
+    deaf: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if self.back and self.deaf:
+            raise ScenarioError("what is back is not deaf: give one of the two")
 
     def __str__(self) -> str:
+        if self.deaf:
+            return _does(self.who, "hear", "nothing any more")
         comes = "come" if self.who == "client" else "comes"
         return _does(self.who, "vanish", f"and {comes} back" if self.back else "")
 
@@ -258,6 +274,11 @@ _FLAGS: Final = {"FIN": FIN, "SYN": SYN, "RST": RST, "PSH": PSH, "ACK": ACK, "UR
 Step: TypeAlias = (
     Listen | Connect | Send | Shutdown | Close | Abort | Eof | Pause | Restart | Vanish | Inject
 )
+
+
+def _takes_a_link(step: Step) -> bool:
+    """Whether it takes a link of one's own."""
+    return isinstance(step, Vanish | Inject) or (isinstance(step, Connect) and step.deaf)
 
 
 _ACTS: Final = ("drop", "delay", "duplicate", "reorder", "corrupt", "truncate")
@@ -320,9 +341,9 @@ class Scenario:
         if isinstance(self.stacks, str) or not self.stacks or set(self.stacks) - set(_STACKS):
             named = self.stacks if isinstance(self.stacks, str) else list(self.stacks)
             raise ScenarioError(f"stacks {named!r}: a list of {', '.join(_STACKS)} is expected")
-        odd = any(isinstance(step, Vanish | Inject) for step in self.steps)
+        odd = any(map(_takes_a_link, self.steps))
         if (self.faults or odd) and "kernel" in self.stacks:
-            what = "faults take" if self.faults else "vanish and inject take"
+            what = "faults take" if self.faults else "vanish, inject and deaf clients take"
             raise ScenarioError(f"{what} a link of one's own: stacks are model and wire")
         listening, clients = False, 0
         ended: dict[str, str] = {}  # an end, and what its application has ended by itself
@@ -330,7 +351,9 @@ class Scenario:
             wrong = _misplaced(step, listening, clients, ended)
             if wrong:
                 raise ScenarioError(f"step {number}, {step.do}: {wrong}")
-            if isinstance(step, Shutdown | Close | Abort | Vanish):
+            if isinstance(step, Shutdown | Close | Abort | Vanish) and not (
+                isinstance(step, Vanish) and step.deaf
+            ):
                 what = "sending" if isinstance(step, Shutdown) else "closed"
                 ends = _ends(step.who, clients)
                 ended |= {end: what for end in ends if ended.get(end) != "closed"}
@@ -343,7 +366,7 @@ class Scenario:
 
     @classmethod
     def built_in(cls, name: str, clients: int = 2) -> Scenario:
-        """A built-in scenario by name, with so many clients ("peer-vanishes": at least 5).
+        """A built-in scenario by name, with so many clients ("peer-vanishes": at least 7).
 
         Raises `ScenarioError` for a name that is not built in, or fewer than one client.
         """
@@ -388,7 +411,7 @@ class Scenario:
             step = kind(*values, **options)
         except (TypeError, ValueError) as wrong:
             raise ScenarioError(f"step {len(self.steps) + 1}: {_plainly(wrong)}") from None
-        stacks = self._beyond if isinstance(step, Vanish | Inject) else self.stacks
+        stacks = self._beyond if _takes_a_link(step) else self.stacks
         return evolve(self, steps=(*self.steps, step), stacks=stacks)
 
     def listen(
@@ -418,10 +441,12 @@ class Scenario:
         reuse_port: bool = False,
         reads: bool = True,
         at_eof: AtEof = "close",
+        deaf: bool = False,
     ) -> Scenario:
         """Clients connect (`Connect`)."""
         return self.then(
             Connect,
+            deaf=deaf,
             clients=clients,
             reuse_address=reuse_address,
             reuse_port=reuse_port,
@@ -459,9 +484,9 @@ class Scenario:
         """The server starts again (`Restart`)."""
         return self.then(Restart, reuse_address=reuse_address, reuse_port=reuse_port)
 
-    def vanish(self, who: str, *, back: bool = False) -> Scenario:
+    def vanish(self, who: str, *, back: bool = False, deaf: bool = False) -> Scenario:
         """`who` is gone without a word (`Vanish`)."""
-        return self.then(Vanish, who, back)
+        return self.then(Vanish, who, back, deaf)
 
     def inject(self, who: str, flags: str = "RST", offset: int = 0) -> Scenario:
         """A segment that nobody sent comes to `who` (`Inject`)."""
@@ -497,7 +522,7 @@ class Scenario:
         if not isinstance(faults, list) or not all(isinstance(each, dict) for each in faults):
             raise ScenarioError("faults: a list of tables is expected ([[faults]])")
         struck = tuple(_structure(each, Fault, f"fault {n}: ") for n, each in enumerate(faults, 1))
-        odd = any(isinstance(step, Vanish | Inject) for step in taken)
+        odd = any(map(_takes_a_link, taken))
         if (struck or odd) and "stacks" not in rest:
             rest["stacks"] = ["model", "wire"]
         if isinstance(rest.get("stacks"), str):
@@ -747,11 +772,12 @@ def _half_open(clients: int) -> Scenario:
 
 
 def _peer_vanishes(clients: int) -> Scenario:
-    clients = max(clients, 5)
-    story = Scenario().listen(at_eof="ignore").connect(clients, at_eof="ignore")
-    for n in range(1, clients + 1):
+    clients = max(clients, 7)
+    deaf = clients // 7  # for SYN_RECEIVED
+    story = Scenario().listen(at_eof="ignore").connect(clients - deaf, at_eof="ignore")
+    for n in range(1, clients - deaf + 1):
         gone, left = f"client-{n}", f"server-{n}"
-        match n % 5:
+        match n % 6:
             case 1:  # ESTABLISHED
                 story = story.vanish(gone)
             case 2:  # FIN_WAIT_1
@@ -760,8 +786,13 @@ def _peer_vanishes(clients: int) -> Scenario:
                 story = story.close(left).vanish(gone)
             case 4:  # CLOSE_WAIT
                 story = story.close(gone).vanish(gone)
-            case _:  # LAST_ACK
+            case 5:  # LAST_ACK
                 story = story.close(gone).vanish(gone).close(left)
+            case _:  # CLOSING
+                story = story.vanish(gone, deaf=True).close(left).close(gone).vanish(gone)
+    story = story.connect(deaf, deaf=True).pause(0.1)
+    for n in range(clients - deaf + 1, clients + 1):
+        story = story.vanish(f"client-{n}")
     return story.pause(0.5).restart()
 
 
@@ -806,8 +837,8 @@ WITH_FAULTS: Final[dict[str, tuple[str, Callable[[int], Scenario]]]] = {
         _half_open,
     ),
     "peer-vanishes": (
-        "clients vanish while the server is in ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT "
-        "and LAST_ACK, one each (at least 5 clients)",
+        "clients vanish while the server is in ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2, CLOSE_WAIT, "
+        "LAST_ACK, CLOSING and SYN_RECEIVED, one each (at least 7 clients)",
         _peer_vanishes,
     ),
 }

@@ -273,13 +273,19 @@ class Network:
         self.drain()
         return segment
 
-    def cut(self, end: tuple[str, int], other: tuple[str, int]) -> Callable[[], None]:
-        """Lose everything between two ends from now on; what is returned mends it."""
+    def cut(
+        self, end: tuple[str, int], other: tuple[str, int], *, one_way: bool = False
+    ) -> Callable[[], None]:
+        """Lose everything between two ends from now on; what is returned mends it.
+
+        With `one_way` only what `other` sends is lost.
+        """
         cuts = [
             self.drop("any", source=source, target=target, times=None)
-            for source, target in ((end, other), (other, end))
+            for source, target in ((other, end), (end, other))[: 2 - one_way]
         ]
-        self.faults[:] = cuts + self.faults[:-2]  # before any fault that would strike first
+        # Before any fault that would strike first.
+        self.faults[:] = cuts + self.faults[: -len(cuts)]
 
         def mend() -> None:
             for fault in cuts:
