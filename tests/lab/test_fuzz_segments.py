@@ -77,7 +77,7 @@ def test_another_profile_is_found_out_and_its_script_passes_on_the_kernel(
 def test_a_seed_decides_what_is_tried() -> None:
     def steps(seed: str) -> list[str]:
         dice, view = Random(seed), View()
-        case = Case.fresh(dice, impatient=False)
+        case = Case.fresh(dice, "")
         beginning = [case.begin(dice, n) for n in range(3)]
         return [str(s) for s in beginning] + [
             str(view.step(dice, case, "ESTABLISHED", True)) for _ in range(20)

@@ -9,32 +9,39 @@ outside of it, at what is acknowledged, at a FIN sent already.
 from __future__ import annotations
 
 import errno
+import fcntl
 import random
 import socket
 import struct
+import sys
 from typing import Any, Final
 
 from attrs import define, frozen
 
-from timewait.packetdrill.calls import ERRNO_NAMES
+from timewait.packetdrill.calls import CONSTANTS, ERRNO_NAMES
 from timewait.packetdrill.frames import Frame, flags_letters
 from timewait.packetdrill.script import Option
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
 
-__all__ = ["IMPATIENT", "ISN", "MASK", "PORT", "Case", "Step", "View", "frame", "perform"]
+__all__ = ["ISN", "MASK", "PORT", "SETTINGS", "Case", "Step", "View", "frame", "perform"]
 
 PORT: Final = 8080
 ISN: Final = 1_000_000  # the peer's; the script's numbers count from it
 MASK: Final = 0xFFFFFFFF
 
-# Settings by which what takes minutes takes seconds; a script sets them too.
-IMPATIENT: Final = {
-    "tcp_syn_retries": (1, 6),
-    "tcp_syn_linear_timeouts": (0, 4),
-    "tcp_synack_retries": (1, 5),
-    "tcp_retries2": (3, 15),
-    "tcp_orphan_retries": (1, 0),
-    "tcp_fin_timeout": (1, 60),
+# Settings of a batch by name: each with its value then, and what it is otherwise.
+SETTINGS: Final[dict[str, dict[str, tuple[int, int]]]] = {
+    "": {},
+    "impatient": {  # what takes minutes takes seconds
+        "tcp_syn_retries": (1, 6),
+        "tcp_syn_linear_timeouts": (0, 4),
+        "tcp_synack_retries": (1, 5),
+        "tcp_retries2": (3, 15),
+        "tcp_orphan_retries": (1, 0),
+        "tcp_fin_timeout": (1, 60),
+    },
+    "plain": {"tcp_timestamps": (0, 1), "tcp_sack": (0, 1)},
+    "rfc1337": {"tcp_rfc1337": (1, 0)},
 }
 
 # Options that a step sets: the call's name -> (level, option, what follows from its number).
@@ -50,6 +57,8 @@ _OPTIONS: Final[dict[str, tuple[tuple[str, str, int], ...]]] = {
     "no_linger2": (("IPPROTO_TCP", "TCP_LINGER2", -1),),
     "user_timeout": (("IPPROTO_TCP", "TCP_USER_TIMEOUT", 700),),
 }
+# Calls that ask how much is queued: the name -> ioctl(2)'s request.
+_QUEUES: Final = {"inq": "SIOCINQ", "outq": "SIOCOUTQ"}
 
 
 @frozen
@@ -86,7 +95,7 @@ class Case:
     """A connection and what is done to it.
 
     `opening` is how it begins; `six`: over IPv6; `sack`: the peer permits it;
-    `impatient`: the stack gives up soon (`IMPATIENT`).
+    `mss`: the peer's, in bytes, None where it tells none; `settings`: the stack's, by name.
     """
 
     active: bool
@@ -95,10 +104,11 @@ class Case:
     opening: str = "usual"
     six: bool = False
     sack: bool = False
-    impatient: bool = False
+    mss: int | None = 1460
+    settings: str = ""
 
     @classmethod
-    def fresh(cls, dice: random.Random, impatient: bool) -> Case:
+    def fresh(cls, dice: random.Random, settings: str = "") -> Case:
         """A connection to which nothing has been done yet."""
         active = dice.random() < 0.35
         if active:
@@ -111,7 +121,8 @@ class Case:
             opening=opening,
             six=dice.random() < 0.2,
             sack=dice.random() < 0.3,
-            impatient=impatient,
+            mss=dice.choices([1460, 536, 1000, None], [85, 5, 5, 5])[0],
+            settings=settings,
         )
 
     def begin(self, dice: random.Random, at: int) -> Step | None:
@@ -119,10 +130,11 @@ class Case:
         if at and dice.random() < 0.06:
             return None
         ts = "now" if self.timestamps else ""
-        scale = dice.choice([None, 7])
-        syn = Step("", 0, SYN, 0, 0, 0, 65535, ts, scale)
+        scale = dice.choices([None, 7, 0, 2, 14], [45, 40, 5, 5, 5])[0]
+        window = dice.choices([65535, 1000, 100], [94, 3, 3])[0]
+        syn = Step("", 0, SYN, 0, 0, 0, window, ts, scale)
         ack = Step("", 0, ACK, 1, 0, 1, 65535, ts)
-        syn_ack = Step("", 0, SYN | ACK, 0, 0, 1, 65535, ts, scale)
+        syn_ack = Step("", 0, SYN | ACK, 0, 0, 1, window, ts, scale)
         accept, connect = Step("accept"), Step("connect")
         text = dice.choice([ACK | PSH, FIN | ACK])
         openings: dict[tuple[bool, str], list[Step | None]] = {
@@ -178,7 +190,9 @@ class View:
         if has_fd and dice.random() < 0.38:
             return _call(dice)
         if dice.random() < 0.06:
-            return Step("wait", dice.choice([300, 1000] if case.impatient else [100, 300]))
+            return Step(
+                "wait", dice.choice([300, 1000] if case.settings == "impatient" else [100, 300])
+            )
         return self._segment(dice, case, state)
 
     def _segment(self, dice: random.Random, case: Case, state: str) -> Step:
@@ -226,9 +240,9 @@ class View:
 
 def _call(dice: random.Random) -> Step:
     call = dice.choices(
-        ["send", "recv", "peek", "shutdown_write", "shutdown_read", "close", "linger_close",
-         "connect", "so_error", *_OPTIONS],
-        [28, 24, 2, 12, 4, 12, 3, 1, 2, 3, 3, 2, 1, 2],
+        ["send", "recv", "peek", "shutdown_write", "shutdown_read", "shutdown_both", "close",
+         "linger_close", "connect", "so_error", *_QUEUES, *_OPTIONS],
+        [28, 24, 2, 12, 4, 2, 12, 3, 1, 2, 2, 3, 3, 3, 2, 1, 2],
     )[0]  # fmt: skip
     return Step(call, dice.choice([1, 100, 1000]) if call in ("send", "recv", "peek") else 0)
 
@@ -253,6 +267,10 @@ def perform(sock: Any, step: Step, remote: tuple[str, int]) -> str:
                 sock.shutdown(socket.SHUT_WR)
             case "shutdown_read":
                 sock.shutdown(socket.SHUT_RD)
+            case "shutdown_both":
+                sock.shutdown(socket.SHUT_RDWR)
+            case "inq" | "outq":
+                return str(_queued(sock, CONSTANTS[_QUEUES[step.call]]))
             case "close":
                 sock.close()
             case "linger_close":
@@ -271,6 +289,12 @@ def perform(sock: Any, step: Step, remote: tuple[str, int]) -> str:
     return "0"
 
 
+def _queued(sock: Any, request: int) -> int:
+    if not isinstance(sock, socket.socket):
+        return int(sock.ioctl(request))
+    return int.from_bytes(fcntl.ioctl(sock, request, bytes(4)), sys.byteorder)
+
+
 def frame(
     case: Case,
     step: Step,
@@ -283,7 +307,8 @@ def frame(
     """A step's segment with live numbers, `isn` being the stack's first."""
     options: list[Option] = []
     if step.flags & SYN:
-        options.append(Option(2, (1460).to_bytes(2, "big")))
+        if case.mss is not None:
+            options.append(Option(2, case.mss.to_bytes(2, "big")))
         if case.sack:
             options += [Option(1), Option(1), Option(4)]
     if step.ts:
@@ -308,10 +333,10 @@ def beginning(case: Case, fd: int) -> list[str]:
     lines = ["--tolerance_usecs=40000"]
     if case.six:
         lines.append("--ip_version=ipv6")
-    if case.impatient:
-        lines += [
-            f"   +0 `sysctl -q net.ipv4.{name}={value}`" for name, (value, _) in IMPATIENT.items()
-        ]
+    lines += [
+        f"   +0 `sysctl -q net.ipv4.{name}={value}`"
+        for name, (value, _) in SETTINGS[case.settings].items()
+    ]
     if case.active:
         return [
             *lines,
@@ -331,7 +356,7 @@ def written(case: Case, step: Step, result: str, fd: int, gap: float, t: float) 
     value = f"-1 {result} (error)" if result[:1] == "E" else result
     match step.call:
         case "":
-            options = ["mss 1460"] if step.flags & SYN else []
+            options = [f"mss {case.mss}"] if step.flags & SYN and case.mss else []
             if step.flags & SYN and case.sack:
                 options.append("nop,nop,sackOK")
             if step.ts:
@@ -351,11 +376,14 @@ def written(case: Case, step: Step, result: str, fd: int, gap: float, t: float) 
             return [f"{at} {step.call}({fd}, ..., {step.size}, 0) = {value}"]
         case "peek":
             return [f"{at} recv({fd}, ..., {step.size}, MSG_PEEK) = {value}"]
-        case "shutdown_write" | "shutdown_read":
-            how = "SHUT_WR" if step.call == "shutdown_write" else "SHUT_RD"
+        case "shutdown_write" | "shutdown_read" | "shutdown_both":
+            how = {"write": "SHUT_WR", "read": "SHUT_RD", "both": "SHUT_RDWR"}[step.call[9:]]
             return [f"{at} shutdown({fd}, {how}) = {value}"]
         case "so_error":
             return [f"{at} getsockopt({fd}, SOL_SOCKET, SO_ERROR, [{value}], [4]) = 0"]
+        case "inq" | "outq":
+            tail = f"[{value}]) = 0" if value.isdecimal() else f"[0]) = {value}"
+            return [f"{at} ioctl({fd}, {_QUEUES[step.call]}, {tail}"]
         case "close":
             return [f"{at} close({fd}) = {value}"]
         case "linger_close":

@@ -303,9 +303,11 @@ class ModelSocket:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if code == 0x541B:  # SIOCINQ
             return 0 if conn is None else conn.readable_bytes
-        if code == 0x5411 and conn is not None:  # SIOCOUTQ
+        if code == 0x5411:  # SIOCOUTQ
+            if conn is None or conn.state in (State.SYN_SENT, State.SYN_RECEIVED):
+                return 0
             status = conn.status()
-            return status.unsent + status.unacknowledged
+            return status.unsent + status.unacknowledged + (conn._fin == 1)
         if code == 0x8905:  # SIOCATMARK
             return 0
         raise OSError(errno.EOPNOTSUPP, "")

@@ -312,12 +312,13 @@ class Host:
         """The protocol's part of a new connection."""
         assert sock.key is not None
         iss, self.next_iss = self.next_iss, None
-        headers = 40 if is_v4(sock.remote) else 60
+        headers, default = (40, 536) if is_v4(sock.remote) else (60, 1220)
         mss = _LOOPBACK_MSS if self.is_local(sock.remote) else self.mtu - headers
         conn = Connection(
             self.profile,
             iss=self._draw_iss(sock.key) if iss is None else iss,
             mss=min(mss, sock.user_mss or mss),
+            default_mss=default,
             timestamps=self.timestamps,
             outbox=self.out,
         )

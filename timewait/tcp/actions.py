@@ -126,7 +126,7 @@ def _note_syn(c: Connection, seg: Segment) -> None:
     options = seg.options
     if options is None:
         options = _NO_OPTIONS
-    theirs = options.mss or 536
+    theirs = options.mss or c.default_mss
     if theirs < c.mss:
         c.mss = theirs
     parameters = c.profile.parameters
@@ -318,7 +318,10 @@ def queue_fin(c: Connection, _seg: None, now: float) -> None:
     if c.t_retransmit == inf:
         _start_retransmitting(c, now)
     elif c.snd_una == c.iss and c.sack and c._probed is False:
-        c.t_retransmit = c._rtt_at + c.rto  # tcp_schedule_loss_probe: from the SYN,ACK
+        # tcp_schedule_loss_probe: the timeout counts from the SYN,ACK.
+        after = 1.0 if c.srtt is None else 2 * c.srtt + 0.002
+        left = c._rtt_at + c.rto - now
+        c.t_retransmit = now + (min(after, left) if left > 0 else after)
     emit(c, ACK | FIN, now, seq)
 
 

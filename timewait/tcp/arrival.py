@@ -529,6 +529,8 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: flo
         seq, data, offset = nxt, data[past:], 0
     if offset or (c._out_of_order and not fin):  # tcp_fin empties the queue
         c._ack_due = 2
+    if offset and offset >= room:
+        return False  # a FIN at the edge too
     if offset + len(data) > room:
         c._ack_due = 2
         if offset >= room:

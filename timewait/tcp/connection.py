@@ -187,6 +187,8 @@ def _compile(profile: Profile) -> list[list[Any]]:
 class Connection:
     """One endpoint (RFC 9293's TCB and the machine around it).
 
+    `mss` is what it can receive, `default_mss` what a peer can that tells nothing
+    (RFC 9293 §3.7.1: 536 over IPv4, 1220 over IPv6), in bytes.
     `out` collects segments to send; `deadline` is when `expire` is due;
     `error` is the errno that the user's next call will get. `on_transition`,
     if set, is called as `(old, new, event, now)` after each change of state.
@@ -215,6 +217,7 @@ class Connection:
         "_small",
         "_tx",
         "adv_mss",
+        "default_mss",
         "error",
         "exact_window",
         "fin_received",
@@ -278,6 +281,7 @@ class Connection:
         *,
         iss: int,
         mss: int = 1460,
+        default_mss: int = 536,
         rcv_buf: int = 65536,
         snd_buf: int = 1 << 18,
         timestamps: bool | None = None,
@@ -294,6 +298,7 @@ class Connection:
         self.iss = self.snd_una = self.snd_nxt = iss
         self._small = iss  # SND.NXT after the last segment that was not full
         self.mss = self.adv_mss = mss
+        self.default_mss = default_mss
         self._rcv_mss = mss if mss < 536 else 536
         self.rcv_buf = rcv_buf
         self.snd_buf = snd_buf
@@ -635,6 +640,7 @@ class Connection:
             self.profile,
             iss=self.next_iss,
             mss=self.adv_mss,
+            default_mss=self.default_mss,
             rcv_buf=self.rcv_buf,
             snd_buf=self.snd_buf,
         )
