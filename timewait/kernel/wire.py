@@ -8,6 +8,7 @@ When this process ends, however it ends, so does the namespace.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
@@ -125,7 +126,9 @@ class Wire:
         return -1 if self._file is None else self._file.fileno()
 
     def send(self, packet: bytes) -> None:
-        """Let an IP packet arrive at the kernel."""
+        """Let an IP packet arrive at the kernel. Raises `OSError` EINVAL for what is none."""
+        if not packet or packet[0] >> 4 not in _ETHERTYPES:
+            raise OSError(errno.EINVAL, "neither an IPv4 nor an IPv6 packet")
         if self.device == "veth":
             packet = links.NEAR + links.FAR + _ETHERTYPES[packet[0] >> 4] + packet
         os.write(self.fileno(), packet)

@@ -193,6 +193,11 @@ async def wire(
                 yield lab
             finally:
                 tasks.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # The caller's own exception, as it was before the task group wrapped it.
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from None
     finally:
         lab.close()
 
