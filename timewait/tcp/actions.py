@@ -275,7 +275,9 @@ def _send_new(c: Connection, now: float, most: int, queued: bool = False) -> Non
         sent += n
         left -= n
     if sent > mss and c.srtt is not None and c._probed is False and c.sack:
-        c.t_retransmit = min(c.t_retransmit, now + 2 * c.srtt + 0.008)
+        # tcp_schedule_loss_probe: anew from each that is sent, but by the timeout of the oldest.
+        due = c.t_retransmit if c._rtt_seq is None else c._rtt_at + c.rto
+        c.t_retransmit = min(due if due > now else inf, now + 2 * c.srtt + 0.008)
     if (left or c._fin == 1) and c.snd_una == c.snd_nxt and c.t_probe == inf:
         c.t_probe = now + c.rto
 

@@ -160,6 +160,7 @@ def _in_time_wait(c: Connection, seg: Segment, flags: int, now: float) -> int:
     paws = _paws(c, seg, now, 0)
     if flags & RST:
         if offset == 0 and not paws:
+            _note_timestamp(c, seg)  # it may be ignored (tcp_rfc1337), its timestamp is not
             return _RST_EXACT
         if offset == MASK:
             return _RST_AFTER_FIN
