@@ -748,7 +748,8 @@ class _Case:
     def _who(self, holder: Holder) -> str:
         if holder.pid is None:
             of = f" of user {holder.user}" if holder.user else ""
-            where = "in a container" if os.geteuid() == 0 else "another user's or a container's"
+            whose = "another user's or a container's"
+            where = "in a container, or outside this one" if os.geteuid() == 0 else whose
             return f"a process{of} that cannot be seen from here ({where})"
         many = f" and {len(holder.pids) - 1} more" if len(holder.pids) > 1 else ""
         return f"{holder.process} (pid {holder.pid}{many}, user {holder.user})"
