@@ -980,6 +980,23 @@ def test_a_name_is_all_of_its_addresses(server: Server, monkeypatch: pytest.Monk
     assert can_bind(PORT + 1, "twofold")
 
 
+def test_a_wait_asks_for_a_name_s_addresses_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    resolve = socket.getaddrinfo
+
+    def counted(host: str, *args: Any, **options: Any) -> Any:
+        asked.append(host)
+        return resolve("127.0.0.1" if host == "slow" else host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", counted)
+    server()
+    with pytest.raises(TimeoutError):
+        wait_until_bindable_sync(PORT, "slow", timeout=0.3)
+    assert asked.count("slow") == 2  # and once more to say what was in the way
+
+
 def test_the_wait_for_many_is_counted_from_when_they_were_seen(
     server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ import os
 import socket
 import textwrap
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from functools import cache
 from ipaddress import ip_address
 from operator import index
@@ -39,7 +39,9 @@ __all__ = [
     "Bindable",
     "Explanation",
     "Holder",
+    "addresses",
     "can_bind",
+    "can_bind_all",
     "explain_bind",
     "parse_address",
     "port_number",
@@ -289,9 +291,13 @@ def can_bind(
     `PermissionError` for a privileged port, `OSError` for a host that has no
     address or not one of this machine's, `ValueError` for no port number.
     """
-    port = port_number(port)
+    return can_bind_all(port_number(port), addresses(host), reuse_address, reuse_port)
+
+
+def can_bind_all(port: int, hosts: Sequence[str], reuse_address: bool, reuse_port: bool) -> bool:
+    """As `can_bind`, of all of these numeric addresses that are this machine's."""
     trouble, can = None, False
-    for each in addresses(host):
+    for each in hosts:
         failed = _try(each, port, reuse_address, reuse_port, listen=False)
         if failed is None and not any(one.row.state is _S.LISTEN for one in _sockets(port)):
             failed = _try(each, port, reuse_address, reuse_port, listen=True)
@@ -515,7 +521,6 @@ def _holders(found: list[Details], looked: int) -> Iterator[Holder]:
         )
 
 
-@cache
 def _interface_name(index: int) -> str | None:
     try:
         return socket.if_indextoname(index) if index else None
@@ -777,7 +782,7 @@ class _Case:
         return f"{when}: {how}, or choose another port.{note}"
 
     def _bound_to(self, holder: Holder) -> str:
-        if holder.interface is None:
+        if holder.interface is None or "%" in self.address[0]:
             return ""
         return (
             f" It is bound to interface {holder.interface} (SO_BINDTODEVICE); a server that names "

@@ -20,7 +20,7 @@ import anyio.lowlevel
 
 from timewait.connections import CLOSED_FIRST, LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Event, Row, RunStarted, SegmentSeen, Transition
-from timewait.explain import Explanation, can_bind, explain_bind, port_number
+from timewait.explain import Explanation, addresses, can_bind_all, explain_bind, port_number
 from timewait.kernel.observers import Observer, observe
 from timewait.report import address
 from timewait.tcp.segment import ACK, FIN, RST, SYN
@@ -281,6 +281,8 @@ class _Waiting:
     ) -> None:
         self.began = time.monotonic()
         self._address = address
+        host, port = address
+        self._port, self._hosts = port_number(port), addresses(host)  # asked of the resolver once
         self._options = options
         self._timeout = timeout
         self._progress = progress
@@ -288,9 +290,9 @@ class _Waiting:
 
     def over(self) -> bool:
         """Whether the port can be bound now; `TimeoutError` where time is up."""
-        host, port = self._address
-        if can_bind(port, host, *self._options):
+        if can_bind_all(self._port, self._hosts, *self._options):
             return True
+        host, port = self._address
         waited = time.monotonic() - self.began
         if self._timeout is not None and waited >= self._timeout:
             raise TimeoutError(f"after {waited:.1f} s {explain_bind(port, host).reason}")
