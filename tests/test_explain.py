@@ -821,6 +821,8 @@ def test_a_link_local_address_of_another_interface_is_free(
     assert (free.situation, free.holders) == ("free", ())
     assert not any("would share" in text for text in free.warnings)
     assert not explained(f"fe80::77%{one}")
+    on(two, host, opened)
+    assert [holder.interface for holder in explained(f"fe80::77%{two}").holders] == [two]
 
 
 def test_a_privileged_port_is_not_free_when_its_time_wait_ends(

@@ -269,7 +269,7 @@ def _what(event: Event, width: int) -> str:
 
 def _live(seen: Watch, feed: _Feed, over: Callable[[], bool]) -> None:
     with Live(auto_refresh=False) as live:
-        while not over() and live.console.is_terminal and sys.stdout.isatty():
+        while not over() and sys.stdout.isatty():
             # Where there is room for it, the states are below one another.
             width = min(max(live.console.width - 40, 0), 48)
             feed.last.extend(_line(event, width) for event in feed.take(seen))
