@@ -1,6 +1,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +65,15 @@ def test_they_are_found_alike_at_any_time() -> None:
         ticks._ahead.cache_clear()
         found.add(ticks._ahead())
     assert len(found) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="jiffies are Linux's")
+def test_a_look_that_contradicts_the_others_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, times, wrong = ticks._ahead(), os.times, [0.05]
+
+    def once_too_late() -> SimpleNamespace:
+        return SimpleNamespace(elapsed=times().elapsed + (wrong.pop() if wrong else 0))
+
+    monkeypatch.setattr(os, "times", once_too_late)
+    ticks._ahead.cache_clear()
+    assert ticks._ahead() == right
