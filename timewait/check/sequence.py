@@ -429,6 +429,9 @@ class Sequence:
             if x.gaps != before:
                 return 1  # it was sent before, but it is new to the observer
         if end == seq:  # An acknowledgment alone stands at SND.NXT; only a probe goes back.
+            later = x.ack is not None and seq_diff(ack, x.ack) > 0
+            if later and seq == x.fin == y.ack and quiet < PROBE_AFTER:
+                raise Contradiction(f"an acknowledgment from before the FIN at {seq}", _AFTER_FIN)
             probe = y.last == _NEVER or (y.ack is not None and seq_diff(seq, y.ack) == -1)
             if (self.exact or (self.presumed and not self._overtaken(x, y, seq, ack))) and not (
                 probe and quiet >= PROBE_AFTER
@@ -529,6 +532,8 @@ class Sequence:
     ) -> int:
         kind = SYN | TEXT if length else SYN
         if x.isn != seq:
+            if flags & ACK and x.isn is not None and ack == seq_add(x.isn, 1):
+                raise Contradiction(f"a SYN,ACK acknowledges its own sender's SYN {x.isn}", _UNSENT)
             if flags & ACK and self.whole:
                 if x.opened and not (y.opened and y.former):
                     raise Contradiction(f"a SYN,ACK at {seq}, and its SYN is at {x.isn}", _SEQUENCE)
@@ -608,7 +613,7 @@ class Sequence:
         heard = y.last != _NEVER or flags & ACK
         if self.lacking and x.next is not None and 0 < seq_diff(seq, x.next) < _AT_ONCE:
             self.missed = True
-        elif self.lacking and not flags & ACK and x.isn is not None and seq_diff(seq, x.isn) > 0:
+        elif self.lacking and not flags & ACK and (x.isn is None or seq_diff(seq, x.isn) > 0):
             pass  # the acknowledgment that it answers may not have been captured
         elif heard and at and (self.whole or at != [0]) and seq not in at:
             due = _or(list(dict.fromkeys(at))[-4:])

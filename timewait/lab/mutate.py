@@ -685,6 +685,10 @@ def _why_between_hosts(
             return _LACKS if behind or seen_late or sent else None
         case "sequence-off-by-one":
             return _LACKS if abs(_off_by(mutant, event)) == 1 else None
+        case "fin-added":
+            assert isinstance(changed, SegmentSeen)
+            again = any(e.src == event.src and _same_fin(e, changed) for e in others)
+            return _LATE_OR_TWICE if again else None
         case "segments-swapped" | "fin-again-too-soon" | "acknowledged-too-late":
             return _LATE_OR_TWICE
         case "rst-for-fin" | "rst-invented":
@@ -695,6 +699,10 @@ def _why_between_hosts(
             late = [e for e in after if e.src == event.src and e not in mine and not e.flags & RST]
             return _LATE_OR_TWICE if not late else None
     return None
+
+
+def _same_fin(one: SegmentSeen, other: SegmentSeen) -> bool:
+    return bool(one.flags & other.flags & FIN) and _space(one) == _space(other)
 
 
 def _off_by(mutant: Mutant, event: SegmentSeen) -> int:
