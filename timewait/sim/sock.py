@@ -16,6 +16,7 @@ import errno
 import os
 import socket
 from collections import deque
+from functools import cache
 from ipaddress import ip_address
 from selectors import EVENT_READ, SelectorKey
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -43,7 +44,8 @@ UNCONNECTED, CONNECTING, CONNECTED, DISCONNECTING = range(4)
 
 INF: Final = float("inf")
 _KEEP: Final = (7200.0, 75.0, 9)
-_NO_OPTIONS: Final = SocketOptions()
+_options: Final = cache(SocketOptions)  # most connections have the same
+_NO_OPTIONS: Final = _options()
 # Options that change nothing a model has but the header of its packets: default and range, as
 # Linux 6.18 has them. Of a range 0 to 1 any number is one or the other.
 _INT: Final = (0, -(1 << 31), (1 << 31) - 1)
@@ -668,6 +670,8 @@ class Sock:
     def set_option(self, level: int, option: int, value: int) -> None:
         """setsockopt(2) with a number; ENOPROTOOPT for what is not modelled."""
         match level, option:
+            case socket.IPPROTO_TCP, socket.TCP_NODELAY:  # first, since asyncio always sets it
+                self.no_delay = bool(value)
             case socket.SOL_SOCKET, socket.SO_REUSEADDR:
                 self.reuse_address = bool(value)
             case socket.SOL_SOCKET, socket.SO_REUSEPORT:
@@ -702,8 +706,6 @@ class Sock:
                 self.sndbuf = max(4608, 2 * min(value & 0xFFFFFFFF, _WMEM_MAX))
             case socket.SOL_SOCKET, socket.SO_LINGER:
                 fail(errno.EINVAL)  # a number is too short for a struct linger
-            case socket.IPPROTO_TCP, socket.TCP_NODELAY:
-                self.no_delay = bool(value)
             case socket.IPPROTO_TCP, socket.TCP_CORK:
                 self.cork = bool(value)
             case socket.IPPROTO_TCP, socket.TCP_MAXSEG:
@@ -742,7 +744,7 @@ class Sock:
                 fail(errno.ENOPROTOOPT)
         if self.conn is not None:
             self.tell_options()
-            if (level, option, bool(value)) in _PUSHING:
+            if self.conn._tx and (level, option, bool(value)) in _PUSHING:
                 options = self.conn.options
                 self.conn.options = evolve(options, cork=False)
                 send_text(self.conn, None, self.clock.now)
@@ -794,12 +796,12 @@ class Sock:
             or self.user_timeout
             or self.linger2 is not None
         ):
-            conn.options = SocketOptions(
-                nodelay=self.no_delay,
-                cork=self.cork or self.more,
-                user_timeout=self.user_timeout / 1000 or None,
-                linger2=None if self.linger2 is None else float(self.linger2),
-                keepalive=self.keep if self.keepalive else None,
+            conn.options = _options(
+                self.no_delay,
+                self.cork or self.more,
+                self.user_timeout / 1000 or None,
+                None if self.linger2 is None else float(self.linger2),
+                self.keep if self.keepalive else None,
             )
         else:
             conn.options = _NO_OPTIONS
