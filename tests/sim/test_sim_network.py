@@ -165,6 +165,38 @@ def test_a_partition_is_waited_out_and_healed():
     two_hosts(main)
 
 
+def test_a_partition_is_of_hosts_that_there_are():
+    network = sim.Network()
+    network.host("client")
+    network.host("web")
+    for call in (network.partition, network.heal):
+        with pytest.raises(ValueError, match="no host 'wev'"):
+            call("wev")
+    with pytest.raises(ValueError, match="a host at least"):
+        network.partition()
+    network.partition("web", one_way=True)
+    assert not network.link("web", "client").up
+    assert network.link("client", "web").up
+    network.heal("client")
+    assert network.link("web", "client").up
+    apart = sim.Network(link=sim.Link(up=False))
+    for name in "abc":
+        apart.host(name)
+    apart.heal("a")
+    assert apart.link("b", "a").up
+    assert not apart.link("b", "c").up
+
+
+def test_what_a_simulation_cannot_be_run_with_is_told_at_once():
+    async def main():
+        pass
+
+    with pytest.raises(TypeError, match=r"\['web'\]"):
+        sim.run(main, hosts="web")
+    with pytest.raises(ValueError, match="once at least"):
+        sim.run(main, patience=0)
+
+
 def test_a_connection_to_nobody_times_out_as_tcp_syn_retries_has_it():
     async def main(client, web):
         client.network.partition(web)

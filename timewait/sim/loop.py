@@ -653,6 +653,10 @@ def run(
     `Deadlock` if it waits for what cannot happen; `Livelock` if the loop turns
     `patience` times without waiting and without a socket having a part in it.
     """
+    if patience < 1:
+        raise ValueError("the loop has to turn once at least")
+    if isinstance(hosts, str):
+        raise TypeError(f"hosts are a list of names, or a mapping: [{hosts!r}]")
     network = hosts if isinstance(hosts, Network) else Network(seed)
     if not isinstance(hosts, Network):
         named: Iterable[tuple[str, Any]]

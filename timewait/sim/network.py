@@ -17,6 +17,8 @@ import ipaddress
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import permutations
 from math import inf
 from random import Random
 from types import TracebackType
@@ -51,6 +53,7 @@ class Aim(TypedDict, total=False):
     times: int | None
 
 
+@lru_cache(4096)
 def canonical(address: str) -> str:
     """An IP address as it is kept here: shortest spelling, IPv4-mapped as IPv4.
 
@@ -191,13 +194,8 @@ class Network:
 
     def connect(self, a: Host | str, b: Host | str, *, both: bool = True, **changes: Any) -> None:
         """Change the link from `a` to `b` (and back): any field of `Link` by name."""
-        pairs = [(_name(a), _name(b))]
-        if both:
-            pairs.append((_name(b), _name(a)))
-        for pair in pairs:
-            for name in pair:
-                if name not in self.hosts:
-                    raise ValueError(f"no host {name!r}")
+        a, b = self._known(a), self._known(b)
+        for pair in [(a, b), (b, a)][: 1 + both]:
             self._links[pair] = evolve(self.link(*pair), **changes)
 
     def link(self, a: Host | str, b: Host | str) -> Link:
@@ -206,19 +204,29 @@ class Network:
 
     def partition(self, *hosts: Host | str, one_way: bool = False) -> None:
         """Cut the hosts off from all others (`one_way`: they still hear, nobody hears them)."""
-        self._cut(hosts, up=False, one_way=one_way)
+        if not hosts:
+            raise ValueError("a partition has a host at least")
+        inside = [self._known(host) for host in hosts]
+        for a in inside:
+            for b in self.hosts:
+                if b not in inside:
+                    self._links[a, b] = evolve(self.link(a, b), up=False)
+                    if not one_way:
+                        self._links[b, a] = evolve(self.link(b, a), up=False)
 
     def heal(self, *hosts: Host | str) -> None:
         """Mend the cut links of the hosts; of all hosts if none is named."""
-        self._cut(hosts or tuple(self.hosts), up=True, one_way=False)
+        mended = {self._known(host) for host in hosts or self.hosts}
+        for pair in list(self._links if self._link.up else permutations(self.hosts, 2)):
+            link = self.link(*pair)
+            if not link.up and not mended.isdisjoint(pair):
+                self._links[pair] = evolve(link, up=True)
 
-    def _cut(self, hosts: tuple[Host | str, ...], *, up: bool, one_way: bool) -> None:
-        inside = {_name(h) for h in hosts}
-        for a in self.hosts:
-            for b in self.hosts:
-                crossing = a != b and (up or (a in inside) != (b in inside))
-                if crossing and (a in inside or (b in inside and not one_way)):
-                    self._links[a, b] = evolve(self.link(a, b), up=up)
+    def _known(self, host: Host | str) -> str:
+        name = _name(host)
+        if name not in self.hosts:
+            raise ValueError(f"no host {name!r}")
+        return name
 
     # Faults.
 
