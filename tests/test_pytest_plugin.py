@@ -84,7 +84,7 @@ def test_a_suite_that_does_not_use_it_sees_nothing_of_it(suite: Run) -> None:
         import sys
         def test_nothing_is_loaded():
             loaded = {name for name in sys.modules if name.startswith("timewait")}
-            assert loaded == {"timewait", "timewait.pytest_plugin"}
+            assert loaded == {"timewait", "timewait.pytest_plugin"}, loaded
         def test_sockets_are_pythons():
             import inspect
             assert inspect.getmodule(socket.socket.accept) is socket
@@ -94,6 +94,30 @@ def test_a_suite_that_does_not_use_it_sees_nothing_of_it(suite: Run) -> None:
     result.assert_outcomes(passed=2)
     assert "tcp" not in result.stdout.str().replace("test_suite.py", "")
     assert result.stderr.lines == []
+
+
+def test_a_suite_keeps_fixtures_and_markers_of_its_own_by_the_same_names(suite: Run) -> None:
+    code = """
+        import sys
+        @pytest.fixture
+        def tcp(): return "theirs"
+        @pytest.fixture
+        def tcp_sim(tcp): return tcp
+        @pytest.mark.tcp("some", level=1)
+        @pytest.mark.tcp_sim
+        def test_it(tcp_sim, tcp):
+            assert tcp_sim == tcp == "theirs"
+        @pytest.mark.tcp
+        class TestAll:
+            async def helper(self): pass
+            def test_it(self): pass
+    """
+    result = suite(code, ini="markers =\n  tcp(kind, level): over TCP\n  tcp_sim: simulated")
+    result.assert_outcomes(passed=2)
+    assert "watched" not in result.stdout.str()
+    for own in ("tcp", "tcp_sim"):  # without the lines in the ini file, and without the fixtures
+        result = suite(f"@pytest.mark.{own}('x')\ndef test_it(): pass")
+        result.stdout.fnmatch_lines([f"*@pytest.mark.{own} takes *"])
 
 
 def test_the_fixture_tells_who_closed_first(suite: Run) -> None:
