@@ -120,6 +120,28 @@ def test_a_suite_keeps_fixtures_and_markers_of_its_own_by_the_same_names(suite: 
         result.stdout.fnmatch_lines([f"*@pytest.mark.{own} takes *"])
 
 
+def test_markers_hold_for_the_cases_of_unittest(suite: Run) -> None:
+    code = """
+        import unittest
+        @pytest.mark.tcp({limits})
+        class TestCase(unittest.TestCase):
+            def test_leak(self):
+                listener = socket.create_server(("127.0.0.1", 0))
+                kept.extend((socket.create_connection(listener.getsockname()), listener))
+        class TestOther(unittest.TestCase):
+            def test_unwatched(self): pass
+    """
+    result = suite(code.format(limits="no_leaks=True"))
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["tcp(no_leaks=True): 2 sockets left open", "1 test watched: *"])
+    result = suite(code.format(limits="no_leeks=True"))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: *no_leeks is not among*"])
+    result = suite(code.replace("tcp({limits})", "tcp_sim"))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: *TestCase::test_leak: tcp_sim runs functions and*"])
+
+
 def test_the_fixture_tells_who_closed_first(suite: Run) -> None:
     result = suite("""
         def test_it(tcp, tcp_port):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from timewait.witness import Witness
 
 FOUND = "timewait"  # the name under which a test's figures travel in its report
+MARKERS = ("tcp", "tcp_sim")
 SUITE_LIMITS = ("tcp_no_leaks", "tcp_no_resets", "tcp_closed_by", "tcp_time_wait_budget")
 _collector: pytest.Collector | None = None  # whose names came last, and
 _around: list[pytest.Mark] = []  # the markers of that module or class
@@ -95,7 +96,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("tcp") or any(config.getini(name) for name in SUITE_LIMITS):
         watched = items
     else:
-        watched = [item for item in items if "tcp" in getattr(item, "fixturenames", ())]
+        # (methods of unittest's cases have never passed pytest_pycollect_makeitem)
+        watched = [
+            item
+            for item in items
+            if "tcp" in getattr(item, "fixturenames", ())
+            or (type(item) is not pytest.Function and any(map(item.get_closest_marker, MARKERS)))
+        ]
     if watched:
         from timewait.suite import set_up_first
 

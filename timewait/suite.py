@@ -145,6 +145,10 @@ def _prepare(
         setattr(collector.obj, name, _on_the_simulation(body, file, seeds, made_of))  # type: ignore[attr-defined]
 
 
+def _everywhere(config: pytest.Config) -> bool:
+    return bool(config.getoption("tcp") or _suite_limits(config))
+
+
 def set_up_first(item: pytest.Item) -> None:
     """Have `tcp` set up before the test's own fixtures, and so torn down after them.
 
@@ -152,6 +156,14 @@ def set_up_first(item: pytest.Item) -> None:
     """
     names: list[str] | None = getattr(item, "fixturenames", None)
     if names is None or hasattr(getattr(item, "obj", None), "_timewait_simulated"):
+        return
+    if _ours(item.config, item.iter_markers("tcp_sim")):
+        raise pytest.UsageError(
+            f"{item.nodeid}: tcp_sim runs functions and methods of plain classes only"
+        )
+    if marks := _ours(item.config, item.iter_markers("tcp")):
+        _limits(item.config, marks)
+    elif "tcp" not in names and not _everywhere(item.config):
         return
     fixtures = item.session._fixturemanager
     if not _is_our_fixture("tcp", fixtures.getfixturedefs("tcp", item)):
