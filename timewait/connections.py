@@ -553,9 +553,11 @@ class Connections(ABC):
                 if _aborts(end):
                     why = f"{end.unread} bytes unread" if end.unread else "SO_LINGER of 0 s"
                     return side, f"the {side} called {end.call} with {why}, at {end.place}"
+        # (dead after TIME_WAIT: another process that has the socket too had ended it in order)
+        in_order = any(State.TIME_WAIT in seen.states for seen in sides.values())
         for side, seen in sides.items():
             first = _first_end(seen)
-            if first is not None and first.state is State.CLOSED:
+            if first is not None and first.state is State.CLOSED and not in_order:
                 return _OTHER[side], f"the {side}'s socket was dead when it called {first.call}"
         for side, seen in sides.items():
             if seen.reset:
