@@ -84,6 +84,7 @@ def test_what_overtakes_what_or_repeats_it_conforms(
         "1 s ACK 9 105|2 c TXT 105 9 20|3 s ACK 9 125",
         "1 c TXT 5 9 20|2 s ACK 9 125|3 s FIN 9 125|4 c ACK 125 10",
         "1 s ACK 9 6|2 s FIN 9 6|3 c ACK 6 10",
+        "1 s ACK 9 6|2 c ACK 6 9|220 c FIN 5 9|221 s ACK 9 6",
         # Acknowledgments that others have overtaken, and a copy of text from long before.
         "1 c TXT 5 9 50|1.1 c TXT 55 9 50|2 s ACK 9 105|2.1 s ACK 9 55|2.2 s ACK 9 30",
         "1 c TXT 5 9 50|2 s ACK 9 55|3 c FIN 55 9|4 s ACK 9 56|4.1 c TXT 5 9 50|5 s FIN 9 56",

@@ -289,7 +289,8 @@ class Sequence:
             kind |= FIN
             at = end - 1 & 0xFFFFFFFF
             if x.fin is None:
-                if kind & OLD and (x.isn is not None or at + 1 & 0xFFFFFFFF != x.next):
+                seen_all = x.isn is not None and not self.lacking
+                if kind & OLD and (seen_all or at + 1 & 0xFFFFFFFF != x.next):
                     raise Contradiction(
                         f"a FIN at {at}, where other octets were sent before", _SEQUENCE
                     )
