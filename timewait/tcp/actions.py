@@ -638,7 +638,13 @@ def _send_oldest(c: Connection, now: float) -> None:
     text = (c.snd_nxt - c.snd_una - (c._fin == 2)) & MASK
     mss = _effective_mss(c)
     n = min(text, mss)
-    if c._ends:
+    cut = c.profile.parameters.linux_checks and 0 < c.snd_wnd < n
+    if cut:
+        n = c.snd_wnd  # __tcp_retransmit_skb splits what no longer fits the window
+        end = (c.snd_una + n) & MASK
+        if not c._ends or (end - c._ends[0][0]) & HALF:
+            c._ends = ((end, now), *c._ends)
+    elif c._ends:
         fit = [end for end, _ in c._ends if (end - c.snd_una) & MASK <= n]
         if n == text:
             c._ends = ()
@@ -646,7 +652,11 @@ def _send_oldest(c: Connection, now: float) -> None:
             c._ends = c._ends[len(fit) - 1 :]
             n = (fit[-1] - c.snd_una) & MASK
     last = n == text
-    flags = ACK | (FIN if last and c._fin == 2 else 0) | (PSH if n and (last or n < mss) else 0)
+    flags = (
+        ACK
+        | (FIN if last and c._fin == 2 else 0)
+        | (PSH if n and (last or n < mss) and not cut else 0)
+    )
     emit(c, flags, now, c.snd_una, c._tx[:n])
 
 

@@ -230,6 +230,8 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
             if una == c.iss:
                 of_syn = c.state is SYN_RECEIVED or c.state is FIN_WAIT_1
             echo = seg.options.ts_ecr if c.timestamps and seg.options is not None else None
+            if c._recover is not None and c.profile.parameters.linux_checks:
+                c.snd_wnd = seg.window << c.snd_scale  # what the ACK lets go looks at it
             acknowledged(c, seg.ack, acked, flight, now, echo)
             if of_fin and c.orphaned and c.state is FIN_WAIT_1 and (c.options.linger2 or 0) < 0:
                 return _TEXT_AFTER_CLOSE  # TCP_ABORT_ON_LINGER: nobody is to wait for the FIN
@@ -454,6 +456,7 @@ def _predicted(c: Connection, seg: Segment, flags: int) -> bool:
         and seg.seq == c.rcv_nxt
         and not c._out_of_order
         and seg.window << c.snd_scale == c.snd_wnd
+        and (seg.options is not None and seg.options.ts_val is not None) == c.timestamps
     )
 
 
