@@ -299,7 +299,7 @@ class _Kernel:
             return None
         step = live.case.begin(live.dice, number)
         if step is not None:
-            live.view.finished = step.flags & FIN != 0
+            live.view.finished = live.view.finished or step.flags & FIN != 0
         else:
             state = live.trace.states[-1] if live.trace.states else "CLOSED"
             step = live.view.step(live.dice, live.case, state, live.sock is not None)
@@ -647,7 +647,7 @@ def _delayed_with_text(case: Case, kernel: _Trace, a: _Sent, b: _Sent) -> bool:
         step.length > 0
         and step.flags & FIN != 0
         and not a.length
-        and a.ack == step.seq + step.length + 1
+        and a.ack == (step.seq + step.length + 1) & MASK
         and 0.036 < a.t - b.t < 0.06
     )
 
