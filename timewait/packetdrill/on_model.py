@@ -273,7 +273,7 @@ class ModelSocket:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             self._tells_rest = bool(number)
             return
-        self.inner.setsockopt(level, option, value)
+        self.inner.setsockopt(level, option, value, size if value is None else None)
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
         """As socket.getsockopt."""
