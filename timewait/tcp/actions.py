@@ -235,7 +235,7 @@ def _send_new(c: Connection, now: float, most: int, queued: bool = False) -> Non
     end = c.snd_una + c.snd_wnd
     left = len(tx) - sent
     linux = c.profile.parameters.linux_checks
-    pushed = c.snd_nxt
+    first = pushed = c.snd_nxt
     for _ in range(most):
         usable = (end - c.snd_nxt) & MASK
         if usable & HALF:
@@ -274,7 +274,7 @@ def _send_new(c: Connection, now: float, most: int, queued: bool = False) -> Non
             return
         sent += n
         left -= n
-    if sent > mss and c.srtt is not None and c._probed is False and c.sack:
+    if sent > mss and c.snd_nxt != first and c.srtt is not None and c._probed is False and c.sack:
         # tcp_schedule_loss_probe: anew from each that is sent, but by the timeout of the oldest.
         due = c.t_retransmit if c._rtt_seq is None else c._rtt_at + c.rto
         c.t_retransmit = min(due if due > now else inf, now + 2 * c.srtt + 0.008)
