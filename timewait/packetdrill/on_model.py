@@ -770,7 +770,7 @@ class ModelStack:
         established = conn.state not in (State.SYN_SENT, State.SYN_RECEIVED)
         # Our SYN counts as one of the octets that were acknowledged only where we were active.
         acked = (conn.snd_una - conn.iss - conn.passive) & MASK if conn.snd_una != conn.iss else 0
-        received = (conn.rcv_nxt - conn.irs - 1) & MASK if conn.irs else 0
+        received = (conn.rcv_nxt - conn.irs - 1) & MASK if conn.state is not State.SYN_SENT else 0
         if not tally.segs_again or tally.again:
             # When a recovery is over is congestion control's to say, and so not the model's.
             found["tcpi_ca_state"] = 4 if tally.again else 0
