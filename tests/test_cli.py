@@ -42,8 +42,9 @@ def test_a_reader_that_goes_away_is_no_answer(command: str) -> None:
     assert done.stderr == ""
 
 
-def test_a_reader_that_has_gone_is_told_by_the_status() -> None:
-    done = shell("(sleep 0.5; timewait scenarios) | exec true; exit ${PIPESTATUS[0]}")
+@pytest.mark.parametrize("command", ["scenarios", "run server-first --on model"])
+def test_a_reader_that_has_gone_is_told_by_the_status(command: str) -> None:
+    done = shell(f"(sleep 0.5; timewait {command}) | exec true; exit ${{PIPESTATUS[0]}}")
     assert done.returncode == 141
     assert done.stderr == ""
 

@@ -17,7 +17,7 @@ import click
 
 from timewait import __version__
 
-__all__ = ["SECTIONS", "main"]
+__all__ = ["SECTIONS", "Command", "answer", "main"]
 
 # Section -> command -> its line in the help (kept here so that help imports nothing).
 SECTIONS: Final[dict[str, dict[str, str]]] = {
@@ -49,20 +49,24 @@ class _ReaderGone(Exception):
     """Whoever read our output (head, less) went away; click would call that status 1, a no."""
 
 
-class _Commands(click.Group):
-    """Commands by section, each loaded from its own file when it is called."""
+class Command(click.Command):
+    """A command whose reader may go away without click's calling that a no."""
 
-    def make_context(self, *args: Any, **named: Any) -> click.Context:
+    def make_context(self, *args: Any, **named: Any) -> click.Context:  # noqa: D102
         try:
             return super().make_context(*args, **named)
         except BrokenPipeError:
             raise _ReaderGone from None
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: D102
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise _ReaderGone from None
+
+
+class _Commands(Command, click.Group):
+    """Commands by section, each loaded from its own file when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for section in SECTIONS.values() for name in section]
@@ -93,7 +97,12 @@ def _timewait() -> None:
 
 
 def main(args: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 yes, 1 no, 2 trouble, 130 interrupted.
+    """Run the command line and exit, as `answer` does."""
+    answer(_timewait, "timewait", args)
+
+
+def answer(command: Command, name: str, args: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 yes, 1 no, 2 trouble, 130 interrupted, 141 nobody reads on.
 
     A command returns its exit status, raises `SystemExit`, or raises
     `click.ClickException`, whose message becomes the one line of trouble.
@@ -101,20 +110,20 @@ def main(args: list[str] | None = None) -> NoReturn:
     _settle_streams()
     try:
         try:
-            status = _timewait.main(args, prog_name="timewait", standalone_mode=False)
+            status = command.main(args, prog_name=name, standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as help_page:
             click.echo(help_page.format_message())
             status = 0
         sys.stdout.flush()
     except click.ClickException as trouble:
-        status = _trouble(trouble.format_message())
+        status = _trouble(name, trouble.format_message())
     except (click.Abort, KeyboardInterrupt):
-        status = _trouble("interrupted", 130)
+        status = _trouble(name, "interrupted", 130)
     except (_ReaderGone, BrokenPipeError):
         status = 141
     except OSError as trouble:
         where = f"{trouble.filename}: " if trouble.filename else ""
-        status = _trouble(f"{where}{trouble.strerror or trouble}")
+        status = _trouble(name, f"{where}{trouble.strerror or trouble}")
     try:
         sys.stdout.flush()
     except OSError:  # said already; what is left must not be flushed again at exit
@@ -132,6 +141,6 @@ def _settle_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _trouble(message: str, status: int = 2) -> int:
-    print(f"timewait: {' '.join(message.split())}", file=sys.stderr)
+def _trouble(name: str, message: str, status: int = 2) -> int:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return status

@@ -239,6 +239,16 @@ def _states(run: Run, snapshot: Snapshot) -> Counter[tuple[str, State]]:
     return Counter((run.side(row), row.state) for row in snapshot.rows)
 
 
-def console(stderr: bool = False) -> Console:
-    """A console that colours only on a terminal and never wraps a word in two."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+class _Console(Console):
+    """A console that leaves it to the command line what a reader's going away means."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+def console(stderr: bool = False, width: int | None = None) -> Console:
+    """A console that colours only on a terminal and never wraps a word in two.
+
+    Printing on it raises `BrokenPipeError` where nobody reads on.
+    """
+    return _Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)

@@ -81,8 +81,9 @@ def command(on: str, as_json: bool) -> int:
 
 
 def _print_table(outcomes: dict[matrix.Case, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from timewait.report import console
 
     table = Table(
         title="With which options of the holder may the newcomer take the port?\n"
@@ -97,5 +98,5 @@ def _print_table(outcomes: dict[matrix.Case, str]) -> None:
     for state, *rest in matrix.allowed(outcomes):
         table.add_row("" if state == last else state, *rest)
         last = state
-    Console(width=100, highlight=False).print(table)
+    console(width=100).print(table)
     print()

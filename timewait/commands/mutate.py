@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from timewait.check import check
 from timewait.check.evidence import REST, read
 from timewait.events import Lost
 from timewait.lab.mutate import Result, run
+from timewait.report import console
 
 __all__ = ["command"]
 
@@ -67,7 +67,7 @@ def _print(result: Result) -> None:
         allowed = outcome.made - outcome.rejected
         why = "; ".join(f"{n} {text}" for text, n in outcome.allowed.items())
         table.add_row(name, str(outcome.made), str(outcome.rejected), str(allowed or ""), why)
-    Console(width=110, highlight=False).print(table)
+    console(width=110).print(table)
     click.echo(
         f"\n{result.made} mutants by {len(result.outcomes)} operators: {result.rejected} rejected, "
         f"{result.made - result.rejected - result.unexplained} allowed by TCP, "
