@@ -308,13 +308,13 @@ def test_benchmarks_that_are_alike_seldom_differ(document: Any) -> None:
     alarms = 0
     for seed in seeds:
         old, new = (scattered(document, 1, each) for each in (seed, seed + 1))
-        alarms += "Changed" in told(compare(old, report_of(new)))
+        alarms += bool(compare(old, report_of(new)).changed)
     assert alarms <= 6  # 2.5 are expected
 
 
 def test_what_became_slower_is_told_among_all_the_rest(document: Any) -> None:
     old, new = scattered(document, 1, 1), scattered(document, 3, 2)
-    lines = told(compare(old, report_of(new))).splitlines()
+    lines = told(compare(old, report_of(new)).table()).splitlines()
     changed = [line for line in lines if line.endswith("%")]
     assert [line.split(":")[0] for line in changed] == ["server-first plain ipv4 20"]
     assert "settled" in changed[0]
@@ -327,9 +327,13 @@ def test_a_single_pass_says_nothing_about_noise(document: Any) -> None:
         for name in ("returned", "told", "settled", "last_segment"):
             if stat := close[name]:
                 stat["passes"] = [stat["median"]]
-    text = told(compare(once, report_of(document)))
-    assert "0 figures are as they were" in text
-    assert "were measured in a single pass" in text
+    compared = compare(once, report_of(document))
+    assert (compared.step, compared.changed, compared.alike) == (None, [], 0)
+    assert compared.single_pass > 0
+    text = told(compared.table())
+    assert "nothing could be compared" in text
+    assert f"{compared.single_pass} were measured in a single pass" in text
+    assert "--seconds" in text
 
 
 def told(what: Any) -> str:
@@ -367,6 +371,7 @@ def test_the_tables_fit_eighty_columns_and_the_plot_is_drawn(tmp_path: Path) -> 
         (["--compare", "/etc/hostname"], "not JSON"),
         (["-n", "0"], "0 is not in the range"),
         (["--seconds", "0"], "0 is not in the range"),
+        (["--seconds", "nan"], "not a number"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(args: list[str], why: str) -> None:
@@ -410,7 +415,22 @@ def test_the_number_of_connections_is_what_it_is_said_to_be(n: str) -> None:
     assert {close["connections"] for close in closes} == {1, int(n)}
 
 
-@pytest.mark.parametrize("document", ["{}", '{"schema": 1, "closes": []}'])
+A_CLOSE = dict.fromkeys(("returned", "told", "last_segment", "settled")) | {
+    "course": "abort", "kind": "plain", "family": "ipv4", "connections": 1,
+}  # fmt: skip
+NO_STATISTICS = {"count": 1, "median": 1.0, "passes": ["a", "b"], "quantiles": []}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "{}",
+        '{"schema": 1, "closes": []}',
+        json.dumps({"schema": 2, "closes": [A_CLOSE | {"told": 5}]}),
+        json.dumps({"schema": 2, "closes": [A_CLOSE | {"told": NO_STATISTICS}]}),
+        json.dumps({"schema": 2, "closes": [A_CLOSE | {"told": NO_STATISTICS | {"passes": 5}}]}),
+    ],
+)
 def test_a_document_that_is_none_is_refused_before_the_run(document: str, tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text(document)
@@ -419,3 +439,31 @@ def test_a_document_that_is_none_is_refused_before_the_run(document: str, tmp_pa
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{old}: it" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+SHORT = ("--quick", "--seconds", "1", "--only", "abort", "--kind", "plain")
+
+
+def test_a_comparison_is_part_of_the_document(document: Any, tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(document))
+    done = bench(*SHORT, "--json", "--compare", str(old))
+    again = json.loads(done.stdout)
+    jsonschema.validate(again, SCHEMA)
+    assert again["compared"]["same_machine"] is True
+    assert again["compared"]["in_one_only"] > 0  # another course
+    assert again["compared"]["step"] is None
+    assert "compared" not in document
+
+
+def test_a_full_disk_is_one_line_and_a_reader_gone_is_no_fault_of_the_figures() -> None:
+    command = [sys.executable, "-m", "timewait.bench", *SHORT]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "No space left on device" in done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    gone = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (gone.returncode, gone.stderr) == (141, "")

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import RenderableType
+from attrs import asdict
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from timewait.bench import report
 from timewait.bench.closes import COURSES, FAMILIES, Trial, closes
-from timewait.bench.compare import compare
+from timewait.bench.compare import Comparison, compare
 from timewait.bench.ends import KINDS, available
 from timewait.bench.ports import binds, churn
+from timewait.cli import Command, answer
+from timewait.commands.wait import Seconds
 from timewait.kernel.namespace import isolate
 from timewait.report import console
 
@@ -30,6 +32,7 @@ _A_WAIT = 63.0  # seconds that a TIME_WAIT is waited for, its timer's step inclu
 
 
 @click.command(
+    cls=Command,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="What does each way of closing a TCP connection cost: how long it takes, who holds "
     "TIME_WAIT, how long the port cannot be bound again, how many connections a second can be "
@@ -42,7 +45,7 @@ _A_WAIT = 63.0  # seconds that a TIME_WAIT is waited for, its timer's step inclu
 @click.option("-n", "--connections", type=click.IntRange(1, 10_000), metavar="N",
               help="So many open, beside 1 and 100.  [default: 1000; --quick: 20]")  # fmt: skip
 @click.option("--quick", is_flag=True, help="IPv4 only, 1 and N connections: under 10 seconds.")
-@click.option("--seconds", type=click.FloatRange(1, 3600), metavar="S",
+@click.option("--seconds", type=Seconds(1, 3600), metavar="S",
               help="About so long: the longer, the surer.  [default: 60; --quick: 7]")  # fmt: skip
 @click.option(
     "--wait", is_flag=True, help="Really wait for each port: about a minute, all at once."
@@ -112,14 +115,18 @@ def command(
         except KeyboardInterrupt:
             found.interrupted = True
     found.look_at(trials, pace)
+    compared = None if earlier is None else _compared(old, earlier, found)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        document = found.to_json()
+        if compared is not None:
+            document["compared"] = asdict(compared)
+        click.echo(json.dumps(document))
     else:
         out = console()
         out.width = max(out.width, 80)  # a narrower terminal wraps: cells cut short tell nothing
         out.print(found.tables())
-        if earlier is not None:
-            out.print(_compared(old, earlier, found))
+        if compared is not None:
+            out.print(compared.table())
     if draw:
         draw(found)
     return 130 if found.interrupted else 1 if found.outside else 0
@@ -137,7 +144,7 @@ def _earlier(path: str) -> dict[str, Any]:
     return document
 
 
-def _compared(path: str | None, earlier: Mapping[str, Any], found: report.Report) -> RenderableType:
+def _compared(path: str | None, earlier: Mapping[str, Any], found: report.Report) -> Comparison:
     try:
         return compare(earlier, found)
     except ValueError as wrong:
@@ -217,18 +224,5 @@ def _bar(seconds: float) -> Iterator[Callable[[], None]]:
         yield tick
 
 
-def main() -> None:
-    """Run the command; trouble is one line and status 2."""
-    try:
-        status = command.main(prog_name="python -m timewait.bench", standalone_mode=False)
-    except click.ClickException as trouble:
-        print(f"timewait.bench: {trouble.format_message()}", file=sys.stderr)
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        print("timewait.bench: interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(status if isinstance(status, int) else 0)
-
-
 if __name__ == "__main__":
-    main()
+    answer(command, "python -m timewait.bench")

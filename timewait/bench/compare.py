@@ -14,20 +14,79 @@ from math import exp, log, sqrt
 from statistics import NormalDist, fmean, median, variance
 from typing import Any, Final
 
+from attrs import frozen
+from cattrs import Converter
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from timewait.bench import Stat
 from timewait.bench.closes import TIMES
 from timewait.bench.report import SCHEMA, Report, grid, seconds, titled
 
-__all__ = ["compare"]
+__all__ = ["Change", "Comparison", "compare"]
 
+_CONVERTER: Final = Converter(detailed_validation=False)
 _ALARMS: Final = 0.05  # how often any figure at all may be said to have changed by mistake
 
 
-def compare(old: Mapping[str, Any], new: Report) -> RenderableType:
+@frozen
+class Change:
+    """A figure that noise does not explain: medians in seconds, `ratio` now to then."""
+
+    figure: str
+    then: float
+    now: float
+    ratio: float
+
+
+@frozen
+class Comparison:
+    """What changed, and how many figures did not; or could not be told to.
+
+    `alike` are as they were, as far as can be told: as a rule what differs by
+    the factor `step` would be told (None where nothing was compared).
+    `single_pass` were measured in fewer than two passes in one of the two,
+    `in_one_only` in only one of them.
+    """
+
+    changed: list[Change]
+    alike: int
+    step: float | None
+    single_pass: int
+    in_one_only: int
+    same_machine: bool
+
+    def table(self) -> RenderableType:
+        """For people."""
+        if self.step is None:
+            lines = ["nothing could be compared"]
+        else:
+            lines = [
+                f"{self.alike} figures are as they were, within the noise "
+                f"(as a rule a factor of {self.step:.2f})"
+            ]
+        if self.single_pass:
+            lines.append(
+                f"{self.single_pass} were measured in a single pass and are not compared: "
+                "give both runs more --seconds"
+            )
+        if self.in_one_only:
+            lines.append(f"{self.in_one_only} are in one of the two only")
+        if not self.same_machine:
+            lines.append("another machine, kernel or Python: the figures are not of a kind")
+        foot = Text("\n" + "\n".join(lines), "dim")
+        if not self.changed:
+            return foot
+        table = grid("", "then", "now", "change")
+        for each in self.changed:
+            share, style = (each.ratio - 1) * 100, "red" if each.ratio > 1 else "green"
+            table.add_row(
+                each.figure, seconds(each.then), seconds(each.now), Text(f"{share:+.0f}%", style)
+            )
+        return Group(*titled("Changed since then", table), foot)
+
+
+def compare(old: Mapping[str, Any], new: Report) -> Comparison:
     """What changed since an earlier document, where noise does not explain it.
 
     Two figures differ where the means of their passes' logarithms do, by
@@ -41,8 +100,7 @@ def compare(old: Mapping[str, Any], new: Report) -> RenderableType:
     both = [name for name in after if name in before]
     pairs = {name: (_logs(before[name]), _logs(after[name])) for name in both}
     pairs = {name: pair for name, pair in pairs.items() if min(map(len, pair)) > 1}
-    table = grid("", "then", "now", "change")
-    steps = []
+    changed, steps = [], []
     if pairs:
         variances = {name: fmean(map(variance, pair)) for name, pair in pairs.items()}
         usual = fmean(variances.values())
@@ -53,25 +111,15 @@ def compare(old: Mapping[str, Any], new: Report) -> RenderableType:
             change = fmean(now) - fmean(then)
             steps.append(step)
             if abs(change) > step:
-                _tell(table, name, before[name], after[name], change)
-    lines = [
-        f"{len(pairs) - table.row_count} figures are as they were, within the noise"
-        + (f" (as a rule a factor of {exp(median(steps)):.2f})" if steps else "")
-    ]
-    if few := len(both) - len(pairs):
-        lines.append(f"{few} were measured in a single pass and are not compared")
-    if missing := len(after.keys() ^ before.keys()):
-        lines.append(f"{missing} are in one of the two only")
-    if old.get("machine") != new.machine:
-        lines.append("another machine, kernel or Python: the figures are not of a kind")
-    foot = Text("\n" + "\n".join(lines), "dim")
-    return Group(*titled("Changed since then", table), foot) if table.row_count else foot
-
-
-def _tell(table: Table, name: str, then: Stat, now: Stat, change: float) -> None:
-    share = (exp(change) - 1) * 100
-    style = "red" if share > 0 else "green"
-    table.add_row(name, seconds(then.median), seconds(now.median), Text(f"{share:+.0f}%", style))
+                changed.append(Change(name, before[name].median, after[name].median, exp(change)))
+    return Comparison(
+        changed,
+        len(pairs) - len(changed),
+        exp(median(steps)) if steps else None,
+        len(both) - len(pairs),
+        len(after.keys() ^ before.keys()),
+        old.get("machine") == new.machine,
+    )
 
 
 def _logs(stat: Stat) -> list[float]:
@@ -85,13 +133,13 @@ def _student(probability: float, freedom: int) -> float:
 
 
 def _figures(document: Mapping[str, Any]) -> Iterator[tuple[str, Stat]]:
+    if document.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"its schema is {document['schema']}, not {SCHEMA}")
     try:
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {document['schema']}, not {SCHEMA}")
         for close in document["closes"]:
             where = f"{close['course']} {close['kind']} {close['family']} {close['connections']}"
             for time, words in TIMES.items():
                 if close[time]:
-                    yield f"{where}: {words}", Stat(**close[time])
-    except (KeyError, TypeError, AttributeError) as wrong:
+                    yield f"{where}: {words}", _CONVERTER.structure(close[time], Stat)
+    except (KeyError, TypeError, AttributeError, ValueError) as wrong:
         raise ValueError(f"it is no document of this benchmark ({wrong})") from None
