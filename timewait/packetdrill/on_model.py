@@ -24,7 +24,7 @@ from timewait.sim.host import HERE, Host, Remnant
 from timewait.sim.network import Key, Link, Network
 from timewait.sim.sock import Sock
 from timewait.sim.socket import SimSocket
-from timewait.tcp.profiles import profile
+from timewait.tcp.profiles import RMEM_MAX, profile, window_scale
 from timewait.tcp.segment import ACK, CWR, ECE, FIN, HALF, MASK, RST, SYN, URG, Options, Segment
 from timewait.tcp.states import State
 from timewait.tcp.time_wait import TimeWait
@@ -725,9 +725,9 @@ class ModelStack:
                 case "tcp_sack":
                     self._set(sack=value != "0")
                 case "tcp_rmem":
-                    # tcp_select_initial_window: what the largest buffer needs.
-                    largest = int(value.split()[2])
-                    self._set(window_scale=max(0, min(14, int(math.log2(largest)) - 15)))
+                    _, usual, largest = map(int, value.split())
+                    self._set(window_scale=window_scale(max(largest, RMEM_MAX)))
+                    host.rcv_buf = usual // 2  # the rest is for overhead
                 case "tcp_fin_timeout":
                     self._set(tcp_fin_timeout=float(value))
                 case "tcp_invalid_ratelimit":

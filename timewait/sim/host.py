@@ -203,6 +203,7 @@ class Host:
         self.tw_reuse_delay = tw_reuse_delay
         self.max_tw_buckets = max_tw_buckets
         self.timestamps = timestamps
+        self.rcv_buf = 65536  # bytes: half of the second of tcp_rmem, the rest is for overhead
         self.mtu = mtu
         self.up = True
         self.counters: Counter[str] = Counter()
@@ -319,6 +320,7 @@ class Host:
             iss=self._draw_iss(sock.key) if iss is None else iss,
             mss=min(mss, sock.user_mss or mss),
             default_mss=default,
+            rcv_buf=self.rcv_buf,
             timestamps=self.timestamps,
             outbox=self.out,
         )

@@ -28,6 +28,7 @@ from timewait.sim.network import Key
 from timewait.sim.ports import ANY4, ANY6, is_v4
 from timewait.tcp.actions import send_text
 from timewait.tcp.connection import Connection, SocketOptions
+from timewait.tcp.profiles import RMEM_MAX, window_scale
 from timewait.tcp.segment import ACK, RST, SYN, Segment
 from timewait.tcp.states import State, Timer
 
@@ -78,7 +79,6 @@ _LOOPBACK_BROADCAST: Final = "127.255.255.255"
 _SOMAXCONN: Final = 4096
 _LEAST_MSS: Final = 88  # TCP_MIN_MSS
 _LOOPBACK_MSS: Final = 65483  # of lo's MTU
-_RMEM_MAX: Final = 4194304
 _WMEM_MAX: Final = 4194304
 _POLLIN, _POLLOUT, _POLLERR, _POLLHUP, _POLLRDHUP = 0x1, 0x4, 0x8, 0x10, 0x2000
 _LINUX_STATES: Final = {
@@ -701,7 +701,7 @@ class Sock:
             ):
                 fail(errno.EINVAL)
             case socket.SOL_SOCKET, socket.SO_RCVBUF:
-                self.rcvbuf = max(2304, 2 * min(value & 0xFFFFFFFF, _RMEM_MAX))
+                self.rcvbuf = max(2304, 2 * min(value & 0xFFFFFFFF, RMEM_MAX))
             case socket.SOL_SOCKET, socket.SO_SNDBUF:
                 self.sndbuf = max(4608, 2 * min(value & 0xFFFFFFFF, _WMEM_MAX))
             case socket.SOL_SOCKET, socket.SO_LINGER:
@@ -776,12 +776,18 @@ class Sock:
 
     def size_buffers(self) -> None:
         """Have the connection's buffers as large as was set; half is for Linux's own overhead."""
-        assert self.conn is not None
+        conn = self.conn
+        assert conn is not None
         if self.rcvbuf is not None:
-            self.conn.exact_window |= self.rcvbuf // 2 < self.conn.rcv_buf
-            self.conn.rcv_buf = self.rcvbuf // 2
+            size = self.rcvbuf // 2
+            if not size - conn.adv_mss < conn.rcv_buf <= size:  # else it is rounded already
+                conn.exact_window |= size < conn.rcv_buf
+                conn.rcv_buf = size
+            linux = conn.profile.parameters.linux_checks
+            if linux and conn.state is State.CLOSED and conn.offers_scale is not None:
+                conn.offers_scale = min(conn.offers_scale, window_scale(size))
         if self.sndbuf is not None:
-            self.conn.snd_buf = self.sndbuf // 2
+            conn.snd_buf = self.sndbuf // 2
 
     def tell_options(self) -> None:
         """Have the connection know what the user wants of it."""
@@ -830,7 +836,7 @@ class Sock:
             case socket.SOL_SOCKET, socket.SO_KEEPALIVE:
                 return int(self.keepalive)
             case socket.SOL_SOCKET, socket.SO_RCVBUF:
-                return self.rcvbuf or 131072
+                return self.rcvbuf or 2 * self.host.rcv_buf
             case socket.SOL_SOCKET, socket.SO_SNDBUF:
                 return self.sndbuf or self._default_sndbuf()
             case socket.IPPROTO_TCP, socket.TCP_NODELAY:

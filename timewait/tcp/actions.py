@@ -76,23 +76,20 @@ def _emit_syn(c: Connection, flags: int, now: float) -> None:
             c.rcv_buf -= c.rcv_buf % whole
     window = c.rcv_buf if c.rcv_buf < 0xFFFF else 0xFFFF
     c.rcv_adv = (c.rcv_nxt + window) & MASK
-    scale: int | None = parameters.window_scale
     if answer:
         c.rcv_wup = c.rcv_nxt
-        if not c.rcv_scale:
-            scale = None
     sack = c.sack if answer else parameters.sack
     timestamps = c.timestamps
     if answer and not c.passive and parameters.linux_checks:
         # tcp_send_synack repeats the SYN of a simultaneous open, with all that it offered.
-        scale, sack, timestamps = parameters.window_scale, parameters.sack, c.offers_timestamps
+        sack, timestamps = parameters.sack, c.offers_timestamps
     if timestamps:
         options = _stamp(c, now)
         options.mss = c.adv_mss
-        options.window_scale = scale
+        options.window_scale = c.offers_scale
         options.sack_permitted = sack
     else:
-        options = _syn_options(c.adv_mss, scale, sack)
+        options = _syn_options(c.adv_mss, c.offers_scale, sack)
     seg = _new(Segment)
     seg.seq = c.iss
     seg.ack = c.rcv_nxt if answer else 0
@@ -134,9 +131,11 @@ def _note_syn(c: Connection, seg: Segment) -> None:
     scale = options.window_scale
     if scale is None:
         c.snd_scale = c.rcv_scale = 0
+        if c.passive or not parameters.linux_checks:
+            c.offers_scale = None
     else:
         c.snd_scale = scale if scale < 14 else 14
-        c.rcv_scale = parameters.window_scale
+        c.rcv_scale = c.offers_scale or 0
     if not c.rcv_scale:
         c.exact_window = True
     if options.ts_val is None:

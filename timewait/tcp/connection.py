@@ -228,6 +228,7 @@ class Connection:
         "last_challenge",
         "max_wnd",
         "mss",
+        "offers_scale",
         "offers_timestamps",
         "on_transition",
         "options",
@@ -303,7 +304,9 @@ class Connection:
         self.rcv_buf = rcv_buf
         self.snd_buf = snd_buf
         self.timestamps: bool = parameters.timestamps if timestamps is None else timestamps
-        self.offers_timestamps = self.timestamps  # whatever the peer's SYN says of it
+        # Whatever the peer's SYN says of them.
+        self.offers_timestamps = self.timestamps
+        self.offers_scale: int | None = parameters.window_scale
         # SND.NXT after the last probe, and whether that sent something again; None: never probes.
         self._probed = False if parameters.tail_loss_probe else None
         self.rto = parameters.rto_initial

@@ -21,7 +21,18 @@ from attrs import Factory, evolve, field, fields, frozen
 from timewait.tcp.states import Event, State
 from timewait.tcp.transitions import TABLE, Row, Table, error, go, ignored, stay
 
-__all__ = ["PROFILES", "Parameters", "Profile", "Setting", "linux_fin_wait_2", "profile"]
+__all__ = [
+    "PROFILES",
+    "RMEM_MAX",
+    "Parameters",
+    "Profile",
+    "Setting",
+    "linux_fin_wait_2",
+    "profile",
+    "window_scale",
+]
+
+RMEM_MAX: Final = 4194304  # bytes: net.core.rmem_max, up to which SO_RCVBUF goes
 
 
 @frozen
@@ -286,8 +297,13 @@ def _early_retrans(
     parameters["tail_loss_probe"] = value >= 3
 
 
+def window_scale(largest: int) -> int:
+    """The scale by which a window of so many bytes can be told (tcp_select_initial_window)."""
+    return min(max(largest.bit_length() - 1 - 15, 0), 14)
+
+
 def _rmem_max(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]) -> None:
-    parameters["window_scale"] = min(max(int(value).bit_length() - 1 - 15, 0), 14)
+    parameters["window_scale"] = window_scale(max(int(value), RMEM_MAX))
 
 
 def linux_fin_wait_2(timeout: float) -> tuple[float, float]:
