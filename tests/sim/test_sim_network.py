@@ -810,8 +810,12 @@ UVICORN = textwrap.dedent(
         await asyncio.sleep(random.random())
         async with httpx.AsyncClient(timeout=60) as client:
             for _ in range(2):
-                response = await client.get("http://web:8000/")
-                print("got", len(response.content), asyncio.get_running_loop().time())
+                try:
+                    response = await client.get("http://web:8000/")
+                except httpx.RemoteProtocolError as error:  # its request met the server's FIN
+                    print("got none:", error)
+                else:
+                    print("got", len(response.content), asyncio.get_running_loop().time())
                 await asyncio.sleep(3 * random.random())
 
     async def main():
