@@ -258,10 +258,11 @@ def measure(quick: bool) -> Iterator[Figure]:
             listener.setblocking(True)
             listener.bind(("127.0.0.1", 0))
             listener.listen(64)
+            # Each for about as long, so that what interrupts them takes a like share of each.
             ours, stamped, noted, theirs, bare = side_by_side(
-                (silent, n),
-                (with_timestamps, n),
-                (recorded, n),
+                (silent, 4 * n),
+                (with_timestamps, 4 * n),
+                (recorded, 4 * n),
                 (kernel(listener), n),
                 (kernel_bare(listener), n),
                 rounds=rounds,

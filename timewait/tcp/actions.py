@@ -19,6 +19,9 @@ from timewait.tcp.states import FIN_WAIT_2, SYN_RECEIVED, SYN_SENT, TIME_WAIT
 if TYPE_CHECKING:
     from timewait.tcp.connection import Connection
 
+# Most often there is nothing for them to do: then a row's actions go without them.
+ONLY_IF: Final = {"send_text": "c._tx or c._fin == 1", "acknowledge": "c._ack_due"}
+
 _NO_OPTIONS: Final = Options()
 # What a class's call does, without its cost, which is half of what a segment costs.
 _new: Final = object.__new__
@@ -44,16 +47,11 @@ def send_syn(c: Connection, _seg: None, now: float) -> None:
 def _start_retransmitting(c: Connection, now: float) -> None:
     c.first_sent = now
     c.t_retransmit = now + c.rto
-    srtt = c.srtt
-    if (
-        (srtt is None or srtt > 0.2 or c._backoff)
-        and c.sack
-        and c._probed is False
-        and c.snd_una != c.iss
-    ):
+    if c._probed is False and c.sack and c.snd_una != c.iss:
+        srtt = c.srtt
         # tcp_schedule_loss_probe; else the timeout proper is due first.
         after = 1.0 if srtt is None else 2 * srtt + (0.002 if c._ends else 0.2)
-        if after < c.rto:
+        if after < c.rto and (srtt is None or srtt > 0.2 or c._backoff):
             c.t_retransmit = now + after
     if c.options.user_timeout is None:
         return
@@ -171,7 +169,7 @@ def synchronized(c: Connection, seg: Segment, now: float) -> None:
     _note_syn(c, seg)
     window = c.rcv_buf if c.rcv_buf < 0xFFFF else 0xFFFF
     c.rcv_adv = (c.rcv_nxt + window) & MASK
-    acknowledged(c, seg.ack, 1, 1, now, seg.options.ts_ecr if seg.options is not None else None)
+    acknowledged(c, seg.ack, 1, 1, now, seg.options)
 
 
 def establish(c: Connection, seg: Segment, now: float) -> None:
@@ -217,8 +215,6 @@ def take_text(c: Connection, data: bytes, now: float) -> None:
 
 def send_text(c: Connection, given: Any, now: float) -> None:
     """Send what may be sent: text, then the FIN. `given` is a segment, or the text of a SEND."""
-    if not c._tx and c._fin != 1:
-        return
     if c._fin == 2 or c.state is SYN_SENT or c.state is SYN_RECEIVED:
         return
     if c._recover is not None:
@@ -303,9 +299,8 @@ def _held_back(c: Connection) -> bool:
 
 
 def queue_fin(c: Connection, _seg: None, now: float) -> None:
-    c.write_shut = True
-    c._fin = 1
     if c._tx or not c.snd_wnd or c._recover is not None:
+        c._fin = 1
         send_text(c, None, now)
         return
     c._fin = 2
@@ -360,17 +355,8 @@ def send_ack(c: Connection, _seg: Any, now: float) -> None:
     emit(c, ACK, now)
 
 
-def send_text_and_acknowledge(c: Connection, seg: Segment, now: float) -> None:
-    if c._tx or c._fin == 1:
-        send_text(c, seg, now)
-    if c._ack_due:
-        acknowledge(c, seg, now)
-
-
 def acknowledge(c: Connection, seg: Segment, now: float) -> None:
     due = c._ack_due
-    if not due:
-        return
     delay = c.profile.parameters.delayed_ack
     if (
         due == 2
@@ -660,12 +646,12 @@ def _send_oldest(c: Connection, now: float) -> None:
 
 
 def acknowledged(
-    c: Connection, ack: int, acked: int, flight: int, now: float, echo: int | None = None
+    c: Connection, ack: int, acked: int, flight: int, now: float, options: Options | None = None
 ) -> None:
     """`acked` of `flight` octets are acknowledged: free them, measure, retime.
 
-    `echo` is the timestamp that came back. Linux measures and retimes only where
-    a whole segment is acknowledged (tcp_clean_rtx_queue).
+    `options` are those of the segment that says so. Linux measures and retimes
+    only where a whole segment is acknowledged (tcp_clean_rtx_queue).
     """
     if c._tx:
         text = acked - (c.snd_una == c.iss)
@@ -681,11 +667,14 @@ def acknowledged(
             return
         oldest = c._ends[whole - 1][1]
         c._ends = c._ends[whole:]
-    if c._rtt_seq is None and echo and c.timestamps and c.profile.parameters.linux_checks:
-        # What was sent again has no round trip of its own: its echo tells (RFC 7323 §4.3).
-        c._rtt_seq, c._rtt_at = ack, now - ((tsval(c, now) - echo) & MASK) / 1000
-    if c._rtt_seq is not None:
-        if not (ack - c._rtt_seq) & HALF:
+    if c._rtt_seq is None and c.timestamps and c.profile.parameters.linux_checks:
+        echo = options.ts_ecr if options is not None else None
+        if echo:
+            # What was sent again has no round trip of its own: its echo tells (RFC 7323 §4.3).
+            c._rtt_seq, c._rtt_at = ack, now - ((tsval(c, now) - echo) & MASK) / 1000
+    timed = c._rtt_seq
+    if timed is not None:
+        if ack == timed or not (ack - timed) & HALF:
             # A round trip was measured: RFC 6298 §2.
             c._rtt_seq = None
             rtt = now - c._rtt_at

@@ -206,11 +206,12 @@ def _in_time_wait_of_bsd(c: Connection, seg: Segment, flags: int, offset: int, l
 def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
     """§3.10.7.4 in its order: sequence number, RST, SYN; ACK; the text; FIN."""
     nxt = c.rcv_nxt
+    data = seg.data
     if (
         seg.seq != nxt
         or flags & _CONTROL != ACK
-        or len(seg.data) > (c.rcv_adv - nxt) & MASK
-        or (nxt == c.rcv_adv and seg.length)
+        or (data and len(data) > (c.rcv_adv - nxt) & MASK)
+        or (flags & FIN and nxt == c.rcv_adv)
         or (c.timestamps and _paws(c, seg, now, 1))
     ):
         # What hardly any segment is: the first four checks may find something.
@@ -229,28 +230,15 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
             of_fin = c._fin == 2 and acked == flight
             if una == c.iss:
                 of_syn = c.state is SYN_RECEIVED or c.state is FIN_WAIT_1
-            echo = seg.options.ts_ecr if c.timestamps and seg.options is not None else None
             if c._recover is not None and c.profile.parameters.linux_checks:
                 c.snd_wnd = seg.window << c.snd_scale  # what the ACK lets go looks at it
-            acknowledged(c, seg.ack, acked, flight, now, echo)
-            if of_fin and c.orphaned and c.state is FIN_WAIT_1 and (c.options.linger2 or 0) < 0:
-                return _TEXT_AFTER_CLOSE  # TCP_ABORT_ON_LINGER: nobody is to wait for the FIN
-        elif not acked & HALF:
-            return _ACK_OF_UNSENT
+            acknowledged(c, seg.ack, acked, flight, now, seg.options)
+            if of_fin and c.options.linger2 and _never_lingers(c):
+                return _TEXT_AFTER_CLOSE
         else:
-            predicted = _predicted(c, seg, flags)
-            if predicted and c.timestamps and c.rcv_wup == c.rcv_nxt:
-                _note_timestamp(c, seg)
-            most = c.max_wnd
-            if c.profile.parameters.linux_checks:
-                # Nobody can have held back an ACK of what was never acknowledged.
-                most = min(most, (una - c.iss - c.passive) & MASK)
-            if MASK + 1 - acked > most or c.state is SYN_RECEIVED:
-                if not (predicted and seg.data and (c._rx or c._tx)):
-                    return _ACK_TOO_OLD
-                _take(c, seg, now)
-                challenge_ack(c, seg, now)
-                return _SEGMENT
+            event = _acks_none_in_flight(c, seg, flags, acked, now)
+            if event is not None:
+                return event
             acked = -1  # older than others: it tells nothing
     elif c._probed:
         window = seg.window << c.snd_scale
@@ -269,29 +257,29 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         # SND.WND, unless the segment is older than the last that told it. (SND.WL2 would add
         # nothing: what it acknowledged is never beyond SND.UNA.)
         window = seg.window << c.snd_scale
-        later = (seg.seq - c.snd_wl1) & MASK
-        linux = c.profile.parameters.linux_checks
-        if (
-            # tcp_may_update_window: what is only smaller is no news.
-            (later < HALF and (later or acked or not 0 < window < c.snd_wnd or not linux))
-            # Nor is a new ACK ever old.
-            or (acked and linux)
-        ):
-            c.snd_wl1 = seg.seq
-            c.snd_wnd = window
-            if window > c.max_wnd or (of_syn and c.passive and linux):
-                c.max_wnd = window  # tcp_create_openreq_child: not the SYN's
-        elif later & HALF and seg.data and _predicted(c, seg, flags) and (c._rx or c._tx):
-            c.snd_wl1 = seg.seq  # tcp_rcv_established: the last to tell it, though older
+        if window != c.snd_wnd or seg.seq != c.snd_wl1 or window > c.max_wnd:
+            later = (seg.seq - c.snd_wl1) & MASK
+            linux = c.profile.parameters.linux_checks
+            if (
+                # tcp_may_update_window: what is only smaller is no news.
+                (later < HALF and (later or acked or not linux or not 0 < window < c.snd_wnd))
+                # Nor is a new ACK ever old.
+                or (acked and linux)
+            ):
+                c.snd_wl1 = seg.seq
+                c.snd_wnd = window
+                if window > c.max_wnd or (of_syn and c.passive and linux):
+                    c.max_wnd = window  # tcp_create_openreq_child: not the SYN's
+            elif later & HALF and seg.data and _predicted(c, seg, flags) and (c._rx or c._tx):
+                c.snd_wl1 = seg.seq  # tcp_rcv_established: the last to tell it, though older
         c.heard = now
         if c.t_probe != inf:
             probe_answered(c, now)
-        elif c.t_keepalive != inf:
+        elif c.retransmits and c.t_keepalive != inf:
             c.retransmits = 0
         if c.timestamps:
             _note_timestamp(c, seg)
 
-    data = seg.data
     if flags & FIN or data or (of_syn and c._out_of_order and c.state is SYN_RECEIVED):
         if c.fin_received:
             # Of what acknowledges our FIN too, CLOSING and LAST_ACK look at nothing else.
@@ -299,13 +287,11 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
             if again:
                 return again
         else:
-            if (c.orphaned or c.read_shut) and (data or seg.seq != nxt):
-                end = (seg.seq + len(data) - c.rcv_nxt) & MASK
-                if 0 < end < HALF and c.write_shut and c.state is not SYN_RECEIVED:
-                    return _TEXT_AFTER_CLOSE
             if not data and seg.seq == nxt and not c._out_of_order:
                 c.rcv_nxt = (nxt + 1) & MASK
                 fin = True
+            elif (c.orphaned or c.read_shut) and _comes_too_late(c, seg):
+                return _TEXT_AFTER_CLOSE
             else:
                 fin = _take(c, seg, now)
             if fin:
@@ -315,6 +301,33 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
     if of_fin:
         return _ACK_OF_FIN
     return _ACK_OF_SYN if of_syn else _SEGMENT
+
+
+def _never_lingers(c: Connection) -> bool:
+    """Whether nobody is to wait for the peer's FIN (TCP_ABORT_ON_LINGER)."""
+    return c.orphaned and c.state is FIN_WAIT_1 and (c.options.linger2 or 0) < 0
+
+
+def _acks_none_in_flight(
+    c: Connection, seg: Segment, flags: int, acked: int, now: float
+) -> int | None:
+    """What is acknowledged was never sent, or long ago; None if the segment is still of use."""
+    if not acked & HALF:
+        return _ACK_OF_UNSENT
+    predicted = _predicted(c, seg, flags)
+    if predicted and c.timestamps and c.rcv_wup == c.rcv_nxt:
+        _note_timestamp(c, seg)
+    most = c.max_wnd
+    if c.profile.parameters.linux_checks:
+        # Nobody can have held back an ACK of what was never acknowledged.
+        most = min(most, (c.snd_una - c.iss - c.passive) & MASK)
+    if MASK + 1 - acked <= most and c.state is not SYN_RECEIVED:
+        return None
+    if not (predicted and seg.data and (c._rx or c._tx)):
+        return _ACK_TOO_OLD
+    _take(c, seg, now)
+    challenge_ack(c, seg, now)
+    return _SEGMENT
 
 
 # --- The first four checks --------------------------------------------------------------------
@@ -378,6 +391,12 @@ def _completes_simultaneous_open(c: Connection, seg: Segment, flags: int) -> boo
     if completes:
         c._ack_due = 2  # its SYN is a repetition, to be acknowledged at once
     return completes
+
+
+def _comes_too_late(c: Connection, seg: Segment) -> bool:
+    """Whether there is new text in it, and nobody is left to read it or to answer."""
+    end = (seg.seq + len(seg.data) - c.rcv_nxt) & MASK
+    return 0 < end < HALF and c.write_shut and c.state is not SYN_RECEIVED
 
 
 def _after_fin(c: Connection, seg: Segment, flags: int) -> int:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import errno as errnos
 import os
-import re
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -151,11 +150,12 @@ def _impossible(state: State, event: Event, row: Row) -> _Action:
 @cache
 def _in_order(names: tuple[str, ...]) -> _Action:
     """These actions as one function, which calls them faster than a loop would."""
-    # Two that nearly always follow each other are one call.
-    text = re.sub(r"\bsend_text acknowledge\b", "send_text_and_acknowledge", " ".join(names))
-    calls = [f"{name}(c, seg, now)" for name in text.split()]
+    if len(names) == 1:
+        only: _Action = getattr(actions, names[0])
+        return only
+    lines = [f" if {actions.ONLY_IF.get(name, True)}: {name}(c, seg, now)" for name in names]
     made: dict[str, _Action] = {}
-    exec(f"def perform(c, seg, now): {'; '.join(calls) or 'pass'}", vars(actions), made)
+    exec("\n".join(["def perform(c, seg, now):", *lines, " pass"]), vars(actions), made)
     return made["perform"]
 
 
