@@ -360,6 +360,60 @@ def test_every_call_does_what_its_section_says(call: str, name: str) -> None:
     assert (str(c.state), told(c)) == (after, sent)
 
 
+@pytest.mark.parametrize("name", ["SYN_RECEIVED passive", "SYN_RECEIVED active"])
+@pytest.mark.parametrize("call", ["shutdown", "close"])
+def test_a_close_waits_for_established_behind_text(call: str, name: str) -> None:
+    """§3.10.4: "otherwise, queue for processing after entering ESTABLISHED state"."""
+    c = there(name)
+    states: list[State] = []
+    c.on_transition = lambda old, new, event, now: states.append(new)
+    assert c.send(b"text", 1.0) == 4
+    getattr(c, call)(1.0)
+    assert (c.state, told(c)) == (S.SYN_RECEIVED, [])
+    with pytest.raises(TCPError, match="Broken pipe"):
+        c.send(b"more", 1.0)
+    getattr(c, call)(1.0)
+    assert (c.state, told(c)) == (S.SYN_RECEIVED, [])
+    c.segment(Segment(IRS + 1, ISS + 1, ACK, WINDOW), 1.0)
+    assert states == [S.ESTABLISHED, S.FIN_WAIT_1]
+    assert told(c) == ["FIN,PSH,ACK seq=1001 ack=5001 len=4"]
+    c.segment(Segment(IRS + 1, ISS + 6, ACK, WINDOW), 1.0)
+    assert c.state is S.FIN_WAIT_2
+
+
+def test_a_close_that_waits_for_established_is_sent_as_the_window_allows() -> None:
+    c = there("SYN_RECEIVED active")
+    c.send(b"text", 1.0)
+    c.close(1.0)
+    c.segment(Segment(IRS + 1, ISS + 1, ACK, 4), 1.0)
+    assert told(c) == ["PSH,ACK seq=1001 ack=5001 len=4"]
+    c.segment(Segment(IRS + 1, ISS + 5, ACK, WINDOW), 1.0)
+    assert told(c) == ["FIN,ACK seq=1005 ack=5001"]
+
+
+def test_a_close_that_waits_and_the_peers_fin_with_the_ack_of_the_syn() -> None:
+    c = there("SYN_RECEIVED active")
+    c.send(b"text", 1.0)
+    c.shutdown(1.0)
+    c.segment(Segment(IRS + 1, ISS + 1, FIN | ACK, WINDOW, b"bye"), 1.0)
+    assert c.state is S.CLOSING
+    assert [seg.ack for seg in c.out][-1] == IRS + 5
+    assert c.receive(9, 1.0) == b"bye"
+    c.segment(Segment(IRS + 5, ISS + 6, ACK, WINDOW), 1.0)
+    assert c.state is S.TIME_WAIT
+
+
+@pytest.mark.parametrize("kind", [RST, RST | ACK])
+def test_a_reset_ends_a_close_that_waits(kind: int) -> None:
+    """Nobody wants to listen any more, however the connection was opened."""
+    for name in ("SYN_RECEIVED passive", "SYN_RECEIVED active"):
+        c = there(name)
+        c.send(b"text", 1.0)
+        c.close(1.0)
+        c.segment(Segment(IRS + 1, ISS + 1 if kind & ACK else 0, kind, 0), 1.0)
+        assert (c.state, told(c), c.deadline) == (S.CLOSED, [], None)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_status_tells_and_changes_nothing(name: str) -> None:
     """§3.10.6: the state, the windows, what waits for an ACK, what can be received, the timeout."""

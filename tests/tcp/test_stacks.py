@@ -76,6 +76,14 @@ def test_freebsd_waits_anew_after_the_fin_again() -> None:
     assert c.deadline == 70.0
 
 
+def test_freebsd_gives_time_wait_up_for_a_newer_syn_though_nobody_listens() -> None:
+    """tcp_twcheck closes it; tcp_input looks again and finds nobody."""
+    c = in_time_wait("freebsd")
+    c.segment(Segment(9000, 0, SYN, WINDOW), 10.0)
+    assert told(c) == ["RST,ACK seq=0 ack=9001"]
+    assert (c.state, c.deadline) == (State.CLOSED, None)
+
+
 # --- Who gives up, and whether the peer is told: tcp_drop, tcp_keepalive_timer ------------------
 
 RESET = ["RST,ACK seq=1001 ack=5001"]

@@ -196,7 +196,9 @@ def _in_time_wait_of_bsd(c: Connection, seg: Segment, flags: int, offset: int, l
     if not flags & ACK:
         if not flags & SYN:
             return _NO_ACK
-        return _SYN_REOPENS if 0 < offset < HALF and c.passive else _SYN_UNEXPECTED
+        if not 0 < offset < HALF:
+            return _SYN_UNEXPECTED
+        return _SYN_REOPENS if c.passive else _SYN  # which finds nobody
     if flags & FIN and (offset + length) & MASK == 0:
         return _FIN_AGAIN
     nothing_new = flags == ACK and not length and not offset and seg.ack == c.snd_nxt
@@ -362,13 +364,16 @@ def _checked(c: Connection, seg: Segment, flags: int, now: float) -> int | None:
     # Second, RST (RFC 5961 §3.2). Third is security. Fourth, SYN (RFC 5961 §4.2).
     if flags & RST:
         if offset == 0 or (linux and seg.seq == _sacked_to(c)):
-            return _RST_TO_PASSIVE if state is SYN_RECEIVED and c.passive else _RST_EXACT
+            return _RST_TO_PASSIVE if _would_listen(c) else _RST_EXACT
         return _RST_AFTER_FIN if offset == MASK and c.fin_received else _RST_IN_WINDOW
     if flags & SYN and not _completes_simultaneous_open(c, seg, flags):
-        if state is SYN_RECEIVED and c.passive:
-            return _SYN_TO_PASSIVE
-        return _SYN_UNEXPECTED
+        return _SYN_TO_PASSIVE if _would_listen(c) else _SYN_UNEXPECTED
     return None if flags & ACK else _NO_ACK
+
+
+def _would_listen(c: Connection) -> bool:
+    """Whether a passive open has not come further, and its user has not closed."""
+    return c.state is SYN_RECEIVED and c.passive and not c.write_shut
 
 
 def _sacked_to(c: Connection) -> int | None:

@@ -72,6 +72,7 @@ _CLOSE, _CLOSE_UNREAD, _ABORT = int(Event.CLOSE), int(Event.CLOSE_UNREAD), int(E
 _RETRANSMIT, _GIVE_UP, _PROBE = int(Event.RETRANSMIT), int(Event.GIVE_UP), int(Event.PROBE)
 _KEEPALIVE, _UNANSWERED = int(Event.KEEPALIVE), int(Event.UNANSWERED)
 _DELAYED_ACK = int(Event.DELAYED_ACK)
+_SHUTDOWN_QUEUED, _CLOSE_QUEUED = int(Event.SHUTDOWN_QUEUED), int(Event.CLOSE_QUEUED)
 _TIME_WAIT_OVER, _FIN_WAIT_2_OVER = int(Event.TIME_WAIT_OVER), int(Event.FIN_WAIT_2_OVER)
 
 
@@ -387,7 +388,9 @@ class Connection:
         """
         if self.error is not None:
             raise TCPError(self.take_error() or errnos.EPIPE)
-        if self.state is CLOSED and (self.write_shut or self.fin_received):
+        if (self.state is CLOSED and (self.write_shut or self.fin_received)) or (
+            self.write_shut and self._text_waits()
+        ):
             raise TCPError(errnos.EPIPE)
         before = len(self._tx)
         self._step(_SEND, data, now)
@@ -429,7 +432,7 @@ class Connection:
 
         Raises `TCPError` ENOTCONN where there is no connection.
         """
-        self._step(_SHUTDOWN, None, now)
+        self._step(_SHUTDOWN_QUEUED if self._text_waits() else _SHUTDOWN, None, now)
         if self.state is not LISTEN:
             self.write_shut = self.state is not CLOSED
 
@@ -448,8 +451,14 @@ class Connection:
 
     def close(self, now: float) -> None:
         """close(2): a FIN after the text; a RST where received text was not read."""
-        unread = self._rx or (self._out_of_order and self._came_with_the_syn())
-        self._step(_CLOSE_UNREAD if unread else _CLOSE, None, now)
+        if self._rx or (self._out_of_order and self._came_with_the_syn()):
+            event = _CLOSE_UNREAD
+        else:
+            event = _CLOSE_QUEUED if self._tx and self._text_waits() else _CLOSE
+        self._step(event, None, now)
+
+    def _text_waits(self) -> bool:
+        return self._tx != b"" and self.state is SYN_RECEIVED
 
     def _came_with_the_syn(self) -> bool:
         return self.state is SYN_RECEIVED and self._out_of_order[0][1] != b""

@@ -520,9 +520,6 @@ _LINUX_ROWS: Rows = {
     (S.LISTEN, E.SHUTDOWN): stay(source="inet_shutdown", why="only SHUT_RD ends a listener"),
     (S.SYN_SENT, E.SHUTDOWN): go(S.CLOSED, "forget", "report_reset", source="tcp_disconnect"),
     (S.SYN_RECEIVED, E.SHUTDOWN): stay(source="tcp_shutdown", why="the FIN waits"),
-    (S.SYN_RECEIVED, E.ACK_OF_SYN_AFTER_SHUTDOWN): go(
-        S.FIN_WAIT_1, "establish", "queue_fin", source=_state_process, via=S.ESTABLISHED
-    ),
     (S.TIME_WAIT, E.SHUTDOWN): error("ENOTCONN", "inet_shutdown", "the full socket is gone"),
     (S.TIME_WAIT, E.ABORT): stay("orphan", source="tcp_disconnect", why="the full socket is gone"),
     # SYN_RECEIVED after a passive open is only a request there.
@@ -595,6 +592,13 @@ _BSD_ROWS: Rows = {
     (S.TIME_WAIT, E.RST_EXACT): ignored("tcp_twcheck", "RFC 1337 §3"),
     (S.TIME_WAIT, E.RST_IN_WINDOW): ignored("tcp_twcheck", "RFC 1337 §3"),
     (S.TIME_WAIT, E.SYN_UNEXPECTED): ignored("tcp_twcheck", "without an ACK: in silence"),
+    (S.TIME_WAIT, E.SYN): go(
+        S.CLOSED,
+        "reset_reply",
+        "forget",
+        source="tcp_twcheck, tcp_input (findpcb); not verified",
+        why="newer, and nobody listens",
+    ),
 }
 
 

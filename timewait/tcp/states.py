@@ -148,10 +148,11 @@ class Event(IntEnum):
     DELAYED_ACK = 36
     TIME_WAIT_OVER = 37
     FIN_WAIT_2_OVER = 38
-    # Linux: the user had shut down before our SYN was acknowledged.
-    ACK_OF_SYN_AFTER_SHUTDOWN = 39
+    ACK_OF_SYN_AFTER_SHUTDOWN = 39  # the FIN has waited for it
     FIN_AND_SYN_ACK = 40  # in SYN_SENT: the peer opens and has nothing more to send
     UNANSWERED = 41  # so many keep-alives, or for so long, that the peer must be gone
+    SHUTDOWN_QUEUED = 42  # SHUTDOWN behind text that waits for ESTABLISHED
+    CLOSE_QUEUED = 43  # CLOSE behind such text
 
     def __str__(self) -> str:
         return self.name

@@ -246,6 +246,12 @@ for _event, _orphan in ((Event.SHUTDOWN, ()), (Event.CLOSE, ("orphan",))):
         ],
         stay(*_orphan, source=_3104, why="ok, as long as no second FIN is sent"),
     )
+for _event, _orphan in ((Event.SHUTDOWN_QUEUED, ()), (Event.CLOSE_QUEUED, ("orphan",))):
+    _on(
+        _event,
+        [(SYN_RECEIVED, stay(*_orphan, source=_3104, why="queued until ESTABLISHED"))],
+        never("no text waits for ESTABLISHED"),
+    )
 _unread = "RFC 2525 §2.17, RFC 9293 §3.6.1"
 _on(
     Event.CLOSE_UNREAD,
@@ -544,8 +550,20 @@ _on(
 
 _on(
     Event.ACK_OF_SYN_AFTER_SHUTDOWN,
-    [],
-    never("a CLOSE in SYN_RECEIVED leads to FIN_WAIT_1 at once"),
+    [
+        (
+            SYN_RECEIVED,
+            go(
+                FIN_WAIT_1,
+                "establish",
+                "queue_fin",
+                source="RFC 9293 §3.10.4; tcp_rcv_state_process",
+                why="the text, then the FIN",
+                via=ESTABLISHED,
+            ),
+        )
+    ],
+    never("only in SYN_RECEIVED"),
 )
 
 # --- Timeouts ---------------------------------------------------------------------------------
