@@ -338,7 +338,6 @@ def _acks_none_in_flight(
 def _checked(c: Connection, seg: Segment, flags: int, now: float) -> int | None:
     """The first four checks, and whether there is an ACK; None where nothing is wrong."""
     offset = (seg.seq - c.rcv_nxt) & MASK
-    state = c.state
     linux = c.profile.parameters.linux_checks
     if linux and not flags & (ACK | RST | SYN):
         return _NO_ACK
