@@ -800,7 +800,11 @@ _EXCUSES: Final[tuple[tuple[frozenset[Event] | None, tuple[str, ...], str], ...]
         ("without send_rst", "without reset_reply"),
         "the peer's next segment is answered by a RST",
     ),
-    (None, ("without forget",), "no timer runs any more that would have to be stopped"),
+    (
+        None,
+        ("without forget",),
+        "no timer runs then in these worlds: nobody aborts with text under way",
+    ),
 )
 
 
