@@ -312,6 +312,17 @@ def test_benchmarks_that_are_alike_seldom_differ(document: Any) -> None:
     assert alarms <= 6  # 2.5 are expected
 
 
+def test_a_run_that_is_off_as_a_whole_is_no_change(document: Any) -> None:
+    old, new = scattered(document, 1, 1), scattered(document, 1, 2)
+    for document, factor in ((old, 1.0), (new, 1.3)):  # in many passes, so that they look sure
+        for close in document["closes"]:
+            for name in ("returned", "told", "settled"):
+                stat = close[name]
+                middle = stat["median"] * factor
+                stat |= {"passes": [middle, middle * 1.05] * 10, "median": middle}
+    assert compare(old, report_of(new)).changed == []
+
+
 def test_what_became_slower_is_told_among_all_the_rest(document: Any) -> None:
     old, new = scattered(document, 1, 1), scattered(document, 3, 2)
     lines = told(compare(old, report_of(new)).table()).splitlines()

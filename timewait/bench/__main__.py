@@ -111,7 +111,10 @@ def command(
                     )
             now = time.monotonic()
             waited = now - began if wait else 0.0
-            closes(trials, max(began + waited + lasts, now + lasts / 4), tick, pace)
+            try:
+                closes(trials, max(began + waited + lasts, now + lasts / 4), tick, pace)
+            finally:
+                found.lasted = time.monotonic() - now
         except KeyboardInterrupt:
             found.interrupted = True
     found.look_at(trials, pace)

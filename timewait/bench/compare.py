@@ -3,7 +3,9 @@
 What disturbs a machine lasts longer than a close and shorter than a pass, so
 the medians of the passes, not the single closes, are what can be counted as
 independent. Their logarithms scatter alike whatever is timed; how much, all
-figures of both documents tell together.
+figures of both documents tell together. But a run is off as a whole as well,
+which two documents cannot tell: the less, the longer it lasts, and how much
+is a constant, measured on many.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from timewait.bench.report import SCHEMA, Report, grid, seconds, titled
 __all__ = ["Change", "Comparison", "compare"]
 
 _CONVERTER: Final = Converter(detailed_validation=False)
+_RUN: Final = 0.21  # by how much a run of a second is off as a whole (standard deviation)
 _ALARMS: Final = 0.05  # how often any figure at all may be said to have changed by mistake
 
 
@@ -90,10 +93,10 @@ def compare(old: Mapping[str, Any], new: Report) -> Comparison:
     """What changed since an earlier document, where noise does not explain it.
 
     Two figures differ where the means of their passes' logarithms do, by
-    Student's test and Bonferroni's correction for how many are compared: one
-    comparison in twenty of benchmarks that are alike has anything to tell.
-    The variance is the figure's own or that of all of them, whichever is
-    greater. Raises `ValueError` where the earlier document is none of ours.
+    Student's test and Bonferroni's correction for how many are compared. The
+    variance is the figure's own or that of all of them, whichever is greater,
+    and on top that of whole runs as long as these. Raises `ValueError` where
+    the earlier document is none of ours.
     """
     before = dict(_figures(old))
     after = dict(_figures(json.loads(json.dumps(new.to_json()))))
@@ -106,8 +109,11 @@ def compare(old: Mapping[str, Any], new: Report) -> Comparison:
         usual = fmean(variances.values())
         freedom = sum(len(then) + len(now) - 2 for then, now in pairs.values())
         sure = _student(1 - _ALARMS / len(pairs) / 2, freedom)
+        lasted = max(1.0, float(old.get("lasted", 1.0))), max(1.0, new.lasted)
+        runs = sum(_RUN**2 / each for each in lasted)
         for name, (then, now) in pairs.items():
-            step = sure * sqrt(max(variances[name], usual) * (1 / len(then) + 1 / len(now)))
+            noise = max(variances[name], usual) * (1 / len(then) + 1 / len(now))
+            step = sure * sqrt(noise + runs)
             change = fmean(now) - fmean(then)
             steps.append(step)
             if abs(change) > step:
@@ -136,6 +142,7 @@ def _figures(document: Mapping[str, Any]) -> Iterator[tuple[str, Stat]]:
     if document.get("schema", SCHEMA) != SCHEMA:
         raise ValueError(f"its schema is {document['schema']}, not {SCHEMA}")
     try:
+        float(document.get("lasted", 1.0))
         for close in document["closes"]:
             where = f"{close['course']} {close['kind']} {close['family']} {close['connections']}"
             for time, words in TIMES.items():

@@ -68,8 +68,9 @@ class Report:
     """All that a benchmark found; `isolated` is whether it had a network namespace of its own.
 
     `pace` is what a byte takes over loopback here and `quickest` the least
-    time in which any segment was answered by another, in seconds. `left_out`
-    says what was not measured, and why.
+    time in which any segment was answered by another, in seconds; `lasted`
+    the seconds for which closes were timed. `left_out` says what was not
+    measured, and why.
     """
 
     machine: dict[str, Any]
@@ -78,6 +79,7 @@ class Report:
     pace: Stat | None = None
     quickest: float | None = None
     waited: bool = False
+    lasted: float = 0.0
     interrupted: bool = False
     closes: list[Close] = field(factory=list)
     left_out: list[str] = field(factory=list)
