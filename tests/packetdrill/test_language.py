@@ -541,10 +541,20 @@ def test_a_failure_that_is_not_fatal(tmp_path: Path) -> None:
     assert (play(path).outcome, play(path).line) == ("failed", 3)
 
 
+# What Linux 6.18 did with text that nobody reads: the 17th to 20th wait for one ACK.
+UNREAD = "".join(
+    f"+.001 < P. {seq}:{seq + 1000}(1000) ack 1 win 257\n"
+    + (f"* > . 1:1(0) ack {seq + 1000}\n" if seq < 16000 or seq > 19000 else "")
+    for seq in range(1, 20001, 1000)
+)
+
+
 @pytest.mark.parametrize(
     ("events", "why"),
     [
         ("+0 < F. 1:1(0) ack 1 win 257\n+0 > . 1:1(0) ack 9 win 1", "failed"),
+        (UNREAD, "the receive window's growth"),
+        (UNREAD.replace("ack 2001\n", "ack 2002\n"), "failed"),
         (
             "+0 write(4, ..., 30000) = 30000\n+0 > P. 1:10001(10000) ack 1\n"
             "+.01 < . 1:1(0) ack 10001 win 257\n+0 > P. 10001:30001(20000) ack 1",

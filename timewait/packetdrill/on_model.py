@@ -621,7 +621,19 @@ class ModelStack:
         tally.came(segment, self.now())
         self._network.send(self._far, key, segment)
         self._network.drain()
+        if segment.data:
+            self._watch_window(key)
         self._retry()
+
+    def _watch_window(self, key: Key) -> None:
+        """Note when Linux's next ACK waits for the window (`__tcp_ack_snd_check`).
+
+        It grows with whole segments, and shrinks with what unread text takes in memory.
+        """
+        sock = self.host.tcp.get(key)
+        conn = sock.conn if isinstance(sock, Sock) else None
+        if conn is not None and not conn._quick and conn.readable_bytes > 2 * conn._rcv_mss:
+            self.beyond.add("the receive window's growth")
 
     def _icmp(self, frame: Frame) -> None:
         """An ICMP error about a segment of ours (`tcp_v4_err`, `tcp_v6_err`)."""
