@@ -199,8 +199,8 @@ def watch(request: pytest.FixtureRequest) -> Iterator[Witness | None]:
         strict = any("closed_by" in mark.kwargs for mark in marks)
         wrong = list(_broken(witness, limits, strict))
     finally:
-        item.user_properties.append((FOUND, _figures(witness)))
         witness.__exit__(None, None, None)
+        item.user_properties.append((FOUND, _figures(witness)))
     if wrong:
         pytest.fail("\n".join(wrong), pytrace=False)
 

@@ -407,10 +407,11 @@ def table() -> Callable[[int | None], list[Row]]:
     Raises `OSError` where they are not.
     """
     if sys.platform.startswith("linux"):
-        from timewait.kernel.sock_diag import sockets
+        from timewait.kernel.sock_diag import SockDiag, sockets
 
         try:
-            sockets(1)
+            with SockDiag() as diag:
+                diag.sockets(states=())  # whether it knows of TCP; nothing is walked for that
         except OSError:
             pass
         else:
