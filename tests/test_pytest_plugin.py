@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -364,6 +365,20 @@ def test_the_summary_names_the_worst_five(suite: Run) -> None:
         ],
         consecutive=True,
     )
+
+
+def test_the_tests_of_a_suite_share_a_thread_that_ends_with_it(suite: Run) -> None:
+    code = """
+        import threading
+        seen = set()
+        @pytest.mark.parametrize("n", range(3))
+        def test_it(n):
+            seen.update(each for each in threading.enumerate() if each.name == "timewait")
+            assert len(seen) == 1
+    """
+    result = suite(code, "--tcp")
+    result.assert_outcomes(passed=3)
+    assert "timewait" not in {each.name for each in threading.enumerate()}
 
 
 def test_under_xdist_each_worker_blames_its_own(suite: Run) -> None:

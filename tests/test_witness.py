@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -25,7 +26,7 @@ from timewait.kernel.tracepoint import Tracepoint
 from timewait.ledger import Ledger
 from timewait.port import HeldPort, hold_port
 from timewait.tcp.states import State
-from timewait.witness import Witness
+from timewait.witness import Witness, looking_on
 
 
 @pytest.fixture
@@ -493,6 +494,53 @@ def test_a_forked_child_leaves_the_witness_alone(seen: Witness, port: HeldPort) 
     Pair(port).close("client", "server", "listener")
     seen.assert_closed_by("client", port)
     assert threading.active_count() >= 2  # it looks on
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_asks_with_a_socket_of_its_own(seen: Witness, port: HeldPort) -> None:
+    pair = Pair(port)
+    if not (pid := os.fork()):
+        os._exit(0 if len(seen.leaks) == 2 else 1)
+    for _ in range(100):  # while the child asks as well
+        assert len(seen.leaks) == 2
+    assert os.waitpid(pid, 0)[1] == 0
+    pair.close("server", "client", "listener")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_it_looks_where_it_began_whatever_namespace_the_thread_is_in(
+    seen: Witness, port: HeldPort
+) -> None:
+    pair = Pair(port)
+    with Namespace() as elsewhere, elsewhere.entered():
+        assert len(seen.leaks) == 2
+    pair.close("server", "client", "listener")
+
+
+def test_witnesses_one_after_the_other_share_a_thread() -> None:
+    def threads() -> set[int | None]:
+        return {each.ident for each in threading.enumerate() if each.name == "timewait"}
+
+    with looking_on():
+        assert not threads()  # nobody looks yet
+        with Witness(), Witness():
+            (thread,) = threads()
+        assert threads() == {thread}
+        code = """if True:
+            import socket
+            listener = socket.create_server(("127.0.0.1", 0))
+            client = socket.create_connection(listener.getsockname())
+            input()
+        """
+        with (
+            Witness() as seen,
+            subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child,
+        ):
+            assert threads() == {thread}
+            while not any(each.pid == child.pid for each in seen._all()):
+                time.sleep(0.001)  # (and ask nothing)
+            child.communicate(b"\n")
+    assert not threads()
 
 
 def test_a_duplicate_goes_on_when_the_first_is_closed(seen: Witness, port: HeldPort) -> None:

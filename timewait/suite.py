@@ -11,6 +11,7 @@ import inspect
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +31,7 @@ _ARGUMENTS: Final = {
     "tcp_sim": {"seeds", "hosts", "profile"},
 }
 _WORST: Final = 5
+_LOOKING_ON: Final = pytest.StashKey[ExitStack]()
 
 
 # --- what is the suite's own --------------------------------------------------------------
@@ -183,6 +185,7 @@ def watch(request: pytest.FixtureRequest) -> Iterator[Witness | None]:
     from timewait.witness import Witness
 
     item = request.node
+    _look_on(request.config)
     marks = _ours(request.config, item.iter_markers("tcp"))[::-1]
     limits = _limits(request.config, marks)
     stacks = limits.get("stacks") or request.config.getoption("tcp_stacks")
@@ -203,6 +206,16 @@ def watch(request: pytest.FixtureRequest) -> Iterator[Witness | None]:
         item.user_properties.append((FOUND, _figures(witness)))
     if wrong:
         pytest.fail("\n".join(wrong), pytrace=False)
+
+
+def _look_on(config: pytest.Config) -> None:
+    """Keep the thread of the tests' witnesses until the end of the run."""
+    from timewait.witness import looking_on
+
+    if _LOOKING_ON not in config.stash:
+        until_the_end = config.stash[_LOOKING_ON] = ExitStack()
+        until_the_end.enter_context(looking_on())
+        config.add_cleanup(until_the_end.close)
 
 
 def _broken(witness: Witness, limits: dict[str, Any], strict: bool) -> Iterator[str]:

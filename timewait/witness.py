@@ -25,6 +25,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from timewait.kernel.sock_diag import SockDiag
     from timewait.record import Record
 
-__all__ = ["Witness", "descendants", "table"]
+__all__ = ["Witness", "descendants", "looking_on", "table"]
 
 _PERIOD: Final = 0.02  # seconds between looks at the children's sockets
 _BEGINNINGS: Final = {State.CLOSED, State.LISTEN}
@@ -72,8 +73,6 @@ class Witness(Connections):
         self._owned: dict[int, int] | None = None  # inode -> pid, as of this look
         self._not_ours: set[int] = set()
         self._children: set[int] = set()
-        self._stop = threading.Event()
-        self._poller: threading.Thread | None = None
         self._began = 0.0
 
     # --- watching
@@ -82,14 +81,14 @@ class Witness(Connections):
         self._began = time.monotonic()
         self._diag = _sock_diag()
         self._record = _record() if self._diag is not None else None
-        for row in self._list(None):
+        for row in self._rows():
             self._before[row.local, row.remote] = row
             if row.state is State.LISTEN:
                 self._listening.setdefault(row.local[1], False)
         self._ledger.__enter__()
         self._watching = True
-        _watching.add(self)
-        self._resume()
+        _looks.witnesses.add(self)
+        _looks.resume()
         return self
 
     def __exit__(
@@ -99,9 +98,10 @@ class Witness(Connections):
         trace: TracebackType | None,
     ) -> None:
         self.look()
-        self._watching = False
-        _watching.discard(self)
-        self.pause()
+        with self._lock:
+            self._watching = False
+        _looks.witnesses.discard(self)
+        _looks.rest()
         if self._record is not None:
             self._record.close()
         self._ledger.__exit__(kind, error, trace)
@@ -119,22 +119,9 @@ class Witness(Connections):
     ) -> None:
         self.__exit__(kind, error, trace)
 
-    def pause(self) -> None:
-        """Stop the background looks until something moves (a fork wants no other threads)."""
-        if self._poller is not None:
-            self._stop.set()
-            self._poller.join()
-            self._stop.clear()
-            self._poller = None
-
-    def _resume(self) -> None:
-        if self._poller is None and self._watching:
-            self._poller = threading.Thread(target=self._poll, name="timewait", daemon=True)
-            self._poller.start()
-
     def look(self) -> None:
         """Read the kernel's table now."""
-        self._resume()
+        _looks.resume()
         with self._lock:
             self._not_ours.clear()
             self._look()
@@ -147,7 +134,7 @@ class Witness(Connections):
             self._owned = None
             if self._record is not None:
                 self._record.read()  # before the table, which is newer then
-            rows = self._list(None)
+            rows = self._rows()
             self._take_record({(row.local, row.remote) for row in rows})
             present: set[Key] = set()
             for row in rows:
@@ -167,6 +154,10 @@ class Witness(Connections):
                     seen.move(None, now)
                     if not self._ours(seen):
                         del self._seen[key]  # a stranger's: it came and went
+
+    def _rows(self) -> list[Row]:
+        """The table of the network namespace that this began in, whatever thread asks."""
+        return self._list(None) if self._diag is None else self._diag.sockets()
 
     def _take_record(self, table: set[Key]) -> None:
         """Take in what the kernel has recorded of connections in this namespace."""
@@ -197,7 +188,7 @@ class Witness(Connections):
         if entry.local is None or entry.remote is None:
             return
         key = entry.local, entry.remote
-        self._resume()
+        _looks.resume()
         with self._lock:
             self._owned = None
             now = time.monotonic()
@@ -241,15 +232,6 @@ class Witness(Connections):
         if row.inode and entry.ends and entry.ends[-1].call == "close":
             entry.ends.pop()
             seen.pid = self._owner(row.inode) or seen.pid
-
-    def _poll(self) -> None:
-        """Look now and then while calls are made that no ledger notes: children's, uvloop's."""
-        while not self._stop.wait(_PERIOD):
-            if "uvloop" in sys.modules or _children(os.getpid()):
-                began = time.monotonic()
-                self._look()
-                if self._stop.wait((time.monotonic() - began) * 10):  # at most a tenth of a core
-                    return
 
     def _owner(self, inode: int | None) -> int | None:
         """The process of this tree that has the socket open."""
@@ -374,16 +356,71 @@ def _record() -> Record | None:
         return None
 
 
-_watching: Final[weakref.WeakSet[Witness]] = weakref.WeakSet()
+class _Looks:
+    """Looks now and then while calls are made that no ledger notes: children's, uvloop's.
+
+    One thread does it for all witnesses, as long as there are any or it is `kept`:
+    to start a thread and to end it takes longer than all else that a witness does.
+    """
+
+    def __init__(self) -> None:
+        self.witnesses: weakref.WeakSet[Witness] = weakref.WeakSet()
+        self.kept = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def resume(self) -> None:
+        """Start the thread, if there is something to look for and it is not there."""
+        if self._thread is None and self.witnesses:
+            self._thread = threading.Thread(target=self._run, name="timewait", daemon=True)
+            self._thread.start()
+
+    def rest(self) -> None:
+        """End the thread if nobody wants it."""
+        if not self.witnesses and not self.kept:
+            self.pause()
+
+    def pause(self) -> None:
+        """End the thread until something moves (a fork wants no other threads)."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._stop.clear()
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self._stop.wait(_PERIOD):
+            if self.witnesses and ("uvloop" in sys.modules or _children(os.getpid())):
+                began = time.monotonic()
+                for witness in list(self.witnesses):
+                    with suppress(OSError):  # (no descriptor is left, say; the next look tells)
+                        witness._look()
+                if self._stop.wait((time.monotonic() - began) * 10):  # at most a tenth of a core
+                    return
 
 
-def _before_fork() -> None:
-    for witness in list(_watching):
-        witness.pause()
+_looks: Final = _Looks()
+
+
+@contextmanager
+def looking_on() -> Iterator[None]:
+    """Keep the thread that looks now and then from one witness to the next."""
+    _looks.kept += 1
+    try:
+        yield
+    finally:
+        _looks.kept -= 1
+        _looks.rest()
+
+
+def _after_fork() -> None:
+    """What the witnesses of a child's parent ask with is their own."""
+    for witness in list(_looks.witnesses):
+        witness._diag, witness._record = _sock_diag(), None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork)
+    os.register_at_fork(before=_looks.pause, after_in_child=_after_fork)
 
 
 # --- the system's tables ------------------------------------------------------------------
