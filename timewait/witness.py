@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Witness", "descendants", "looking_on", "table"]
 
 _PERIOD: Final = 0.02  # seconds between looks at the children's sockets
+_NOTICE: Final = 0.005  # seconds: the kernel tells of a destroyed socket from a work queue, later
 _BEGINNINGS: Final = {State.CLOSED, State.LISTEN}
 
 
@@ -125,6 +126,9 @@ class Witness(Connections):
         with self._lock:
             self._not_ours.clear()
             self._look()
+            if self._record is not None and self._record.waiting:
+                time.sleep(_NOTICE)
+                self._look()
 
     def _look(self) -> None:
         with self._lock:
