@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from random import Random
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonschema
@@ -478,3 +479,22 @@ def test_a_full_disk_is_one_line_and_a_reader_gone_is_no_fault_of_the_figures() 
     gone = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert (gone.returncode, gone.stderr) == (141, "")
+
+
+def test_a_plot_takes_no_namespace_from_an_ordinary_user() -> None:
+    command = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    command += [sys.executable, "-m", "timewait.bench", *SHORT, "--json"]
+    with TemporaryDirectory(dir="/dev/shm") as place:
+        os.chmod(place, 0o777)
+        isolated = [
+            json.loads(
+                subprocess.run(
+                    [*command, *more],
+                    capture_output=True,
+                    timeout=60,
+                    env={**os.environ, "HOME": place},
+                ).stdout
+            )["isolated"]
+            for more in ([], ["--plot", f"{place}/x.svg"])
+        ]
+    assert isolated[0] == isolated[1]

@@ -74,7 +74,6 @@ def command(
     began = time.monotonic()
     pace: list[list[float]] = []
     earlier = None if old is None else _earlier(old)
-    draw = _drawer(plot) if plot else None
     missing = [name for name in kinds if KINDS[name] not in available()]
     if missing:
         raise click.ClickException(f"{missing[0]} is not installed here")
@@ -85,6 +84,7 @@ def command(
     families = ["ipv4"] if quick or not _has_ipv6() else [*FAMILIES]
     own = report.settings()
     isolated = not here and _isolate(own)
+    draw = _drawer(plot) if plot else None  # after it: a process of threads is not let out
     _allow_descriptors(2 * max(sizes) + 64)
     gc.freeze()  # what is there by now need not be looked at between the trials
     found = report.Report(report.machine(), report.settings(), isolated, waited=wait)
