@@ -134,7 +134,7 @@ def test_events_go_to_a_file_that_the_check_reads(tmp_path: Path) -> None:
     run = [sys.executable, "-c", PROGRAM, "server"]
     assert timewait("exec", "--events", str(file), "--", *run).returncode == 0
     kinds = {json.loads(line)["kind"] for line in file.read_text().splitlines()}
-    assert kinds == {"run", "segment", "snapshot"}
+    assert kinds == {"run", "segment", "snapshot", "end"}
     assert timewait("check", str(file)).returncode == 0
 
 

@@ -156,8 +156,11 @@ def test_an_ordinary_user_sees_the_same_table(
     pair: tuple[socket.socket, ...], importable: Path, nobody: tuple[str, ...]
 ) -> None:
     listener, _, _ = pair
-    port = end(listener)[1]
-    program = f"from timewait.kernel.sock_diag import sockets; print(len(sockets({port})))"
+    host, port = end(listener)
+    program = (
+        "from timewait.kernel.sock_diag import sockets\n"
+        f"print(sum(row.local[0] == {host!r} for row in sockets({port})))"
+    )
     seen = subprocess.run(
         [*nobody, sys.executable, "-c", program],
         env={"PYTHONPATH": str(importable)},

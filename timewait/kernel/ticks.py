@@ -74,7 +74,8 @@ def _ahead() -> int:
 
     times(2) tells jiffies in hundredths of a second, rounded down. Each look at both
     clocks within one tick is a bound, and a few looks leave one number, however long
-    it was from one to the next.
+    it was from one to the next. It may be one too few or too many: the two are counted from
+    moments of their own, and a kernel that was idle counts both up when it wakes.
     """
     told_in = 1 / (tick() * os.sysconf("SC_CLK_TCK"))  # ticks
     least, most = -(1 << 63), 1 << 63
