@@ -481,9 +481,10 @@ def test_a_full_disk_is_one_line_and_a_reader_gone_is_no_fault_of_the_figures() 
     assert (gone.returncode, gone.stderr) == (141, "")
 
 
-def test_a_plot_takes_no_namespace_from_an_ordinary_user() -> None:
-    command = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-    command += [sys.executable, "-m", "timewait.bench", *SHORT, "--json"]
+def test_a_plot_takes_no_namespace_from_an_ordinary_user(
+    importable: Path, nobody: tuple[str, ...]
+) -> None:
+    command = [*nobody, sys.executable, "-m", "timewait.bench", *SHORT, "--json"]
     with TemporaryDirectory(dir="/dev/shm") as place:
         os.chmod(place, 0o777)
         isolated = [
@@ -492,7 +493,7 @@ def test_a_plot_takes_no_namespace_from_an_ordinary_user() -> None:
                     [*command, *more],
                     capture_output=True,
                     timeout=60,
-                    env={**os.environ, "HOME": place},
+                    env={**os.environ, "HOME": place, "PYTHONPATH": str(importable)},
                 ).stdout
             )["isolated"]
             for more in ([], ["--plot", f"{place}/x.svg"])
