@@ -81,8 +81,8 @@ async def on_solipsism(handle: Any) -> tuple[asyncio.Server, Address]:
 
 
 async def on_simloop(handle: Any) -> tuple[asyncio.Server, Address]:
-    network: Any = asyncio.get_running_loop().net  # type: ignore[attr-defined]
-    server = network.host("server").create_task(asyncio.start_server(handle, port=1234))
+    loop: Any = asyncio.get_running_loop()
+    server = loop.net.host("server").create_task(asyncio.start_server(handle, port=1234))
     return await server, ("server", 1234)
 
 
@@ -101,9 +101,10 @@ def _simloop() -> Factory:
         pass
 
     def factory() -> asyncio.AbstractEventLoop:
-        loop: asyncio.AbstractEventLoop = loop_class()
+        made: Any = loop_class()
         # What asyncio.Runner asks for at its end and simloop refuses.
-        loop.shutdown_asyncgens = loop.shutdown_default_executor = nothing  # type: ignore[assignment,method-assign]
+        made.shutdown_asyncgens = made.shutdown_default_executor = nothing
+        loop: asyncio.AbstractEventLoop = made
         return loop
 
     return factory

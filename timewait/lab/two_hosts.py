@@ -60,11 +60,15 @@ class TwoHosts:
         self.fault = fault
         self.delay = delay
         self.seen: dict[str, list[Packet]] = {"server": [], "client": []}
-        self._resources = ExitStack()
-        self.server = self._resources.enter_context(Namespace(sysctls=sysctls))
-        self.client = self._resources.enter_context(Namespace(sysctls=sysctls))
-        self._wires = (self.server.call(_end, SERVER), self.client.call(_end, CLIENT))
         self._stop = threading.Event()
+        with ExitStack() as resources:
+            self.server = resources.enter_context(Namespace(sysctls=sysctls))
+            self.client = resources.enter_context(Namespace(sysctls=sysctls))
+            self._wires = (
+                resources.enter_context(self.server.call(_end, SERVER)),
+                resources.enter_context(self.client.call(_end, CLIENT)),
+            )
+            self._resources = resources.pop_all()
         self._pump = threading.Thread(target=self._carry, daemon=True)
         self._pump.start()
 
@@ -79,8 +83,6 @@ class TwoHosts:
     ) -> None:
         self._stop.set()
         self._pump.join()
-        for wire in self._wires:
-            wire.close()
         self._resources.close()
 
     def _carry(self) -> None:
