@@ -756,6 +756,38 @@ def test_a_host_that_idna_cannot_take_has_no_address(host: str) -> None:
         can_bind(PORT, host)
 
 
+ADOPTION = """
+import ctypes, os, socket, sys, time
+first = sys.argv[1] == "first process"
+if not first and os.fork():
+    os.wait()  # for process 2, which is to adopt
+    os._exit(0)
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+if os.fork():
+    from timewait.explain import explain_bind
+    while not (found := explain_bind(9090)).holders:
+        time.sleep(0.01)
+    print(found.situation, flush=True)
+    os._exit(0)
+first or os.fork() and time.sleep(60)  # between the adopter and the group's leader
+os.setpgid(0, 0)
+os.fork() and time.sleep(60)  # the leader, which lives
+maker = os.getpid()
+os.fork() and os._exit(0)
+while os.getppid() == maker:
+    time.sleep(0.01)
+server = socket.create_server(("0.0.0.0", 9090))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("adopter", ["first process", "subreaper"])
+def test_an_adopter_of_the_same_session_is_told_from_a_parent(adopter: str) -> None:
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command = [*inside, sys.executable, "-c", ADOPTION, adopter]
+    assert subprocess.check_output(command) == b"inherited-listener\n"
+
+
 def test_a_server_whose_group_s_leader_has_ended_is_nobody_s_heir() -> None:
     serve = (
         "import socket, time\n"
@@ -888,7 +920,8 @@ LISTEN = "import socket, time; s = socket.create_server(('0.0.0.0', 9090)); "
 
 @contextmanager
 def elsewhere(program: str) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen([sys.executable, "-c", LISTEN + program]) as process:
+    command = [sys.executable, "-c", LISTEN + program]
+    with subprocess.Popen(command, start_new_session=True) as process:
         try:
             while not sockets(PORT):
                 time.sleep(0.01)

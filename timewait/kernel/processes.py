@@ -28,7 +28,8 @@ class Process:
     """A process that has a socket open, as its descriptor `fd`.
 
     `inherited` says that it looks like the heir of one that has ended: its
-    parent is not of the session it was born in, so somebody has adopted it.
+    parent is not of the session or the group that it was born in, so somebody
+    has adopted it.
     `state` is its letter in proc_pid_stat(5).
     """
 
@@ -70,11 +71,24 @@ def _descriptors(process: str) -> Iterator[str]:
 
 def _process(pid: int, fd: int) -> Process:
     name, state, parent, group, session = _family(pid)
-    # Whoever made it would be of its session, unless it began that session itself.
-    heir = pid not in (group, session) and (
-        _family(parent)[4] != session or (parent == 1 and not Path(f"/proc/{group}").exists())
-    )
+    heir = pid not in (group, session) and _adopted(parent, group, session)
     return Process(pid, name, fd, heir, state)
+
+
+def _adopted(parent: int, group: int, session: int) -> bool:
+    """Whether its parent is not the one it was born to, as far as that shows.
+
+    It was born in its parent's session, and in its parent's group, unless a
+    shell put it into a pipeline's, whose leader is the shell's child as well.
+    A first process that never began a session (0) is no such shell.
+    """
+    its_group, its_session = _family(parent)[3:]
+    if its_session != session or its_group == group:
+        return its_session != session
+    try:
+        return (parent == 1 and session == 0) or _family(group)[2] != parent
+    except OSError:  # the leader has ended
+        return parent == 1
 
 
 def _family(pid: int) -> tuple[str, str, int, int, int]:
