@@ -627,7 +627,7 @@ def test_live_connection(server: Server, connect: Connect) -> None:
 
 def test_what_nobody_can_see_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr("timewait.explain._sockets", lambda port: [])
+    monkeypatch.setattr("timewait.bind._sockets", lambda port: [])
     found = explain_bind(PORT, "127.0.0.1")
     assert (found.situation, found.holders) == ("not-visible", ())
 
@@ -638,7 +638,7 @@ def test_without_sock_diag_psutil_shows_the_holders(
     def missing(*_: object, **__: object) -> None:
         raise OSError(errno.EAFNOSUPPORT, "sock_diag is Linux only")
 
-    monkeypatch.setattr("timewait.explain.details", missing)
+    monkeypatch.setattr("timewait.bind.details", missing)
     listener = server()
     found = explain_bind(PORT, "127.0.0.1")
     assert (found.situation, kinds(found)) == ("live-listener", ["listener"])
@@ -664,7 +664,7 @@ def test_a_time_wait_without_a_timer_to_be_seen(
     listener.close()
     accepted.close()
     client.close()
-    monkeypatch.setattr("timewait.explain.ends_in", lambda _: None)
+    monkeypatch.setattr("timewait.bind.ends_in", lambda _: None)
     found = explain_bind(PORT, "127.0.0.1")
     assert found.situation == "time-wait-without-reuse"
     assert "when a timer ends that cannot be seen from here" in str(found)
@@ -698,7 +698,7 @@ def test_the_table_is_read_once_for_many_holders(
             dumps[name] += 1
             return getattr(sock_diag, name)(*arguments, **options)
 
-        monkeypatch.setattr(f"timewait.explain.{name}", counted)
+        monkeypatch.setattr(f"timewait.bind.{name}", counted)
     assert len(explain_bind(port).holders) == 200
     assert dumps.total() <= 3
 
@@ -1049,7 +1049,7 @@ def test_the_wait_for_many_is_counted_from_when_they_were_seen(
 
     first = explain_bind(PORT, HERE)
     then = time.monotonic() + (first.free_after or 0)
-    monkeypatch.setattr("timewait.explain.owners", slow)
+    monkeypatch.setattr("timewait.bind.owners", slow)
     found = explain_bind(PORT, HERE)
     assert then == pytest.approx(time.monotonic() + (found.free_after or 0), abs=0.1)
 

@@ -18,9 +18,10 @@ from typing import Final, Self
 import anyio
 import anyio.lowlevel
 
+from timewait.bind import addresses, can_bind_all, port_number
 from timewait.connections import CLOSED_FIRST, LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Event, Row, RunStarted, SegmentSeen, Transition
-from timewait.explain import Explanation, addresses, can_bind_all, explain_bind, port_number
+from timewait.explain import Explanation, explain_bind
 from timewait.kernel.observers import Observer, observe
 from timewait.report import address
 from timewait.tcp.segment import ACK, FIN, RST, SYN

@@ -6,7 +6,8 @@ import json
 
 import click
 
-from timewait.explain import Explanation, explain_bind, parse_address
+from timewait.bind import parse_address
+from timewait.explain import Explanation, explain_bind
 
 __all__ = ["command", "explanation"]
 

@@ -16,7 +16,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from timewait.explain import Explanation, explain_bind, parse_address
+from timewait.bind import parse_address
+from timewait.explain import Explanation, explain_bind
 from timewait.watching import wait_until_bindable_sync
 
 __all__ = ["TO_END", "Seconds", "command"]

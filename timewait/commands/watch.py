@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from timewait.bind import addresses, parse_address
 from timewait.commands.wait import TO_END, Seconds
 from timewait.events import (
     Address,
@@ -33,7 +34,6 @@ from timewait.events import (
     Transition,
     dump,
 )
-from timewait.explain import addresses, parse_address
 from timewait.kernel.namespace import isolate
 from timewait.kernel.observers import OBSERVERS
 from timewait.report import address as address_text
