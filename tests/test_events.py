@@ -64,7 +64,10 @@ def test_a_file_whose_writer_failed_has_no_end(tmp_path: Path) -> None:
     write = events.Writer(path)
     write(STREAM[0])
     write.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert read(path.read_bytes()) == (STREAM[:1], [])
+    (head, lost), problems = read(path.read_bytes())
+    assert (head, problems) == (STREAM[0], [])
+    assert isinstance(lost, Lost)
+    assert (lost.source, lost.t) == (events.REST, 0.0)
     with events.Writer(path):
         pass
     assert path.read_bytes() == b""
@@ -100,8 +103,9 @@ def test_every_line_is_in_the_file_before_the_next_event(tmp_path: Path) -> None
 
 def test_half_a_line_at_the_end_is_named_and_the_rest_kept(tmp_path: Path) -> None:
     seen, problems = read(written(tmp_path / "run.jsonl")[:-5])
-    assert seen == STREAM
-    assert problems == [Problem(6, "cut off in the middle (its writer was stopped)")]
+    (told,) = problems
+    assert told == Problem(6, "cut off in the middle (its writer was stopped)")
+    assert seen == [*STREAM, Lost(0.1, events.REST, 0, str(told))]  # since the last call
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,10 @@ def test_half_a_line_at_the_end_is_named_and_the_rest_kept(tmp_path: Path) -> No
 )
 def test_a_line_that_is_no_event_is_named_and_left_out(line: bytes, why: str) -> None:
     good = b'{"kind":"note","t":1,"text":"over"}\n'
-    assert read(good + line + good) == ([Note(1.0, "over")] * 2, [Problem(2, why)])
+    over, end = Note(1.0, "over"), RunEnded(1.0)
+    told = Problem(2, why)
+    lines = good + line + good + json.dumps(events.dump(end)).encode() + b"\n"
+    assert read(lines) == ([over, Lost(1.0, "file", 1, str(told)), over, end], [told])
     with pytest.raises(ValueError, match="line 2: "):
         list(events.read([good, line, good]))
 
@@ -140,7 +147,7 @@ def test_a_line_that_is_no_event_is_named_and_left_out(line: bytes, why: str) ->
 def test_fields_and_schemas_of_the_future_are_told_and_passed_over() -> None:
     record: dict[str, Any] = events.dump(STREAM[0]) | {"mood": "good", "schema": 9}
     seen, problems = read(json.dumps(record).encode() + b"\n")
-    assert [event.t for event in seen] == [0.0]
+    assert [event.kind for event in seen] == ["run", "lost"]  # what it says, and no end
     assert {problem.why for problem in problems} == {
         "run has an unknown field 'mood', passed over",
         "schema 9 is newer than this one's 2",

@@ -15,7 +15,7 @@ import pytest
 from attrs import evolve
 
 from timewait import Scenario, ScenarioError, State, StepHung, events, hold_port
-from timewait.events import Called, Event, Note, Snapshot, Transition
+from timewait.events import Called, Event, Lost, Note, Snapshot, Transition
 from timewait.kernel.namespace import Namespace
 from timewait.kernel.sock_diag import sockets
 from timewait.run import run_sync
@@ -312,9 +312,10 @@ def test_interrupted_it_closes_its_sockets_and_leaves_the_file_whole(
     out, err = child.communicate(timeout=20)
     assert (child.returncode, out, err.strip()) == (130, "", "timewait: interrupted")
     with log.open("rb") as lines:
-        seen = list(events.read(lines))
-    assert isinstance(seen[-1], Snapshot)
-    assert not [row for row in sockets(seen[-1].rows[0].local[1]) if row.state != State.TIME_WAIT]
+        *_, seen, rest = events.read(lines)
+    assert isinstance(seen, Snapshot)
+    assert isinstance(rest, Lost)
+    assert not [row for row in sockets(seen.rows[0].local[1]) if row.state != State.TIME_WAIT]
 
 
 @pytest.mark.parametrize("stack", ["kernel", "model"])

@@ -29,6 +29,7 @@ from cattrs.gen import make_dict_unstructure_fn
 from timewait.tcp.states import State
 
 __all__ = [
+    "REST",
     "SCHEMA",
     "Address",
     "Called",
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 SCHEMA: Final = 2
+REST: Final = "rest of the file"  # the observer that has lost what was never written
 
 Address: TypeAlias = tuple[str, int]
 
@@ -375,35 +377,86 @@ def read(
     comes: a field or a schema of the future is told and passed over, a line
     that is no event, or only half of one, is told and left out. Without
     `problem` the first one raises `ValueError` naming the line.
+
+    What is left out was seen by somebody, and so was what a stopped writer had
+    no time to write: in its place there is a `Lost`, by "file" or, at the end
+    of a stream that does not say that nothing follows, by `REST`.
     """
 
     def fail(what: Problem) -> NoReturn:
         raise ValueError(str(what))
 
     tell = problem or fail
+    last: dict[tuple[str, str], float] = {}  # of each observer
+    left_out = cut = ""
+    ended = False
+
+    def rest() -> Iterator[Event]:
+        """Each observer writes when it has been read: of the others the last moments are lost."""
+        if (cut or not ended) and last:
+            lanes = [t for (kind, _), t in last.items() if kind in _LANES]
+            yield Lost(min(lanes, default=0.0), REST, 0, cut or _NO_END)
+
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        whole = line[-1:] in ("\n", b"\n")
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            why = "not JSON" if whole else "cut off in the middle (its writer was stopped)"
-            tell(Problem(number, why))
-            continue
-        if not isinstance(record, dict):
-            tell(Problem(number, "not a JSON object"))
-            continue
-        try:
-            event = load(record)
+            event, odd = _event(line)
         except ValueError as wrong:
-            tell(Problem(number, str(wrong)))
+            why = Problem(number, str(wrong))
+            tell(why)
+            if line[-1:] in ("\n", b"\n"):
+                left_out = str(why)
+            else:
+                cut = str(why)
             continue
-        for name in record.keys() - _FIELDS[event.kind] - {"kind"}:
+        for name in odd:
             tell(Problem(number, f"{event.kind} has an unknown field {name!r}, passed over"))
-        if isinstance(event, RunStarted) and event.schema > SCHEMA:
-            tell(Problem(number, f"schema {event.schema} is newer than this one's {SCHEMA}"))
+        if isinstance(event, RunStarted):
+            if event.schema > SCHEMA:
+                tell(Problem(number, f"schema {event.schema} is newer than this one's {SCHEMA}"))
+            yield from rest()
+            last = dict.fromkeys(_declared(event), event.t)
+        source = (event.kind, getattr(event, "source", ""))
+        if left_out:
+            yield Lost(min(last.get(source, event.t), event.t), "file", 1, left_out)
+            left_out = ""
+        ended = isinstance(event, RunEnded)
+        if not ended:
+            last[source] = max(event.t, last.get(source, event.t))
         yield event
+    yield from rest()
+
+
+_LANES: Final = frozenset({"call", "transition", "segment"})
+_NO_END: Final = (
+    "the file does not say where it ends: its writer was stopped, or wrote schema 1, which has no "
+    "such record"
+)
+
+
+def _event(line: bytes | str) -> tuple[Event, Iterable[str]]:
+    """The event of one line, and its unknown fields. Raises `ValueError` saying what is wrong."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        whole = line[-1:] in ("\n", b"\n")
+        raise ValueError(
+            "not JSON" if whole else "cut off in the middle (its writer was stopped)"
+        ) from None
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    event = load(record)
+    return event, record.keys() - _FIELDS[event.kind] - {"kind"}
+
+
+def _declared(head: RunStarted) -> Iterator[tuple[str, str]]:
+    """Who will report, as far as the head says."""
+    if head.scenario is not None:
+        yield "call", ""
+    for word, kind in (("tracepoint", "transition"), ("capture", "segment")):
+        if word in head.observer:
+            yield kind, word
 
 
 def log(event: Event) -> None:

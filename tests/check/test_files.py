@@ -15,6 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from timewait import Run, events
 from timewait.check import check
 from timewait.check.evidence import read
 from timewait.commands.check import command as check_command
@@ -110,6 +111,19 @@ def test_half_a_line_at_the_end(tmp_path: Path) -> None:
     assert check(read(cut, told.append))
     (only,) = told
     assert only.startswith(f"line {len(GOOD.read_text().splitlines()) - 1}: cut off")
+
+
+@pytest.mark.parametrize("octets", [5000, 9000])
+def test_the_run_of_a_cut_file_says_what_the_command_says(octets: int, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.jsonl"
+    whole_lines, _, half = GOOD.read_bytes()[:octets].rpartition(b"\n")
+    for text in (whole_lines + b"\n", whole_lines + b"\n" + half):
+        cut.write_bytes(text)
+        done = timewait_check(cut)
+        with cut.open("rb") as lines:
+            run = Run.from_events(events.read(lines, lambda problem: None))
+        assert done.output.endswith(run.check().explain() + "\n")
+        assert "not seen what followed where the file breaks off" in done.output
 
 
 def test_unknown_fields_states_and_schemas_are_named_by_line(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from timewait.check.connection import (
     Connection,
     Findings,
 )
-from timewait.check.evidence import REST
 from timewait.check.explanations import Explanations
 from timewait.check.sequence import DROPPED, Contradiction, Sequence
 from timewait.check.verdict import (
@@ -39,6 +38,7 @@ from timewait.check.verdict import (
     event_text,
 )
 from timewait.events import (
+    REST,
     Address,
     Called,
     Event,
@@ -187,7 +187,7 @@ class Checker:
     def verdict(self, problems: Iterable[str] = ()) -> Verdict:
         """What the events so far amount to; `problems` are faults of the evidence to tell of."""
         self._drain()
-        self._problems[:0] = problems
+        self._problems = list(dict.fromkeys([*problems, *self._problems]))
         for connection in self.connections():
             self._conclude(connection)
         return Verdict(self._evidence(), tuple(self._divergences))
@@ -589,9 +589,8 @@ class Checker:
         if whole_file:
             self._cut = self._unended = True
             self._declared = self._declared_segments = 0
-        if not whole_file and event.source != "file":  # whose reader has told of it
-            lost = f"{event.source} lost {event.count} events before {event.t:.6f} s"
-            self._problems.append(lost)
+        lost = f"{event.source} lost {event.count} events before {event.t:.6f} s"
+        self._problems.append(event.why if event.source in ("file", REST) else lost)
         self._listeners.clear()
         segments = event.source not in _EXACT or event.source == "model"
         states = event.source in _EXACT or event.source == "file" or whole_file

@@ -9,8 +9,8 @@ import click
 from rich.table import Table
 
 from timewait.check import check
-from timewait.check.evidence import REST, read
-from timewait.events import Lost
+from timewait.check.evidence import read
+from timewait.events import REST, Lost
 from timewait.lab.mutate import Result, run
 from timewait.report import console
 
