@@ -20,6 +20,7 @@ from attrs import frozen
 __all__ = ["Process", "owners", "reuse_options", "user_name"]
 
 _PIDFD_GETFD: Final = 438  # since Linux 5.6, the same on every architecture
+_FORKED: Final = 0x40  # PF_FORKNOEXEC: forked, and has not called execve(2)
 _LINK: Final = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -28,8 +29,9 @@ class Process:
     """A process that has a socket open, as its descriptor `fd`.
 
     `inherited` says that it looks like the heir of one that has ended: its
-    parent is not of the session or the group that it was born in, so somebody
-    has adopted it.
+    parent is not of the session or the group that it was born in, or runs
+    another program although it was forked and has run none itself, so
+    somebody has adopted it.
     `state` is its letter in proc_pid_stat(5).
     """
 
@@ -71,7 +73,9 @@ def _descriptors(process: str) -> Iterator[str]:
 
 def _process(pid: int, fd: int) -> Process:
     name, state, parent, group, session = _family(pid)
-    heir = pid not in (group, session) and _adopted(parent, group, session)
+    heir = pid not in (group, session) and (
+        _adopted(parent, group, session) or _forked_by_another(pid, parent)
+    )
     return Process(pid, name, fd, heir, state)
 
 
@@ -91,15 +95,32 @@ def _adopted(parent: int, group: int, session: int) -> bool:
         return parent == 1
 
 
+def _forked_by_another(pid: int, parent: int) -> bool:
+    """Whether it is a plain copy of a process, and that cannot be its parent.
+
+    The kernel puts a program's stack elsewhere each time it is run, and a fork leaves it there.
+    Where its parent may not be looked into, nothing is known (a stack at 0).
+    """
+    _, mine = _stat(pid)
+    if not parent or not int(mine[6]) & _FORKED:
+        return False
+    _, theirs = _stat(parent)
+    return 0 not in (int(mine[25]), int(theirs[25])) and mine[25] != theirs[25]
+
+
 def _family(pid: int) -> tuple[str, str, int, int, int]:
     """A process's name, state, parent, group and session; zeros for the kernel's own 0."""
     if not pid:
         return "", "", 0, 0, 0
-    # stat(5): the name is in brackets and may hold any character; the state comes after it.
+    name, (state, parent, group, session, *_) = _stat(pid)
+    return name, state, int(parent), int(group), int(session)
+
+
+def _stat(pid: int) -> tuple[str, list[str]]:
+    """A process's name, and the fields of proc_pid_stat(5) from the third on, its state."""
+    # The name is in brackets and may hold any character.
     left, _, right = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    state, *numbers = right.split()[:4]
-    parent, group, session = map(int, numbers)
-    return left.partition("(")[2], state, parent, group, session
+    return left.partition("(")[2], right.split()
 
 
 def user_name(uid: int) -> str:
