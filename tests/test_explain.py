@@ -341,6 +341,14 @@ def test_self_connect(opened: ExitStack) -> None:
     assert found.situation == "self-connect"
     assert kinds(found) == ["self-connect"]
     assert "simultaneous open" in found.rule
+    assert str(os.getpid()) in found.title
+    alone.close()
+    ended = explained()
+    assert ended.situation == "self-connect"
+    assert ended.title == "a connection to itself that has ended holds it: TIME_WAIT"
+    assert ended.free_after is not None
+    assert 58 < ended.free_after < 63
+    assert ended.advice[0].startswith("Now: wait")
 
 
 def test_wildcard_against_specific(server: Server, either_family: str) -> None:
@@ -390,6 +398,30 @@ def test_ipv4_against_the_ipv6_wildcard(server: Server, opened: ExitStack, host:
 def test_a_mapped_address_is_its_ipv4_address(server: Server, theirs: str, situation: str) -> None:
     server(theirs)
     assert explained("::ffff:127.0.0.1").situation == situation
+
+
+@pytest.mark.parametrize(
+    ("theirs", "asked", "called", "theirs_is_called", "outcome"),
+    [
+        ("0.0.0.0", "127.0.0.1", "127.0.0.1", False, "take all new connections to 127.0.0.1:9090"),
+        ("127.0.0.1", "0.0.0.0", "127.0.0.1", True, "127.0.0.1:9090 would keep all connections"),
+        ("::", "0.0.0.0", "127.0.0.1", False, "take all new connections to 0.0.0.0:9090"),
+        ("0.0.0.0", "::", "127.0.0.1", True, "0.0.0.0:9090 would keep all connections"),
+        ("::", "::1", "::1", False, "take all new connections to [::1]:9090"),
+    ],
+)
+def test_of_two_that_share_the_more_specific_is_called(
+    server: Server, theirs: str, asked: str, called: str, theirs_is_called: bool, outcome: str
+) -> None:
+    first = server(theirs, share=True)
+    (warning,) = explained(asked).warnings
+    assert outcome in warning
+    second = server(asked, share=True)
+    waiting = first if theirs_is_called else second
+    waiting.settimeout(5)
+    for _ in range(9):  # of which two that share would each have some
+        with socket.create_connection((called, PORT)):
+            waiting.accept()[0].close()
 
 
 def test_an_ipv6_only_wildcard_does_not_refuse_ipv4_but_is_treacherous(opened: ExitStack) -> None:
@@ -786,6 +818,29 @@ def test_an_adopter_of_the_same_session_is_told_from_a_parent(adopter: str) -> N
     inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command = [*inside, sys.executable, "-c", ADOPTION, adopter]
     assert subprocess.check_output(command) == b"inherited-listener\n"
+
+
+COPY = """
+import os, subprocess, sys, time
+from timewait.explain import explain_bind
+make = "import os, socket, time; s = socket.create_server(('0.0.0.0', 9090))"
+subprocess.run([sys.executable, "-c", make + "; os.fork() and os._exit(0); time.sleep(60)"])
+found = explain_bind(9090)
+print(found.situation, flush=True)
+os.kill(found.holders[0].pid, 9)
+os.wait()
+with subprocess.Popen([sys.executable, "-c", make + "; print(flush=True); time.sleep(60)"],
+                      stdout=subprocess.PIPE) as child:
+    child.stdout.readline()
+    print(explain_bind(9090).situation, flush=True)
+    child.kill()
+"""
+
+
+def test_a_copy_is_told_from_a_child_where_all_are_of_one_session_that_is_not_shown() -> None:
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    found = subprocess.check_output([*inside, sys.executable, "-c", COPY], text=True)
+    assert found.split() == ["inherited-listener", "live-listener"]
 
 
 def test_a_server_whose_group_s_leader_has_ended_is_nobody_s_heir() -> None:

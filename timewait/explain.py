@@ -213,7 +213,7 @@ def _free_after(situation: str, found: Found) -> float | None:
     left = [holder.gone_after for holder in found.holders if holder.gone_after is not None]
     if situation in _FREED_BY or not left or len(left) < len(found.holders):
         return None
-    return max(max(left) - found.age, 0.0) + _RUN_LATE
+    return round(max(max(left) - found.age, 0.0) + _RUN_LATE, 3)
 
 
 def _situation(found: Found) -> str:
@@ -313,8 +313,11 @@ class _Case:
     def _who(self, holder: Holder) -> str:
         if holder.pid is None:
             of = f" of user {holder.user}" if holder.user else ""
-            whose = "another user's or a container's"
-            where = "in a container, or outside this one" if os.geteuid() == 0 else whose
+            where = "another user's or a container's"
+            if os.geteuid() == 0:
+                where = "in a container, or outside this one"
+            elif holder.user == user_name(os.geteuid()):
+                where = "in a container, or with rights that this one has not"
             return f"a process{of} that cannot be seen from here ({where})"
         many = f" and {len(holder.pids) - 1} more" if len(holder.pids) > 1 else ""
         return f"{holder.process} (pid {holder.pid}{many}, user {holder.user})"
@@ -477,10 +480,13 @@ class _Case:
     def shared_listener(self) -> _Said:
         listeners = [holder for holder in self.holders if holder.kind == "listener"]
         names = ", ".join(dict.fromkeys(self._who(holder) for holder in listeners))
+        whose = listeners[0].user
+        mine = whose in (None, user_name(os.geteuid()))
         return (
             f"{len(listeners)} listeners share it: {names}",
             "All of them set SO_REUSEPORT: the kernel deals each new connection to one of them, "
-            "and lets in any further server of the same user that sets it too.",
+            "and lets in any further server of the same user that sets it too."
+            + ("" if mine else f" They are {whose}'s, so not even that helps here."),
             [
                 "Now: if one is a leftover, stop it: it is still given its share of connections.",
                 "For good: set SO_REUSEPORT only where several processes are to serve one port.",
@@ -574,14 +580,18 @@ class _Case:
         )
 
     def self_connect(self) -> _Said:
+        first = self.holders[0]
+        now, whose = "Now: stop or restart that client.", f"holds it: {self._who(first)}"
+        if first.state is State.TIME_WAIT:
+            now, whose = self._wait(), "that has ended holds it: TIME_WAIT"
         return (
-            f"a connection to itself holds it: {self._who(self.holders[0])}",
+            f"a connection to itself {whose}",
             "A client that kept calling this port while nobody listened was dealt that very port "
             "as its own and connected to itself (simultaneous open). " + self._reuse_rule("it"),
             [
-                self._reuse_now("Now: stop or restart that client."),
-                "For good: have clients that retry check getsockname() != getpeername(). "
-                + _RESERVE.removeprefix("For good: "),
+                self._reuse_now(now),
+                "For good: have clients that retry close a connection whose getsockname() is its "
+                "getpeername(); " + _RESERVE.removeprefix("For good: "),
             ],
         )
 
@@ -686,10 +696,22 @@ class _Case:
         """What goes wrong although a bind succeeds."""
         listeners = [holder for holder in self.holders if holder.kind == "listener"]
         if listeners and (self.bindable.reuse_port or self.bindable.both):
-            yield (
-                "A server that sets SO_REUSEPORT would bind, and the two would share: each new "
-                "connection goes to either of them."
-            )
+            beside = "A server that sets SO_REUSEPORT would bind, and "
+            asked = shown_as(self.address[0])
+            for theirs, where in sorted({(each.local[0], each.where) for each in listeners}):
+                if theirs == asked:
+                    outcome = "the two would share: each new connection goes to either of them."
+                elif theirs == "::" or (theirs == "0.0.0.0" and asked != "::"):
+                    outcome = (
+                        f"take all new connections to {address_text(self.address)} from the one "
+                        f"that listens on {where}: the kernel prefers the more specific."
+                    )
+                else:
+                    outcome = (
+                        f"the one that listens on {where} would keep all connections to that: "
+                        "the kernel prefers the more specific."
+                    )
+                yield beside + outcome
         bound = [holder for holder in self.holders if holder.kind == "bound"]
         if bound and not listeners and self.bindable.reuse_address:
             yield (
