@@ -389,6 +389,7 @@ def test_the_tables_fit_eighty_columns_and_the_plot_is_drawn(tmp_path: Path) -> 
         (["-n", "0"], "0 is not in the range"),
         (["--seconds", "0"], "0 is not in the range"),
         (["--seconds", "nan"], "not a number"),
+        (["--plot", ""], "ends in .svg or .png"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(args: list[str], why: str) -> None:
@@ -413,6 +414,38 @@ def test_interrupted_it_prints_what_it_has() -> None:
         told = json.loads(out)
         jsonschema.validate(told, SCHEMA)
         assert told["interrupted"] is True
+
+
+def test_interrupted_while_it_loads_it_says_so_in_one_line() -> None:
+    program = (
+        "import runpy, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'timewait.sim':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "runpy.run_module('timewait.bench', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "python -m timewait.bench: interrupted\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a namespace")
+@pytest.mark.parametrize(
+    ("prepared", "why"),
+    [
+        ("true", "loopback is down"),
+        ("ip link set lo up; echo 32768 32777 > /proc/sys/net/ipv4/ip_local_port_range",
+         "the 10 ephemeral ports ran out"),
+    ],
+)  # fmt: skip
+def test_where_nothing_can_be_measured_one_line_says_why(prepared: str, why: str) -> None:
+    here = ["unshare", "-n", "sh", "-c", f'{prepared}; exec "$0" "$@"']
+    command = [*here, sys.executable, "-m", "timewait.bench", "--here", *SHORT[:-4]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert why in done.stderr
 
 
 def test_a_narrow_terminal_cuts_no_cell_short() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, Final, NoReturn
@@ -98,19 +99,20 @@ def _timewait() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit, as `answer` does."""
-    answer(_timewait, "timewait", args)
+    answer(lambda: _timewait, "timewait", args)
 
 
-def answer(command: Command, name: str, args: list[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 yes, 1 no, 2 trouble, 130 interrupted, 141 nobody reads on.
+def answer(load: Callable[[], click.Command], name: str, args: list[str] | None = None) -> NoReturn:
+    """Load a command, run it and exit.
 
+    Status: 0 yes, 1 no, 2 trouble, 130 interrupted, 141 nobody reads on.
     A command returns its exit status, raises `SystemExit`, or raises
     `click.ClickException`, whose message becomes the one line of trouble.
     """
     _settle_streams()
     try:
         try:
-            status = command.main(args, prog_name=name, standalone_mode=False)
+            status = load().main(args, prog_name=name, standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as help_page:
             click.echo(help_page.format_message())
             status = 0

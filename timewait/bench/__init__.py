@@ -6,8 +6,8 @@ figure stands beside what the model foretells for it.
 
 `ends` is how programs hold connections (plain sockets, asyncio, anyio, uvloop,
 trio), `closes` times the seven orders, `ports` asks how long a port stays
-unbindable and how many connections a second it bears, `tables`, `plot` and
-`__main__` show it.
+unbindable and how many connections a second it bears, `report`, `compare`
+and `plot` show it, `command` is what people call.
 """
 
 from __future__ import annotations

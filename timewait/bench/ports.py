@@ -79,7 +79,8 @@ def binds(
     """Start the server again after each course, without and with SO_REUSEADDR.
 
     With `wait` each is really waited for, all side by side. `record` gets each
-    as it is known, `tick` is called now and then.
+    as it is known, `tick` is called now and then. Raises `ScenarioError` where
+    one cannot be done here.
     """
 
     async def one(course: str, reuse: bool) -> None:
@@ -105,7 +106,13 @@ def binds(
                         tasks.start_soon(one, course, reuse)
             clock.cancel_scope.cancel()
 
-    anyio.run(side_by_side)
+    try:
+        anyio.run(side_by_side)
+    except BaseExceptionGroup as group:
+        wrong: BaseException = group
+        while isinstance(wrong, BaseExceptionGroup):  # the first of them says it for all
+            wrong = wrong.exceptions[0]
+        raise wrong from None
 
 
 async def _ticking(tick: Callable[[], object]) -> None:

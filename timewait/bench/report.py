@@ -286,14 +286,12 @@ def _binds(binds: list[Bind], waited: bool) -> list[RenderableType]:
     by_course = {(bind.course, bind.reuse_address): bind for bind in binds}
     for course in COURSES:
         plain, reusing = by_course.get((course, False)), by_course.get((course, True))
-        if plain:
+        if plain or reusing:
             table.add_row(
                 course,
-                _blocked(plain.kernel),
-                _blocked(plain.model),
-                f"{plain.ratio:.3f}" if plain.ratio else "-",
-                _blocked(reusing.kernel) if reusing else "-",
-                _blocked(reusing.model) if reusing else "-",
+                *((_blocked(plain.kernel), _blocked(plain.model)) if plain else "--"),
+                f"{plain.ratio:.3f}" if plain and plain.ratio else "-",
+                *((_blocked(reusing.kernel), _blocked(reusing.model)) if reusing else "--"),
             )
     return titled(f"The port cannot be bound again for ({how})", table)
 

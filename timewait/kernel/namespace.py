@@ -174,7 +174,10 @@ def _libc(name: str, *arguments: int) -> None:
         raise OSError(errno.ENOSYS, "network namespaces are Linux only")
     if function(*arguments) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
+        why = os.strerror(number)
+        if number == errno.ENOSPC:  # user_namespaces(7)
+            why = "the limit in /proc/sys/user/max_*_namespaces is reached"
+        raise OSError(number, f"{name}: {why}")
 
 
 def _unshare(uid: int) -> Literal["root", "user"]:
@@ -205,7 +208,7 @@ def _why_refused(error: OSError) -> str:
     if error.errno == errno.EINVAL and len(os.listdir("/proc/self/task")) > 1:
         return f"{why}this process already has threads"
     if error.errno == errno.ENOSPC:
-        return f"{why}the limit on user namespaces is reached ({limit})"
+        return f"{why}{error.strerror}"
     return f"{why}this system does not allow user namespaces ({error.strerror})"
 
 
