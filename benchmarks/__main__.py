@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import date
 from importlib import import_module
 from pathlib import Path
 
+import click
 from attrs import asdict
 
 from benchmarks import Figure
+from timewait.cli import Command, answer
+from timewait.kernel.namespace import isolate
 
 NAMES = sorted(
     path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_")
 )
 
 
-def figures(names: list[str], quick: bool) -> Iterator[tuple[str, Figure]]:
+def figures(names: Iterable[str], quick: bool) -> Iterator[tuple[str, Figure]]:
     for name in names:
-        for figure in import_module(f"benchmarks.{name}").measure(quick):
-            if sys.stderr.isatty():
-                print(f"  {name}: {figure.what}", file=sys.stderr, flush=True)
-            yield name, figure
+        try:
+            for figure in import_module(f"benchmarks.{name}").measure(quick):
+                if sys.stderr.isatty():
+                    print(f"  {name}: {figure.what}", file=sys.stderr, flush=True)
+                yield name, figure
+        except (ImportError, PermissionError) as why:
+            print(f"{name}: the rest is left out: {why}", file=sys.stderr, flush=True)
 
 
 def number(value: float) -> str:
@@ -50,23 +56,28 @@ def cells(name: str, figure: Figure) -> list[str]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, noisier figures")
-    parser.add_argument("--json", action="store_true", help="one document instead of the table")
-    options = parser.parse_args()
-    if unknown := set(options.names) - set(NAMES):
-        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
-    rows = list(figures(options.names or NAMES, options.quick))
-    if options.json:
+@click.command(
+    cls=Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="This project's own speed, beside its peers' in the same run. NAME is one of "
+    f"{', '.join(NAMES)}; without any, all of them.",
+)
+@click.argument("names", nargs=-1, metavar="[NAME]...", type=click.Choice(NAMES))
+@click.option("--quick", is_flag=True, help="Smaller sizes, noisier figures.")
+@click.option("--json", "as_json", is_flag=True, help="One document instead of the table.")
+def command(names: tuple[str, ...], quick: bool, as_json: bool) -> None:
+    if os.geteuid():
+        with suppress(OSError):
+            isolate()  # where they may enter further namespaces, as root does anywhere
+    rows = list(figures(names or NAMES, quick))
+    if as_json:
         keys = ("ratio", "reached")
         documents = [
             {"room": name, **asdict(figure), **{key: getattr(figure, key) for key in keys}}
             for name, figure in rows
         ]
         print(json.dumps(documents, indent=1))
-        return 0
+        return
     system = f"{platform.system()} {platform.release()}"
     python = f"Python {platform.python_version()}"
     print(f"{date.today()}: {python}, {system}, {os.cpu_count()} cores\n")
@@ -74,8 +85,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|")
     for name, figure in rows:
         print("| " + " | ".join(cells(name, figure)) + " |")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    answer(lambda: command, "python -m benchmarks")

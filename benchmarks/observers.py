@@ -57,11 +57,10 @@ for line in sys.stdin:
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    if os.geteuid() == 0:
-        yield from _dumps(quick)
-        for name, bound in (("tracepoint", 1.05), ("sock_diag", 1.05), ("capture", 1.15)):
-            yield _overhead(name, bound, quick)
     yield from _files(quick)
+    yield from _dumps(quick)
+    for name, bound in (("tracepoint", 1.05), ("sock_diag", 1.05), ("capture", 1.15)):
+        yield _overhead(name, bound, quick)  # takes root
 
 
 # A dump of the table
@@ -73,33 +72,22 @@ def _dumps(quick: bool) -> Iterator[Figure]:
         for host in ("127.0.0.1", "127.0.0.2"):
             churn(TIME_WAITS // 2 - 100, host)
         count = len(sockets())
-        peers: list[tuple[str, Callable[[int], object], float | None]] = [
-            ("ss -tan", _ss, 1.0),
+        peers: list[tuple[str, Callable[[int], object] | None, float | None]] = [
+            ("ss -tan", _ss if shutil.which("ss") else None, 1.0),
             ("/proc/net/tcp, read and split", _proc, None),
+            ("psutil", _psutil(), None),
+            ("pyroute2", _pyroute2(), None),
         ]
-        try:
-            import psutil
-
-            peers.append(("psutil", lambda n: psutil.net_connections("tcp"), None))
-        except ImportError:
-            pass
-        try:
-            from pyroute2 import DiagSocket
-
-            peers.append(("pyroute2", lambda n: _pyroute2(DiagSocket), None))
-        except ImportError:
-            pass
         for name, peer, target in peers:
-            ours, theirs = side_by_side(
-                (lambda n: sockets(), 1), (peer, 1), rounds=3 if quick else 9
-            )
+            works = [(lambda n: sockets(), 1), *([(peer, 1)] if peer else [])]
+            ours, *theirs = side_by_side(*works, rounds=3 if quick else 9)
             yield Figure(
-                f"dump of {count:,} sockets in TIME_WAIT", ours, "/s", name, theirs, target
+                f"dump of {count:,} sockets in TIME_WAIT", ours, "/s", name, *theirs, target=target
             )
-        ours, theirs = side_by_side((lambda n: sockets(PORT + 1), 1), (_ss_port, 1), rounds=5)
-        yield Figure(
-            f"one other port among {count:,} sockets", ours, "/s", "ss with a filter", theirs, 1.0
-        )
+        works = [(lambda n: sockets(PORT + 1), 1), *([(_ss_port, 1)] if shutil.which("ss") else [])]
+        ours, *theirs = side_by_side(*works, rounds=5)
+        what = f"one other port among {count:,} sockets"
+        yield Figure(what, ours, "/s", "ss with a filter", *theirs, target=1.0)
 
 
 def _ss(_: int) -> None:
@@ -116,10 +104,26 @@ def _proc(_: int) -> list[list[str]]:
         return [line.split() for line in table]
 
 
-def _pyroute2(diag_socket: Callable[[], object]) -> None:
-    with diag_socket() as diag:  # type: ignore[attr-defined]
-        diag.bind()
-        list(diag.get_sock_stats(family=socket.AF_INET))
+def _psutil() -> Callable[[int], object] | None:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return lambda _: psutil.net_connections("tcp")
+
+
+def _pyroute2() -> Callable[[int], object] | None:
+    try:
+        from pyroute2 import DiagSocket
+    except ImportError:
+        return None
+
+    def dump(_: int) -> object:
+        with DiagSocket() as diag:
+            diag.bind()
+            return list(diag.get_sock_stats(family=socket.AF_INET))
+
+    return dump
 
 
 # What watching costs those who are watched
@@ -197,21 +201,16 @@ def _files(quick: bool) -> Iterator[Figure]:
         path = Path(directory, "capture.pcap")
         count = _write(path, connections)
         ours = _cpu_rate(lambda: sum(1 for _ in read(path)), count)
-        if shutil.which("tshark"):
-            theirs = _cpu_rate(lambda: _tshark(path), count)
-            yield Figure(
-                "segments read from a pcap file (CPU)", ours, "/s", "tshark -T fields", theirs, 0.5
-            )
-        else:
-            yield Figure(
-                "segments read from a pcap file (CPU)", ours, "/s", "tshark -T fields", None, 0.5
-            )
+        what = "segments read from a pcap file (CPU)"
+        theirs = _cpu_rate(lambda: _tshark(path), count) if shutil.which("tshark") else None
+        yield Figure(what, ours, "/s", "tshark -T fields", theirs, 0.5)
         try:
             import dpkt
         except ImportError:
-            return
-        theirs = _cpu_rate(lambda: _dpkt(path, dpkt), count)
-        yield Figure("segments read from a pcap file (CPU)", ours, "/s", "dpkt", theirs)
+            theirs = None
+        else:
+            theirs = _cpu_rate(lambda: _dpkt(path, dpkt), count)
+        yield Figure(what, ours, "/s", "dpkt", theirs)
 
 
 def _write(path: Path, connections: int) -> int:

@@ -54,7 +54,21 @@ def test_each_room_is_measured_by_name() -> None:
 def test_a_room_that_is_none_is_refused() -> None:
     done = benchmarks("kitchen")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "no such benchmark: kitchen" in done.stderr
+    assert "'kitchen' is not one of" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_room_whose_peer_is_all_it_is_about_is_left_out_where_that_is_missing() -> None:
+    alone = (
+        "import importlib.metadata as m, runpy, sys\n"
+        "def none(name): raise m.PackageNotFoundError(name)\n"
+        "m.distribution = none\n"
+        "sys.argv[1:] = ['plugin', '--quick', '--json']\n"
+        "runpy.run_module('benchmarks', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", alone], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+    assert done.stderr == "plugin: the rest is left out: No package metadata was found for pytest\n"
 
 
 @pytest.mark.parametrize("name", NAMES)
