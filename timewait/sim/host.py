@@ -20,7 +20,7 @@ from zlib import crc32
 from timewait.events import Row, Transition
 from timewait.sim.network import Key, canonical
 from timewait.sim.ports import ANY4, ANY6, PortTable, is_v4
-from timewait.sim.sock import AF_INET, AF_INET6, INF, Sock
+from timewait.sim.sock import AF_INET, AF_INET6, DOWN, INF, Sock
 from timewait.tcp.connection import Connection, Hook
 from timewait.tcp.profiles import Profile, profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, Segment, seq_add
@@ -675,7 +675,7 @@ class Host:
         """
         self.up = False
         for sock in self.sockets():
-            sock.dead = True
+            sock.dead = DOWN
             sock.clean = False
             sock.end_volley()
             sock.notify()
@@ -744,7 +744,7 @@ def _row(sock: Sock, key: Key, now: float) -> Row:
         retransmits=conn.retransmits,
         timer=timer,
         seconds_left=left,
-        inode=sock.fd if sock.fd >= 0 else 0,
+        inode=sock.fd if sock.files else 0,
         uid=sock.uid,
     )
 

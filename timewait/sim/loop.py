@@ -12,6 +12,7 @@ is refused.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import errno
 import os
 import selectors
@@ -23,6 +24,7 @@ from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[att
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextvars import Context, copy_context
+from functools import partial
 from heapq import heapify, heappop
 from math import ulp
 from selectors import _fileobj_to_fd  # type: ignore[attr-defined]
@@ -32,11 +34,12 @@ from zlib import crc32
 from timewait.sim.host import HERE, Host
 from timewait.sim.inside import LeavesSimulation, getaddrinfo, inside, leaves
 from timewait.sim.network import Network
-from timewait.sim.sock import Sock, fail
+from timewait.sim.sock import DOWN, OVER, Sock, fail
 
 __all__ = ["Deadlock", "Livelock", "SimLoop", "SimSelector", "run"]
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Any)
 
 _SENDFILE: Final = 1 << 18  # bytes read of a file at once
 INF: Final = float("inf")
@@ -193,6 +196,9 @@ class _Handle(asyncio.Handle):
         self._source_traceback = None
 
 
+_Handle.__name__ = _Handle.__qualname__ = asyncio.Handle.__name__
+
+
 class _Transport(_SelectorSocketTransport):  # type: ignore[misc]
     """asyncio's transport, which first tries the short way to and from the simulated socket."""
 
@@ -272,6 +278,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._clock = network.clock
         self._thread = threading.get_ident()
         self._handled: set[int] = set()
+        self._stopped = False  # the programs were, where they could go on no more
         self._before: dict[int, Any] = {}  # what handled signals when the simulation began
         super().__init__(selector)
 
@@ -373,14 +380,15 @@ class SimLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.Handle:
         """As any loop's."""
         if self._debug or self._closed:
-            return super().call_soon(callback, *args, context=context)
+            asyncios: asyncio.Handle = super().call_soon(callback, *args, context=context)
+            return _without_us(asyncios)
         handle = _Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
     def create_task(self, coro: Any, **options: Any) -> Any:
         """As any loop's; the host on which the task runs knows it."""
-        task = super().create_task(coro, **options)
+        task = _without_us(super().create_task(coro, **options))
         context = options.get("context")
         host = HERE.get(None) if context is None else context.get(HERE)
         if host is not None:
@@ -454,30 +462,34 @@ class SimLoop(asyncio.SelectorEventLoop):
         """As `call_soon`; `RuntimeError` from another thread."""
         if threading.get_ident() != self._thread:
             raise RuntimeError("a simulated loop cannot be used from another thread")
-        return self.call_soon(callback, *args, context=context)
+        return _without_us(self.call_soon(callback, *args, context=context))
 
     # Executors run inline.
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> Any:
-        """Call `func` at once, in an empty context as in a thread: there are no threads."""
+        """Call `func` at once, in an empty context as in a thread: there are no threads.
+
+        As from a thread, the loop hears of it in its next iteration.
+        """
         if self.is_closed():
             raise RuntimeError("Event loop is closed")
-        future = self.create_future()
+        if executor is None:
+            self._check_default_executor()  # type: ignore[attr-defined]
+        work: Any = concurrent.futures.Future()
+        future = asyncio.wrap_future(work, loop=self)
         try:
-            result = _as_in_a_thread(func, *args)
+            work.set_result(_as_in_a_thread(func, *args))
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+            work.set_exception(error)
         return future
 
     async def getaddrinfo(self, host: Any, port: Any, **hints: Any) -> Any:
         """Names of the simulated network."""
-        return getaddrinfo(host, port, **hints)
+        return await self.run_in_executor(None, partial(getaddrinfo, host, port, **hints))
 
     async def _create_server_getaddrinfo(self, *args: Any, **named: Any) -> list[_Info]:
         infos = await super()._create_server_getaddrinfo(*args, **named)  # type: ignore[misc]
@@ -485,7 +497,10 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
         """Names of the simulated network."""
-        return socket.getnameinfo(sockaddr, flags)
+        name: tuple[str, str] = await self.run_in_executor(
+            None, socket.getnameinfo, sockaddr, flags
+        )
+        return name
 
     async def _sock_sendfile_native(
         self, sock: Any, file: Any, offset: int, count: int | None
@@ -574,23 +589,29 @@ class SimLoop(asyncio.SelectorEventLoop):
         return True
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """There is none."""
+        """There is none; from now on nobody may ask for it."""
+        self._executor_shutdown_called = True
 
     def close(self) -> None:
         """Close the loop and put signal handlers back.
 
-        What the programs left open the kernel closes, as it does for any process: nobody is told.
+        What the programs left open the kernel closes, as it does when a process ends. In debug mode
+        Python warns of it, as after `asyncio.run`; not where they were stopped before they could.
         """
         while self._before:
             signal.signal(*self._before.popitem())
         self._handled.clear()
-        for sock in self.network.files.values():
-            sock.close()
-            sock.dead = True
+        warn = self._debug and not self._stopped
+        for fd, sock in self.network.files.items():
+            if not sock.dead:
+                sock.close()
+                sock.fd, sock.files, sock.dead = fd, 0, OVER if warn else DOWN
         self.network.files.clear()
         for transport in self._transports.values():
-            transport._closing = True  # type: ignore[attr-defined]
-            transport._sock = None  # type: ignore[attr-defined]
+            own = transport._sock  # type: ignore[attr-defined]
+            if own is not None and own._sock is not None and own._sock.dead == DOWN:
+                transport._closing = True  # type: ignore[attr-defined]
+                transport._sock = None  # type: ignore[attr-defined]
         super().close()
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
@@ -607,6 +628,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         return ""
 
     def _stuck(self) -> NoReturn:
+        self._stopped = True
         waiting = [
             f"  {task.get_name()}{self._where(task)}: {_awaited(task)}"
             for task in sorted(asyncio.all_tasks(self), key=lambda t: _number(t.get_name()))
@@ -618,6 +640,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         )
 
     def _spinning(self) -> NoReturn:
+        self._stopped = True
         turning = []
         keys = [sock.selector_key for sock in self._touched if sock.selector_key is not None]
         watchers = [handle for key in keys for handle in key.data if handle is not None]
@@ -687,6 +710,14 @@ def run(
             raise
         finally:
             loop.close()
+
+
+def _without_us(made: M) -> M:
+    """A handle or task, whose debugging traceback is to end in the program's own code."""
+    traceback = made._source_traceback
+    if traceback:
+        del traceback[-1]
+    return made
 
 
 def _as_in_a_thread(func: Callable[..., T], *args: Any) -> T:

@@ -27,6 +27,8 @@ _EDGE: Final = 1 << 31
 
 
 def _number(file: Any) -> int:
+    if not isinstance(file, int) and not hasattr(file, "fileno"):
+        raise TypeError("argument must be an int, or have a fileno() method.")
     number = file if isinstance(file, int) else file.fileno()
     if number < 0:
         raise ValueError(f"file descriptor cannot be a negative integer ({number})")

@@ -27,7 +27,7 @@ from timewait.sim.express import Volley, pass_text, read_all
 from timewait.sim.network import Key
 from timewait.sim.ports import ANY4, ANY6, is_v4
 from timewait.tcp.actions import send_text
-from timewait.tcp.connection import Connection, SocketOptions
+from timewait.tcp.connection import Connection, SocketOptions, TCPError
 from timewait.tcp.profiles import RMEM_MAX, window_scale
 from timewait.tcp.segment import ACK, RST, SYN, Segment
 from timewait.tcp.states import State, Timer
@@ -35,13 +35,15 @@ from timewait.tcp.states import State, Timer
 if TYPE_CHECKING:
     from timewait.sim.host import Host
 
-__all__ = ["AF_INET", "AF_INET6", "CONNECTED", "INF", "Sock", "fail"]
+__all__ = ["AF_INET", "AF_INET6", "CONNECTED", "DOWN", "INF", "OVER", "Sock", "fail"]
 
 AF_INET: Final = socket.AF_INET
 AF_INET6: Final = socket.AF_INET6
 
 # What the file, not the protocol, remembers (Linux's socket_state).
 UNCONNECTED, CONNECTING, CONNECTED, DISCONNECTING = range(4)
+
+DOWN, OVER = 1, 2  # why a socket is dead: its host went down, the simulation ended
 
 INF: Final = float("inf")
 _KEEP: Final = (7200.0, 75.0, 9)
@@ -117,8 +119,8 @@ def _multicast6(address: str) -> bool:
 
 
 def _of_a_link(address: str) -> bool:
-    """Whether it means nothing without a link (fe80::/10), and no address here names one."""
-    return not is_v4(address) and ip_address(address).is_link_local
+    """Whether it means nothing without a link (fe80::/10), and names none."""
+    return not is_v4(address) and "%" not in address and ip_address(address).is_link_local
 
 
 class Sock:
@@ -185,7 +187,7 @@ class Sock:
         self.network = host.network
         self.clock = host.network.clock
         self.clean = False  # nothing but `pass_text` has touched the connection since it last did
-        self.dead = False  # its host went down
+        self.dead = 0  # or DOWN, or OVER
         self.family = family
         self.address = ANY4 if family == AF_INET else ANY6
         self.port = 0
@@ -419,6 +421,9 @@ class Sock:
             self._hold(more)
         try:
             taken = conn.send(data, self.clock.now)
+        except TCPError as error:
+            number = error.args[0]
+            raise OSError(number, os.strerror(number)) from None  # BrokenPipeError, by the errno
         finally:
             self.after(old)
         if self.network.queue:
@@ -721,6 +726,8 @@ class Sock:
                 self.conn._pingpong = not value
                 if value and self.conn.t_ack != INF:
                     self.conn.timeout(Timer.DELAYED_ACK, self.clock.now)
+            case socket.IPPROTO_TCP, socket.TCP_QUICKACK if value:
+                pass  # so every connection begins
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:
                 self.linger2 = None if value == 0 else -1 if value < 0 else min(value, 120)
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:

@@ -22,7 +22,7 @@ from typing import Any, Final, TypeAlias
 
 from timewait.sim.host import HERE, Host
 from timewait.sim.ports import is_v4
-from timewait.sim.sock import AF_INET, AF_INET6, CONNECTED, Sock, fail
+from timewait.sim.sock import AF_INET, AF_INET6, CONNECTED, DOWN, Sock, fail
 
 __all__ = ["SimSocket", "WouldBlockForever", "current_host"]
 
@@ -39,9 +39,14 @@ _OOB, _PEEK, _TRUNC, _DONTWAIT, _WAITALL, _ERRQUEUE, _MORE = map(
 _NOT_SENT: Final = _OOB | int(socket.MSG_FASTOPEN)
 _READING_OVER: Final = 0x2000 | 0x8 | 0x10  # POLLRDHUP, POLLERR, POLLHUP
 _TCP_INFO: Final = 280  # bytes of Linux 6.18's struct tcp_info
+_LINGER_MAX: Final = (1 << 63) // 250  # seconds: MAX_SCHEDULE_TIMEOUT, for a negative time
 _SO_MARK, _SO_TIMESTAMPING = 36, (37, 65)
 _TX_RECORDS: Final = 0x303  # SOF_TIMESTAMPING_TX_RECORD_MASK
 
+
+# Python's own, over whatever has a socket's methods.
+_machine_makefile: Final[Any] = socket.socket.makefile
+_machine_sendfile: Final[Any] = socket.socket._sendfile_use_send  # type: ignore[attr-defined]
 
 _Kind: TypeAlias = type[BaseException] | None
 
@@ -64,7 +69,10 @@ def current_host() -> Host:
 class SimSocket:
     """A TCP socket of a modelled host; see `socket.socket`."""
 
-    __slots__ = ("__weakref__", "_family", "_host", "_proto", "_sock", "_timeout")
+    __slots__ = (
+        *("__weakref__", "_closed", "_family", "_host", "_inheritable", "_io_refs"),
+        *("_proto", "_sock", "_timeout"),
+    )
 
     def __init__(
         self,
@@ -74,10 +82,15 @@ class SimSocket:
         fileno: int | None = None,
     ) -> None:
         self._sock: Sock | None = None
+        self._io_refs = 0  # files that `makefile` made of it
+        self._closed = False
         self._timeout: float | None = socket.getdefaulttimeout()
         host = current_host()
         self._host = host
+        family, type, proto = index(family), index(type), index(proto)
         if fileno is not None:
+            if index(fileno) < 0:
+                raise ValueError("negative file descriptor")
             if fileno not in host.network.files:
                 fail(errno.EBADF)
             self._sock = host.network.files[fileno]
@@ -117,7 +130,8 @@ class SimSocket:
         new = cls.__new__(cls)
         new._family = sock.family
         new._host = sock.host
-        new._proto = 0
+        new._proto = new._io_refs = 0
+        new._closed = False
         new._timeout = socket.getdefaulttimeout()
         new._attach(sock)
         return new
@@ -160,14 +174,20 @@ class SimSocket:
 
     def setblocking(self, flag: bool) -> None:
         """Blocking mode is allowed as long as nothing has to wait."""
-        self._timeout = None if flag else 0.0
+        self._timeout = None if index(flag) else 0.0
         if self._sock is None:
             fail(errno.EBADF)
 
     def settimeout(self, value: float | None) -> None:
         """As `setblocking`; a timeout is blocking mode too."""
-        if value is not None and value < 0:
-            raise ValueError("Timeout value out of range")
+        if value is not None:
+            value = value if isinstance(value, float) else float(index(value))
+            if value != value:
+                raise ValueError("Invalid value NaN (not a number)")
+            if value < 0:
+                raise ValueError("Timeout value out of range")
+            if value >= 1 << 63:
+                raise OverflowError("timestamp out of range for platform time_t")
         self._timeout = value
         if self._sock is None:
             fail(errno.EBADF)
@@ -183,11 +203,12 @@ class SimSocket:
     def get_inheritable(self) -> bool:
         """Whether a child process would inherit it."""
         self._open()
-        return False
+        return getattr(self, "_inheritable", False)
 
     def set_inheritable(self, inheritable: bool) -> None:
-        """Accepted: there are no child processes."""
+        """Remembered: there are no child processes."""
         self._open()
+        self._inheritable = bool(inheritable)
 
     def _wait(self, call: str, flags: int = 0) -> None:
         """Here a blocking socket would wait."""
@@ -215,8 +236,10 @@ class SimSocket:
             host = host.decode()
         if not isinstance(host, str):
             raise TypeError("str, bytes or bytearray expected, not " + host.__class__.__name__)
-        port, flow, *_ = [*map(index, numbers), 0]
+        port, flow, scope, *_ = [*map(index, numbers), 0, 0]
         found = self._resolved(host)
+        if scope and "%" not in found and found.startswith("fe80:"):
+            found += f"%{scope}"
         if not 0 <= port <= 65535:
             raise OverflowError(f"{call}(): port must be 0-65535.")
         if not 0 <= flow <= 0xFFFFF:
@@ -226,8 +249,15 @@ class SimSocket:
     def _resolved(self, host: str) -> str:
         if host == "":
             return "0.0.0.0" if self._family == AF_INET else "::"
-        if host == "<broadcast>" and self._family == AF_INET:
+        if "\0" in host:
+            raise TypeError("host name must not contain null character")
+        if host in ("<broadcast>", "255.255.255.255"):
+            if self._family != AF_INET:
+                raise OSError("address family mismatched")
             return "255.255.255.255"
+        host, percent, _link = host.partition("%")  # which link, the address' fourth part tells
+        if percent and not host.startswith("fe80:"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         mapped = self._family == AF_INET6 and host.lower().startswith("::ffff:") and "." in host
         found = self._host.resolve(host, AF_INET if mapped else self._family)
         if not found:
@@ -264,7 +294,10 @@ class SimSocket:
 
     def listen(self, backlog: int = 128) -> None:
         """listen(2)."""
-        self._open().listen(max(backlog, 0))
+        sock = self._open()
+        if index(backlog) >= 1 << 31:
+            raise OverflowError("signed integer is greater than maximum")
+        sock.listen(max(backlog, 0))
 
     def accept(self) -> tuple[SimSocket, Any]:
         """accept(2): a new socket and the peer's address."""
@@ -279,9 +312,12 @@ class SimSocket:
 
     def connect(self, address: Any) -> None:
         """connect(2)."""
+        self._connect(address, "connect")
+
+    def _connect(self, address: Any, call: str) -> None:
         sock = self._open()
         try:
-            sock.connect(*self._address(address, "connect"))
+            sock.connect(*self._address(address, call))
         except BlockingIOError as error:
             if self._timeout == 0.0 or error.errno != errno.EINPROGRESS:
                 raise
@@ -299,14 +335,14 @@ class SimSocket:
     def connect_ex(self, address: Any) -> int:
         """As `connect`, returning the errno."""
         try:
-            self.connect(address)
+            self._connect(address, "connect_ex")
         except OSError as error:
             if error.errno is None or isinstance(error, socket.gaierror):
                 raise
             return error.errno
         return 0
 
-    def send(self, data: Any, flags: int = 0) -> int:
+    def send(self, data: Any, flags: int = 0, /) -> int:
         """send(2): how many bytes were taken."""
         if flags & _NOT_SENT:
             fail(errno.EOPNOTSUPP)
@@ -314,23 +350,31 @@ class SimSocket:
         if sock is None or sock.dead:
             sock = self._open()
         try:
-            return sock.send(
-                data if type(data) is bytes else bytes(memoryview(data)), flags & _MORE != 0
-            )
+            return sock.send(data if type(data) is bytes else _text(data), flags & _MORE != 0)
         except BlockingIOError:
             self._wait("send", flags)
             raise
 
-    def sendall(self, data: Any, flags: int = 0) -> None:
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
         """Send all or fail."""
         self._open()
-        view = memoryview(data).cast("B")
+        view = memoryview(_text(data))
         while view:
             view = view[self.send(view, flags) :]
 
     def sendto(self, data: Any, *rest: Any) -> int:
         """As `send`: TCP ignores the address."""
+        if not 1 <= len(rest) <= 2:
+            raise TypeError(f"sendto() takes 2 or 3 arguments ({1 + len(rest)} given)")
+        self._address(rest[-1], "sendto")
         return self.send(data, rest[0] if len(rest) > 1 else 0)
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """As a machine's socket, in blocking mode only: sends until the end of the file."""
+        sent: int = _machine_sendfile(self, file, offset, count)
+        return sent
+
+    _check_sendfile_params = socket.socket._check_sendfile_params  # type: ignore[attr-defined]
 
     def sendmsg(
         self,
@@ -338,15 +382,29 @@ class SimSocket:
         ancdata: Iterable[Any] = (),
         flags: int = 0,
         address: Any = None,
+        /,
     ) -> int:
         """sendmsg(2); ancillary data is judged as the kernel does, and means nothing to TCP."""
         self._open()
-        for level, kind, data in ancdata:
+        if not isinstance(buffers, Iterable):
+            raise TypeError("sendmsg() argument 1 must be an iterable")
+        text = b"".join(map(_text, buffers))
+        for item in ancdata:
+            if len(item) != 3:
+                raise TypeError(
+                    "[sendmsg() ancillary data items]() argument must be sequence of length 3, "
+                    f"not {len(item)}"
+                )
+            level, kind, data = item
             _check_ancillary(level, kind, bytes(data))
-        return self.send(b"".join(map(memoryview, buffers)), flags)
+        if address is not None:
+            self._address(address, "sendmsg")
+        return self.send(text, flags)
 
-    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """recv(2); for no bytes Python does not ask the kernel."""
+        if type(bufsize) is not int:
+            bufsize = index(bufsize)
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")
         return self._receive(bufsize, flags) if bufsize else b""
@@ -382,7 +440,7 @@ class SimSocket:
             view[: len(data)] = data
         return len(data)
 
-    def recvfrom(self, bufsize: int, flags: int = 0) -> tuple[bytes, None]:
+    def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, None]:
         """As `recv`: on TCP there is no address with it."""
         if bufsize < 0:
             raise ValueError("negative buffersize in recvfrom")
@@ -397,18 +455,29 @@ class SimSocket:
         return len(data), None
 
     def recvmsg(
-        self, bufsize: int, ancbufsize: int = 0, flags: int = 0
+        self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /
     ) -> tuple[bytes, list[Any], int, None]:
         """recvmsg(2): never any ancillary data."""
         if bufsize < 0:
             raise ValueError("negative buffer size in recvmsg()")
+        if ancbufsize < 0:
+            raise ValueError("invalid ancillary data buffer length")
         return self._receive(bufsize, flags), [], 0, None
 
     def recvmsg_into(
-        self, buffers: Iterable[Any], ancbufsize: int = 0, flags: int = 0
+        self, buffers: Iterable[Any], ancbufsize: int = 0, flags: int = 0, /
     ) -> tuple[int, list[Any], int, None]:
         """recvmsg(2) into one buffer after the other."""
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        try:
+            views = [memoryview(buffer).cast("B") for buffer in buffers]
+            if any(view.readonly for view in views):
+                raise TypeError
+        except TypeError:
+            raise TypeError(
+                "recvmsg_into() argument 1 must be an iterable of single-segment read-write buffers"
+            ) from None
+        if ancbufsize < 0:
+            raise ValueError("invalid ancillary data buffer length")
         data = self._receive(sum(map(len, views)), flags)
         left = b"" if flags & _TRUNC else data
         for view in views:
@@ -420,12 +489,15 @@ class SimSocket:
     def shutdown(self, how: int) -> None:
         """shutdown(2)."""
         sock = self._open()
-        if how not in (socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR):
+        if index(how) not in (socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR):
             fail(errno.EINVAL)
         sock.shutdown(how)
 
     def close(self) -> None:
-        """close(2); once more does nothing."""
+        """close(2), when the last file made of it is closed too; once more does nothing."""
+        self._closed = True
+        if self._io_refs:
+            return
         sock, self._sock = self._sock, None
         if sock is not None:
             sock.files -= 1
@@ -437,6 +509,7 @@ class SimSocket:
     def detach(self) -> int:
         """Let go of the socket without closing it; returns its number."""
         sock, self._sock = self._sock, None
+        self._closed = True
         return -1 if sock is None else sock.fd
 
     def dup(self) -> SimSocket:
@@ -445,6 +518,7 @@ class SimSocket:
         new = SimSocket.__new__(SimSocket)
         new._family, new._proto, new._host = self._family, self._proto, self._host
         new._timeout, new._sock = self._timeout, sock
+        new._io_refs, new._closed = 0, False
         sock.files += 1
         return new
 
@@ -458,16 +532,12 @@ class SimSocket:
         if isinstance(value, int) and -(1 << 31) <= value < 1 << 31:
             number = int(value)
         else:
-            try:
-                data = bytes(memoryview(value))
-            except TypeError:
-                kind = value.__class__.__name__
-                raise TypeError(f"a bytes-like object is required, not {kind!r}") from None
+            data = _text(value)
             if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
                 if len(data) < 8:
                     fail(errno.EINVAL)
                 on, seconds = struct.unpack_from("ii", data)
-                sock.linger = seconds if on else None
+                sock.linger = None if not on else seconds if seconds >= 0 else _LINGER_MAX
                 return
             if len(data) < 4:
                 fail(errno.EINVAL)
@@ -480,7 +550,7 @@ class SimSocket:
         if not 0 <= buflen <= 1024:
             raise OSError("getsockopt buflen out of range")
         if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
-            data = struct.pack("ii", sock.linger is not None, sock.linger or 0)
+            data = struct.pack("iI", sock.linger is not None, (sock.linger or 0) & 0xFFFFFFFF)
         elif (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
             data = bytes([sock.linux_state()]).ljust(_TCP_INFO, b"\0")
         else:
@@ -496,8 +566,14 @@ class SimSocket:
     # The object.
 
     def makefile(self, *args: Any, **named: Any) -> Any:
-        """Refused: a file object reads in blocking mode."""
-        raise WouldBlockForever("makefile() reads in blocking mode, which virtual time cannot")
+        """A file over the socket, as a machine's; where it would wait, `WouldBlockForever`."""
+        return _machine_makefile(self, *args, **named)
+
+    def _decref_socketios(self) -> None:
+        """Such a file was closed (Python's own name)."""
+        self._io_refs = max(0, self._io_refs - 1)
+        if self._closed:
+            self.close()
 
     def __enter__(self) -> SimSocket:
         return self
@@ -511,22 +587,37 @@ class SimSocket:
         self.close()
 
     def __getstate__(self) -> Any:
-        raise TypeError(f"cannot pickle {self.__class__.__name__!r} object")
+        raise TypeError("cannot pickle 'socket' object")
 
     def __repr__(self) -> str:
+        """As a machine's socket, of which programs have seen it in logs and warnings."""
         sock = self._sock
-        if sock is None:
-            return f"<SimSocket [closed] family={self._family}>"
-        text = f"<SimSocket on {self._host.name} fd={sock.fd}, {sock.state}"
-        text += f", laddr={self._tuple(sock.address, sock.port)}"
-        if sock.remote_port:
-            text += f", raddr={self._tuple(sock.remote, sock.remote_port)}"
+        kind = type(self)
+        name = (
+            f"{kind.__module__}.{kind.__qualname__}" if kind is not SimSocket else "socket.socket"
+        )
+        text = f"<{name}{' [closed]' if sock is None else ''} fd={self.fileno()}"
+        text += f", family={self._family}, type=1, proto={self._proto}"
+        if sock is not None:
+            text += f", laddr={self._tuple(sock.address, sock.sport)}"
+            if sock.key is not None and (sock.dead or sock.peer_known()):
+                text += f", raddr={self._tuple(*sock.key[2:])}"
         return text + ">"
 
     def __del__(self) -> None:
-        if self._sock is not None and not self._sock.dead:
+        sock = getattr(self, "_sock", None)  # where __init__ was called in vain, there is none
+        if sock is not None and sock.dead != DOWN:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self._io_refs = 0
             self.close()
+
+
+def _text(data: Any) -> bytes:
+    try:
+        return bytes(memoryview(data))
+    except TypeError:
+        kind = data.__class__.__name__
+        raise TypeError(f"a bytes-like object is required, not {kind!r}") from None
 
 
 def _writable(buffer: Any, nbytes: int, call: str) -> memoryview:
@@ -540,7 +631,11 @@ def _writable(buffer: Any, nbytes: int, call: str) -> memoryview:
     if nbytes < 0:
         raise ValueError(f"negative buffersize in {call}")
     if nbytes > len(view):
-        raise ValueError("buffer too small for requested bytes")
+        raise ValueError(
+            "buffer too small for requested bytes"
+            if call == "recv_into"
+            else "nbytes is greater than the length of the buffer"
+        )
     return view[:nbytes] if nbytes else view
 
 
