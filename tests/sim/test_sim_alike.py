@@ -21,6 +21,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
+from functools import partial
 
 import pytest
 
@@ -327,6 +329,86 @@ async def arguments():
     return seen
 
 
+async def wrong_types():
+    """Of what is sent, received and set: their errors in Python's own words."""
+    listener, client, conn = pair()
+    buffer = bytearray(4)
+    with listener, client, conn:
+        calls = [
+            *(lambda: client.send("x"), lambda: client.sendall(5), lambda: client.sendmsg(["x"])),
+            *(lambda: client.sendmsg(None), lambda: client.sendto(b"x")),
+            *(lambda: client.sendto(b"x", ("::1", 1)), lambda: client.sendto(b"x", None)),
+            *(lambda: conn.recv(1.5), lambda: conn.recv("x"), lambda: conn.recvmsg(1, -1)),
+            *(lambda: conn.recvfrom_into(buffer, 5), lambda: conn.recv_into(buffer, 5)),
+            *(lambda: conn.recvmsg_into([b"x"]), lambda: conn.recvmsg_into(["x"])),
+            *(lambda: client.settimeout("x"), lambda: client.settimeout(float("nan"))),
+            *(lambda: client.settimeout(1e30), lambda: client.setblocking("x")),
+            *(lambda: client.shutdown("x"), lambda: listener.listen("x")),
+            *(lambda: client.connect_ex(("127.0.0.1", -1)), lambda: listener.listen(1 << 40)),
+            *(lambda: client.connect(("a\0b", 1)), lambda: select.select(["x"], [], [])),
+            *(lambda: socket.socket(fileno=-1), lambda: socket.socket(fileno="x")),
+            *(lambda: socket.socket("x"), lambda: client.makefile("z")),
+            lambda: client.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, -1)
+            ),
+            lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8),
+            lambda: client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0)),
+        ]
+        seen = [attempt(call) for call in calls]
+        client.settimeout(3)
+        client.set_inheritable(True)
+        return [*seen, client.gettimeout(), client.get_inheritable(), conn.get_inheritable()]
+
+
+async def broken_pipes():
+    """EPIPE is a BrokenPipeError, whichever call meets it first."""
+    seen = []
+    for send in ("send", "sendall", "sendmsg"):
+        listener, client, conn = pair()
+        with listener, client:
+            conn.close()
+            client.send(b"reset")
+            await asyncio.sleep(0.01)
+            text = [b"x"] if send == "sendmsg" else b"x"
+            seen += [attempt(getattr(client, send), text) for _ in range(3)]
+            with socket.socket() as never:
+                seen.append(attempt(getattr(never, send), text))
+    return seen
+
+
+async def files_of_sockets():
+    listener, client, conn = pair()
+    with listener, client.makefile("w") as writing, conn.makefile("rb") as reading:
+        writing.write("one\ntwo\n")
+        client.close()
+        writing.flush()
+        conn.close()
+        seen = [reading.readline(), conn.fileno() > 0, client.fileno() > 0]
+        writing.close()
+        seen += [reading.read(), client.fileno()]
+    return [*seen, conn.fileno()]
+
+
+async def work_elsewhere():
+    """It is done when the loop comes round again, and may be cancelled until then."""
+    loop = asyncio.get_running_loop()
+    seen = []
+
+    async def meanwhile():
+        seen.append("meanwhile")
+
+    task = asyncio.create_task(meanwhile())
+    await asyncio.to_thread(int)
+    seen.append("done")
+    await task
+    call = asyncio.create_task(asyncio.to_thread(int))
+    await asyncio.sleep(0)
+    call.cancel()
+    seen.append(await attempted(call))
+    await loop.shutdown_default_executor()
+    return [*seen, attempt(loop.run_in_executor, None, int), repr(loop.call_soon(int))[:8]]
+
+
 async def watched_numbers():
     """What loops are given to watch: numbers that are none, and sockets closed meanwhile."""
     loop = asyncio.get_running_loop()
@@ -471,6 +553,10 @@ def on(stack, program):
         use_after_close,
         odd_addresses,
         arguments,
+        wrong_types,
+        broken_pipes,
+        files_of_sockets,
+        work_elsewhere,
         watched_numbers,
         ancillary_data,
         sending_nothing,
@@ -482,6 +568,40 @@ def test_a_program_sees_the_same_on_both_stacks(program):
     ours, log = on("model", program)
     assert (ours, log) == on("kernel", program)
     assert ours
+
+
+async def left_behind():
+    """A connection between two tasks that the end of the program cancels."""
+
+    async def read(reader, writer):
+        await reader.read()
+
+    await asyncio.start_server(read, "127.0.0.1", PORT)
+    _, writer = await asyncio.open_connection("127.0.0.1", PORT)
+    await asyncio.sleep(0.01)
+    socket.socket(socket.AF_INET6)
+    socket.create_server(("127.0.0.1", 0))
+    return writer
+
+
+def test_python_warns_of_what_is_left_open_as_on_the_kernel():
+    """In debug mode at the end too; else a simulation ends as a process does."""
+
+    def warned(run):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+            gc.collect()
+        texts = (str(warning.message) for warning in caught)
+        return sorted(re.sub(r"fd=\d+|\d{5}", "N", text) for text in texts)
+
+    with Namespace() as namespace:
+        kernel = warned(lambda: namespace.call(partial(asyncio.run, debug=True), left_behind()))
+    assert warned(lambda: sim.run(left_behind, debug=True)) == kernel
+    assert len(kernel) >= 4
+    assert [text[:25] for text in warned(lambda: sim.run(left_behind))] == 2 * [
+        "unclosed <socket.socket N"
+    ]
 
 
 def test_a_module_that_is_imported_inside_finds_its_libraries():

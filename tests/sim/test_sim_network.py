@@ -438,8 +438,8 @@ def test_blocking_mode_is_refused_where_it_would_have_to_wait():
             with socket.create_connection(("127.0.0.1", 80)) as sock:
                 with pytest.raises(sim.WouldBlockForever):
                     sock.recv(1)
-                with pytest.raises(sim.WouldBlockForever):
-                    sock.makefile()
+                with sock.makefile() as file, pytest.raises(sim.WouldBlockForever):
+                    file.read()
 
     sim.run(main)
 
@@ -696,6 +696,7 @@ def test_timers_run_however_late_it_is(debug, moment):
             with contextlib.closing(writer), pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.3):
                     await reader.read()
+        await asyncio.sleep(1e-4)  # the server closes too
         return loop.time() - moment
 
     async def echo(reader, writer):

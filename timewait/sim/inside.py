@@ -246,7 +246,8 @@ class _AtOnce:
             raise
         except BaseException as error:
             failure = error
-        self._worker._report_result(future, result, failure)
+        report = self._worker._report_result
+        self._worker.loop.call_soon(report, future, result, failure)
 
 
 _REFUSED: Final = {
