@@ -57,7 +57,7 @@ class Watch(Connections):
     `events` are those so far, complete after the end. `observer` names who
     saw them, `why_not` why not a stronger one, `blind` what cannot be seen,
     `lost` how many events were missed. Event times are seconds since the
-    watch began. Once left, it cannot be entered again.
+    watch began. It can be entered once: `RuntimeError` after that.
     """
 
     def __init__(self, port: int | None, observer: str) -> None:
@@ -77,6 +77,8 @@ class Watch(Connections):
     # Entering and leaving
 
     def __enter__(self) -> Self:
+        if self._observer is not None:
+            raise RuntimeError("a watch cannot be entered twice: make another")
         ports = None if self.port is None else (self.port,)
         self._observer, self.why_not = observe(ports, self._wanted)
         self.observer = self._observer.name

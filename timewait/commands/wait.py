@@ -6,21 +6,22 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import isnan
 from types import FrameType
 from typing import Any, Final
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from timewait.bind import parse_address
 from timewait.explain import Explanation, explain_bind
 from timewait.watching import wait_until_bindable_sync
 
-__all__ = ["TO_END", "Seconds", "command"]
+__all__ = ["TO_END", "Screen", "Seconds", "command"]
 
 
 # Windows has no SIGHUP.
@@ -32,6 +33,8 @@ TO_END: Final = tuple(
 class Seconds(click.FloatRange):
     """A number of seconds; nan, which no time is past, is none."""
 
+    name = "number of seconds"
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
@@ -40,6 +43,23 @@ class Seconds(click.FloatRange):
         if isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)
         return seconds
+
+
+class Screen(Console):
+    """A terminal whose cursor stays visible: who is killed could not show it again."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """Leave it as it is."""
+        return False
+
+
+class _Bar(Progress):
+    """The reason for the wait, and under it how much of it is over."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.description, overflow="ellipsis", no_wrap=True)
+        yield self.make_tasks_table(self.tasks)
 
 
 @contextmanager
@@ -79,13 +99,11 @@ def command(
         host, port = parse_address(address)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
+    bar = _Bar(
         BarColumn(bar_width=20),
         TextColumn("{task.fields[left]}"),
         TimeElapsedColumn(),
-        console=console,
+        console=Screen(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
     )

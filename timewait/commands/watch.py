@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from timewait.bind import addresses, parse_address
-from timewait.commands.wait import TO_END, Seconds
+from timewait.commands.wait import TO_END, Screen, Seconds
 from timewait.events import (
     Address,
     Called,
@@ -121,7 +121,9 @@ def command(
         if isolated:
             isolate()
             if observer == "auto":
-                observer = "sock_diag"  # the tracepoint tells of every namespace's resets
+                observer = "sock_diag"
+                why = "not tracepoint: it tells of every namespace's resets"
+                click.echo(f"timewait: watching with {observer}, {why}", err=True)
         return _watch(port, hosts, observer, as_json, seconds, program, told)
     finally:
         for number, handler in before.items():
@@ -268,7 +270,7 @@ def _what(event: Event, width: int) -> str:
 
 
 def _live(seen: Watch, feed: _Feed, over: Callable[[], bool]) -> None:
-    with Live(auto_refresh=False) as live:
+    with Live(console=Screen(), auto_refresh=False) as live:
         while not over() and sys.stdout.isatty():
             # Where there is room for it, the states are below one another.
             width = min(max(live.console.width - 40, 0), 48)
