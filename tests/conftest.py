@@ -4,6 +4,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,19 +17,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def importable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package that any user can read."""
-    home = tmp_path_factory.mktemp("home")
-    path = home
-    while path.name.startswith(("home", "popen-gw", "pytest-")):  # pytest's own folders
-        path.chmod(0o755)
-        path = path.parent
-    shutil.copytree(
-        Path(timewait.__file__).parent,
-        home / "timewait",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    return home
+def importable() -> Iterator[Path]:
+    """A copy of the package that any user can read.
+
+    Not in pytest's own folders, which any pytest that begins meanwhile closes to other users.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        home.chmod(0o755)
+        shutil.copytree(
+            Path(timewait.__file__).parent,
+            home / "timewait",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+        yield home
 
 
 @pytest.fixture(scope="session")

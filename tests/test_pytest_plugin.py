@@ -633,10 +633,9 @@ def test_pytest_asyncio_beside_it(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
-def test_an_ordinary_user_sees_as_much(
-    importable: Path, nobody: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("suite")
+def test_an_ordinary_user_sees_as_much(importable: Path, nobody: tuple[str, ...]) -> None:
+    folder = importable / "suite"  # which that user can read as well
+    folder.mkdir()
     (folder / "help.py").write_text(HELP)
     (folder / "test_suite.py").write_text(
         textwrap.dedent("""

@@ -25,6 +25,15 @@ from timewait.kernel.sock_diag import Destroyed, SockDiag, details, lookup, sock
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sock_diag is Linux's")
 
 
+@pytest.fixture(autouse=True)
+def private() -> Iterator[None]:
+    """Nobody else's sockets in the table, where that may be had."""
+    with contextlib.ExitStack() as stack:
+        if os.geteuid() == 0:
+            stack.enter_context(stack.enter_context(Namespace()).entered())
+        yield
+
+
 @pytest.fixture(params=["127.0.0.1", "::1"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, ...]]:
     family = socket.AF_INET6 if ":" in request.param else socket.AF_INET
