@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from attrs import evolve
 
 from timewait.check import Answers, Checker, Connection, Verdict, answers, check
 from timewait.check.evidence import read
-from timewait.events import Address, Event, Restart, SegmentSeen
+from timewait.events import Address, Event, Restart, SegmentSeen, Transition
+from timewait.kernel.tracepoint import USED_AGAIN
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
+from timewait.tcp.states import State
 
 TRACES = Path(__file__).parent / "traces"
 LOCAL = (("127.0.0.1", 9090), ("127.0.0.1", 40000))
@@ -45,6 +48,7 @@ def told(events: Iterable[Event]) -> tuple[Verdict, list[Answers]]:
     return checker.verdict(), found
 
 
+OVER = "1 s FIN 9 5|2 c FIN 5 10|3 s ACK 10 6"
 OPEN = "0 c SYN 4 0|0.01 s SYNACK 8 5|0.02 c ACK 5 9|"
 
 
@@ -88,6 +92,11 @@ def test_what_overtakes_what_or_repeats_it_conforms(
         # Acknowledgments that others have overtaken, and a copy of text from long before.
         "1 c TXT 5 9 50|1.1 c TXT 55 9 50|2 s ACK 9 105|2.1 s ACK 9 55|2.2 s ACK 9 30",
         "1 c TXT 5 9 50|2 s ACK 9 55|3 c FIN 55 9|4 s ACK 9 56|4.1 c TXT 5 9 50|5 s FIN 9 56",
+        # How another connection between the addresses began: its SYN,ACK missed, the SYN, or both.
+        f"{OVER}|1000 c SYN 900000 0|1002 c ACK 900001 65548|1003 c TXT 900001 65548 5",
+        f"{OVER}|1000 s SYNACK 65547 900001|1002 c ACK 900001 65548|1003 c TXT 900001 65548 5",
+        f"{OVER}|1002 c ACK 900001 65548|1003 c TXT 900001 65548 5|1004 s ACK 65548 900006",
+        "1 s FIN 9 5|2 c FIN 5 10|1002 c ACK 900001 65548|1003 c TXT 900001 65548 5",
     ],
 )
 def test_what_captures_between_hosts_often_show_conforms(lines: str) -> None:
@@ -103,6 +112,7 @@ def test_what_captures_between_hosts_often_show_conforms(lines: str) -> None:
         "1 c TXT 99999999 9 20|2 s ACK 9 5",
         "1 c FIN 5 9|2 s ACK 9 7",  # after the FIN
         "1 c FIN 5 9|1.1 c TXT 6 9 5",
+        "1 s FIN 9 5|2 c FIN 5 10|3 s ACK 10 6|1000 c ACK 6 11",
     ],
 )
 def test_what_no_capture_between_hosts_can_show(lines: str) -> None:
@@ -116,6 +126,26 @@ def test_where_the_capture_lacks_segments_is_told_once() -> None:
         "ACK seq=9 ack=105 at 0.001000 s: the capture lacks segments before it, or they were "
         "never sent"
     )
+
+
+def test_addresses_used_again_out_of_time_wait_and_a_connect_that_finds_it_there() -> None:
+    # Linux 6.18 without timestamps: connect() fails, and its SYN_SENT has replaced nothing.
+    events = list(read(TRACES / "captured" / "addresses-used-again.jsonl", print))
+    assert {e.cause for e in events if isinstance(e, Transition)} == {None, USED_AGAIN}
+    verdict = check(events)
+    assert verdict, verdict.explain()
+
+
+def test_a_socket_connected_to_itself_is_told_and_not_checked() -> None:
+    here = ("127.0.0.1", 6500)
+    lines = "0 c SYN 4 0|1 c SYNACK 4 5|2 c ACK 5 5|3 c TXT 5 5 9|4 c ACK 14 14"
+    way = [State.SYN_SENT, State.SYN_RECEIVED, State.ESTABLISHED]
+    states: list[Event] = [
+        Transition(0.001, here, here, *two, "tracepoint") for two in pairwise(way)
+    ]
+    verdict = check([*seen(lines, (here, here)), *states])
+    assert verdict.evidence.problems == ("127.0.0.1:6500 is connected to itself: not checked",)
+    assert verdict
 
 
 def test_text_in_the_syn_conforms() -> None:

@@ -62,9 +62,18 @@ def _events(file: BufferedReader | gzip.GzipFile, tell: Callable[[str], object])
         for number, line in enumerate(file, 1):  # noqa: B007
             yield line
 
+    said = ""
+
+    def problem(what: events.Problem) -> None:
+        nonlocal said
+        said = str(what)
+        tell(said)
+
     last: dict[tuple[str, str], float] = {}
     heads = 0
-    for event in events.read(lines(), lambda problem: tell(str(problem))):
+    for event in events.read(lines(), problem):
+        if isinstance(event, Lost) and event.source == events.REST and event.why != said:
+            tell(event.why)
         if isinstance(event, RunStarted):
             heads += 1
             if heads > 1:

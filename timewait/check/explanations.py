@@ -60,6 +60,7 @@ PASSIVE: Final = 1 << 11
 CHILD: Final = 1 << 12  # Linux has made the socket of a passive open (its third segment came)
 SMALL: Final = 1 << 13  # Linux has replaced the socket by a small one
 HALF: Final = 1 << 14  # in the `via` state of a row that does two things
+REPLACES: Final = 1 << 15  # in SYN_SENT: a TIME_WAIT, unless connect() fails (EADDRNOTAVAIL)
 # what it has put on the wire:
 W_SYN: Final = 1 << 16
 W_SYN_ACK: Final = 1 << 17
@@ -341,8 +342,11 @@ class Explanations:
         if state == TIME_WAIT or (state == FIN_WAIT_2 and x & SMALL):
             # A new connect() may take the place of an old TIME_WAIT (RFC 6191, tcp_tw_reuse),
             # and from a port it is bound to that of a small FIN_WAIT_2 too (tcp_twsk_unique).
-            yield from self._open(end, table[State.CLOSED, Event.OPEN_ACTIVE], segments)
+            opened = table[State.CLOSED, Event.OPEN_ACTIVE]
+            yield from self._open(end, opened, segments, REPLACES if state == TIME_WAIT else 0)
         # Linux's bookkeeping, which only its tracepoint shows.
+        if x & REPLACES:
+            yield Step(end, None, None, TIME_WAIT | _ENDED)
         # (Text in the SYN makes the socket at once: RFC 7413.)
         if state == SYN_RECEIVED and x & PASSIVE and not x & CHILD and y & (W_ACK | W_TEXT):
             yield Step(end, None, None, x | CHILD)
@@ -364,10 +368,10 @@ class Explanations:
         for event, bits in _arrivals(x, y, text, context & 64, segments):
             yield from by(event, bits)
 
-    def _open(self, end: int, row: Row, segments: int) -> Iterator[Step]:
+    def _open(self, end: int, row: Row, segments: int, bits: int = 0) -> Iterator[Step]:
         if row.next is not None:
             sent = W_SYN if "send_syn" in row.actions and not segments else 0
-            yield Step(end, Event.OPEN_ACTIVE, row, int(row.next) | sent)
+            yield Step(end, Event.OPEN_ACTIVE, row, int(row.next) | sent | bits)
 
     def _apply(
         self, end: int, event: Event, row: Row, x: int, bits: int, segments: int
@@ -383,7 +387,7 @@ class Explanations:
         if event is Event.SYN_REOPENS:
             x = x & UNREPORTED | PASSIVE  # nothing of the old incarnation is true of the new one
         if row.next is not None:
-            x = x & ~15 | int(row.next)
+            x = x & ~(15 | REPLACES) | int(row.next)
         acts = row.actions
         if "orphan" in acts:
             x = (x | ORPHAN) & ~_MAY
@@ -649,10 +653,10 @@ def reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None, 
         return (None,) if before & TOLD else (None, (old, new))
     if old == TIME_WAIT:
         if new == SYN_SENT:
-            return ((CLOSED, SYN_SENT), (TIME_WAIT, SYN_SENT))
+            return ((CLOSED, SYN_SENT),)
         return (None, (old, new))
     if new == TIME_WAIT:
-        return ((old, CLOSED), (old, TIME_WAIT))
+        return ((old, CLOSED),) if old == SYN_SENT else ((old, CLOSED), (old, TIME_WAIT))
     return ((old, new),)
 
 
@@ -676,6 +680,7 @@ def emit(x: int, kind: int) -> int | None:
         else:
             if state != SYN_SENT:
                 return None
+            x &= ~REPLACES
             sent = W_SYN | W_TEXT if kind & TEXT else W_SYN
     else:
         if state not in _SYNCHRONIZED and state != SYN_RECEIVED:

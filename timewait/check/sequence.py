@@ -182,6 +182,11 @@ class Sequence:
         """The same for the next connection between these addresses, which knows of this one."""
         again = Sequence(self.exact, self.presumed, self.rto_min, self.linux)
         again.a, again.b = self.a, self.b
+        if self.lacking:
+            # Its SYN may not have been captured: what is seen next may be the new one's.
+            for flow in (self.a, self.b):
+                flow.former = None
+            again.a, again.b = Flow(former=self.a), Flow(former=self.b)
         again.whole = False
         return again
 
@@ -214,6 +219,12 @@ class Sequence:
             return True
         recent.append((t, *what))
         return False
+
+    @property
+    def ended(self) -> bool:
+        """Whether both sides have sent a FIN, or one a RST."""
+        a, b = (flow.former or flow for flow in (self.a, self.b))
+        return None not in (a.fin, b.fin) or max(a.reset_at, b.reset_at) > _NEVER
 
     def is_overtaken(self, from_b: bool, kind: int, ack: int, t: float) -> bool:
         """Whether this was sent before the RST that it came in after (see `_overtaken`)."""
@@ -546,6 +557,7 @@ class Sequence:
             fresh.opened = not flags & ACK
             if length:
                 _remember(fresh.ends, seq_add(seq, 1 + length))
+            fresh.former = x.former
             if x.next is not None:
                 fresh.former = x
                 x.former = None

@@ -47,7 +47,7 @@ from timewait.kernel.recorder import Recorder, keeps_init_apart
 from timewait.kernel.sock_diag import SockDiag, address_text, host_text
 from timewait.tcp.states import State
 
-__all__ = ["Tracepoint"]
+__all__ = ["USED_AGAIN", "Tracepoint"]
 
 # include/uapi/linux/mount.h; these numbers are the same on every architecture.
 _FSOPEN: Final = 430
@@ -64,6 +64,8 @@ _INIT: Final = Path("/proc/1/task")
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _UNCONNECTED: Final = frozenset((7, 10))  # CLOSE, LISTEN
+# Why a TIME_WAIT is over that nobody saw end: a cause of its transition.
+USED_AGAIN: Final = "the connection's addresses are used again"
 _BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
 _LOOKS_FOR_NAMES: Final = 50
 _RECORDED: Final = 0  # the kind of our own records; the kernel's numbers begin above
@@ -346,7 +348,7 @@ class Tracepoint:
             events.append(
                 Transition(
                     *(at, local, remote, State.TIME_WAIT, State.CLOSED, self.name),
-                    cause="the connection's addresses are used again",
+                    cause=USED_AGAIN,
                 )
             )
         was, became = _STATES[old], _STATES[new]

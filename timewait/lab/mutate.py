@@ -23,6 +23,7 @@ from timewait.events import (
     Snapshot,
     Transition,
 )
+from timewait.kernel.tracepoint import USED_AGAIN
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, seq_diff
 from timewait.tcp.states import State
 
@@ -595,16 +596,18 @@ def why_allowed(mutant: Mutant, events: Events) -> str | None:
     if isinstance(event, SegmentSeen):
         return _segment_class(mutant, events, event)
     if isinstance(event, Transition):
+        listener_turned = mutant.operator == "transition-of-the-peer" and not event.remote[1]
         if (
-            mutant.operator == "transition-dropped"
-            and _next_of_connection(events, mutant.at) is None
-        ):
+            mutant.operator == "transition-dropped" or listener_turned  # to nobody's address
+        ) and _next_of_connection(events, mutant.at) is None:
             return "nothing follows: it may have happened after the observer stopped"
+        if event.cause == USED_AGAIN:
+            return "no record of the kernel's: it is inferred when the addresses are used again"
         tracepoint = event.source in ("tracepoint", "sock_diag")
         if tracepoint and State.FIN_WAIT_2 in (event.old, event.new):
             return "an orphan's FIN_WAIT_2 is a small socket: the tracepoint says little of its end"
         return None
-    if isinstance(event, Snapshot) and mutant.operator == "row-state":
+    if isinstance(event, Snapshot):
         return _shortly_before(mutant, events, event)
     return None
 
@@ -630,17 +633,22 @@ def _call_without_effect(event: Called, events: Events) -> str | None:
 
 
 def _shortly_before(mutant: Mutant, events: Events, snapshot: Snapshot) -> str | None:
+    """Whether the one row that was changed, or is gone, was so within the last 50 ms."""
     changed = mutant.events[mutant.at]
     assert isinstance(changed, Snapshot)
-    for row, was in zip(changed.rows, snapshot.rows, strict=True):
-        if row != was and any(
-            isinstance(e, Transition)
-            and (e.local, e.remote) == (row.local, row.remote)
-            and e.old is row.state
-            and 0 <= snapshot.t - e.t < 0.05
-            for e in events
-        ):
-            return "a look is timed when the table has been read: it was so a moment before"
+    was = next((row for row in snapshot.rows if row not in changed.rows), None)
+    if was is None:
+        return None
+    is_now = {(row.local, row.remote): row.state for row in changed.rows}
+    state = is_now.get((was.local, was.remote), State.CLOSED)
+    if any(
+        isinstance(e, Transition)
+        and (e.local, e.remote) == (was.local, was.remote)
+        and state in (e.old, State.CLOSED if e.old is State.LISTEN else e.old)
+        and 0 <= snapshot.t - e.t < 0.05
+        for e in events
+    ):
+        return "a look is timed when the table has been read: it was so a moment before"
     return None
 
 
