@@ -299,12 +299,12 @@ def _held_back(c: Connection) -> bool:
 
 
 def queue_fin(c: Connection, _seg: None, now: float) -> None:
-    if c._tx or not c.snd_wnd or c._recover is not None:
+    seq = c.snd_nxt
+    if c._tx or (seq - c.snd_una) & MASK >= c.snd_wnd or c._recover is not None:
         c._fin = 1
         send_text(c, None, now)
         return
     c._fin = 2
-    seq = c.snd_nxt
     if (c._backoff or c.srtt is None) and c._rtt_seq is None:
         # Little that follows would use a round trip, but that it ends the backoff.
         c._rtt_seq, c._rtt_at = (seq + 1) & MASK, now
