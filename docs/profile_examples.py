@@ -296,6 +296,31 @@ def orphan_given_up(stack: Profile) -> str:
     return f"after {now - 2.0:.0f} s"
 
 
+def timestamped(recent: int, ts_val: int, idle: float = 1.0) -> Look:
+    """Text with a timestamp, that of the SYN,ACK having been `recent`."""
+
+    def look(stack: Profile) -> str:
+        c = Connection(stack, iss=1000, timestamps=True)
+        c.open_active(0.0)
+        offer = Options(1460, ts_val=recent, ts_ecr=0)
+        c.segment(Segment(PEER, 1001, SYN | ACK, WINDOW, b"", offer), 0.0)
+        stamp = Options(ts_val=ts_val % 2**32, ts_ecr=0)
+        c.segment(Segment(5001, 1001, ACK, WINDOW, b"text", stamp), idle)
+        return "taken" if c.readable_bytes else "too old"
+
+    return look
+
+
+def tiny_mss(stack: Profile) -> str:
+    c = Connection(stack, iss=1000, timestamps=False)
+    c.open_active(0.0)
+    c.segment(Segment(PEER, 1001, SYN | ACK, WINDOW, b"", Options(mss=1)), 0.0)
+    c.options = SocketOptions(nodelay=True)
+    c.out.clear()
+    c.send(b"a" * 300, 0.0)
+    return f"the first carries {len(c.out[0].data)} bytes"
+
+
 def offered(stack: Profile) -> str:
     c = Connection(stack, iss=1000)
     c.open_active(0.0)
@@ -360,6 +385,12 @@ SITUATIONS: list[tuple[str, Look]] = [
     ("An orphan's FIN waits for a window, and nobody answers", probed),
     ("Giving up, once synchronized", each(gives_up, E, F, W, C, X, L)),
     ("Nobody answers keep-alives", each(kept_alive, E, F, W, C, X, L)),
+    ("A timestamp that is one older than the last", timestamped(9000, 8999)),
+    ("Much older", timestamped(9000, 1000)),
+    ("Much older, after an hour without a segment", timestamped(9000, 1000, 3600.0)),
+    ("Much older, after 25 days", timestamped(9000, 1000, 25 * 86400.0)),
+    ("Older than a timestamp of 0", timestamped(0, -1000)),
+    ("A peer whose MSS is 1", tiny_mss),
     ("What a SYN offers", offered),
     ("When text is acknowledged, a byte every 100 ms", text_acknowledged),
     ("When a FIN is acknowledged, no text before it", fin_acknowledged),

@@ -34,7 +34,7 @@ __all__ = ["ModelSocket", "ModelStack", "from_options", "to_options"]
 # Settings of congestion control, offload and memory, of which the model has none: a script
 # that depends on one fails at the segment where it shows.
 _WITHOUT_EFFECT: Final = (
-    "tcp_wmem tcp_congestion_control tcp_min_tso_segs tcp_tso_win_divisor tcp_early_retrans "
+    "tcp_wmem tcp_congestion_control tcp_min_tso_segs tcp_tso_win_divisor "
     "tcp_recovery tcp_reordering tcp_max_reordering tcp_frto tcp_dsack tcp_fack "
     "tcp_slow_start_after_idle tcp_pacing_ss_ratio tcp_pacing_ca_ratio tcp_notsent_lowat "
     "tcp_no_metrics_save tcp_no_ssthresh_metrics_save tcp_limit_output_bytes tcp_autocorking "

@@ -574,9 +574,12 @@ def retransmit(c: Connection, _seg: None, now: float) -> None:
         if c.t_user == inf and c.options.user_timeout is not None:
             since = now if c.first_sent is None else c.first_sent
             c.t_user = max(now, since + c.options.user_timeout)
-    if c.rto < parameters.rto_max:
+    most = parameters.rto_max
+    if c.state is SYN_RECEIVED and c.passive:
+        most = parameters.synack_rto_max
+    if c.rto < most:
         c._backoff += 1
-        c.rto = min(2 * c.rto, parameters.rto_max)
+        c.rto = min(2 * c.rto, most)
     c.t_retransmit = now + c.rto
 
 
@@ -755,7 +758,7 @@ def probe(c: Connection, _seg: None, now: float) -> None:
         emit(c, ACK | PSH, now, seq, c._tx[sent : sent + n])
         return
     emit(c, ACK, now, (c.snd_una - 1) & MASK)
-    if _probe_after(c) < c.profile.parameters.rto_max:
+    if not probe_slowest(c):
         c._backoff += 1
     c.t_probe = now + _probe_after(c)
 
@@ -763,6 +766,11 @@ def probe(c: Connection, _seg: None, now: float) -> None:
 def _probe_after(c: Connection) -> float:
     """How long a probe waits (tcp_probe0_when): doubled apart from the retransmission timeout."""
     return min(c.rto * 2.0**c._backoff, c.profile.parameters.rto_max)
+
+
+def probe_slowest(c: Connection) -> bool:
+    """Whether probes cannot come more seldom than now."""
+    return _probe_after(c) >= c.profile.parameters.rto_max
 
 
 def probe_answered(c: Connection, now: float) -> None:

@@ -107,7 +107,7 @@ def _in_syn_received(c: Connection, seg: Segment, flags: int, now: float) -> int
     """After a passive OPEN nobody has been told of this connection yet."""
     if not c.passive:
         return _in_window(c, seg, flags, now)
-    if flags & _CONTROL == SYN and seg.seq == c.irs and not _paws(c, seg, now, 0):
+    if flags & _CONTROL == SYN and seg.seq == c.irs and not _paws(c, seg, now):
         return _SYN_AGAIN
     if not c.profile.parameters.linux_checks:
         return _in_window(c, seg, flags, now)
@@ -115,7 +115,7 @@ def _in_syn_received(c: Connection, seg: Segment, flags: int, now: float) -> int
     c.rcv_adv = (c.rcv_nxt + min(c.rcv_buf, 0xFFFF)) & MASK
     if flags & (ACK | RST) == ACK and seg.ack != c.snd_nxt:
         return _ACK_OF_UNSENT
-    if _paws(c, seg, now, 0) or not _fits_request(c, seg) or _echoes_another_syn(c, seg, now):
+    if _paws(c, seg, now) or not _fits_request(c, seg) or _echoes_another_syn(c, seg, now):
         return _RST_OUTSIDE if flags & RST else _UNACCEPTABLE
     if flags & RST:
         return _RST_TO_PASSIVE if seg.seq == c.rcv_nxt else _RST_IN_WINDOW
@@ -130,7 +130,7 @@ def _in_fin_wait_2(c: Connection, seg: Segment, flags: int, now: float) -> int:
     """An orphan's FIN_WAIT_2 is a small socket on Linux: it knows only sequence numbers."""
     if not c.orphaned or not c.profile.parameters.small_sockets or c.t_keepalive != inf:
         return _in_window(c, seg, flags, now)
-    if _paws(c, seg, now, 0) or not _fits_request(c, seg):
+    if _paws(c, seg, now) or not _fits_request(c, seg):
         return _UNACCEPTABLE
     if flags & RST:
         return _RST_EXACT
@@ -146,7 +146,7 @@ def _in_fin_wait_2(c: Connection, seg: Segment, flags: int, now: float) -> int:
     if not flags & FIN or end != 1:
         return _TEXT_AFTER_CLOSE
     c.rcv_nxt = (c.rcv_nxt + 1) & MASK
-    _note_timestamp(c, seg)
+    _note_timestamp(c, seg, now)
     return _FIN
 
 
@@ -157,24 +157,27 @@ def _in_time_wait(c: Connection, seg: Segment, flags: int, now: float) -> int:
     if c.profile.parameters.bsd_time_wait:
         return _in_time_wait_of_bsd(c, seg, flags, offset, length)
     linux = c.profile.parameters.linux_checks
-    paws = _paws(c, seg, now, 0)
+    paws = (linux or not flags & RST) and _paws(c, seg, now)
     if flags & RST:
         if offset == 0 and not paws:
-            _note_timestamp(c, seg)  # it may be ignored (tcp_rfc1337), its timestamp is not
+            _note_timestamp(c, seg, now)  # it may be ignored (tcp_rfc1337), its timestamp is not
             return _RST_EXACT
         if offset == MASK:
             return _RST_AFTER_FIN
         return _RST_IN_WINDOW if _fits(c, seg) and not paws else _RST_OUTSIDE
     if offset == 0 and length == 0 and not paws and (flags & ACK or linux):
         if c.timestamps:
-            _note_timestamp(c, seg)
+            _note_timestamp(c, seg, now)
         return _SEGMENT
     if flags & SYN:
         if not flags & ACK and not paws:
             newer = 0 < offset < HALF
             options = seg.options
-            if c.timestamps and options is not None and options.ts_val is not None:
-                newer = newer or (c.ts_recent - options.ts_val) & HALF != 0
+            if options is not None and options.ts_val is not None:
+                if c.timestamps:
+                    newer = newer or (c.ts_recent - options.ts_val) & HALF != 0
+                elif c.offers_timestamps and not linux:
+                    newer = True  # RFC 6191 §2: no old duplicate can carry one
             if newer:
                 if c.passive:
                     return _SYN_REOPENS
@@ -214,7 +217,7 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         or flags & _CONTROL != ACK
         or (data and len(data) > (c.rcv_adv - nxt) & MASK)
         or (flags & FIN and nxt == c.rcv_adv)
-        or (c.timestamps and _paws(c, seg, now, 1))
+        or (c.timestamps and _paws(c, seg, now, True))
     ):
         # What hardly any segment is: the first four checks may find something.
         event = _checked(c, seg, flags, now)
@@ -274,13 +277,13 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
                     c.max_wnd = window  # tcp_create_openreq_child: not the SYN's
             elif later & HALF and seg.data and _predicted(c, seg, flags) and (c._rx or c._tx):
                 c.snd_wl1 = seg.seq  # tcp_rcv_established: the last to tell it, though older
+        if c.timestamps:
+            _note_timestamp(c, seg, now)
         c.heard = now
         if c.t_probe != inf:
             probe_answered(c, now)
         elif c.retransmits and c.t_keepalive != inf:
             c.retransmits = 0
-        if c.timestamps:
-            _note_timestamp(c, seg)
 
     if flags & FIN or data or (of_syn and c._out_of_order and c.state is SYN_RECEIVED):
         if c.fin_received:
@@ -318,7 +321,7 @@ def _acks_none_in_flight(
         return _ACK_OF_UNSENT
     predicted = _predicted(c, seg, flags)
     if predicted and c.timestamps and c.rcv_wup == c.rcv_nxt:
-        _note_timestamp(c, seg)
+        _note_timestamp(c, seg, now)
     most = c.max_wnd
     if c.profile.parameters.linux_checks:
         # Nobody can have held back an ACK of what was never acknowledged.
@@ -343,7 +346,11 @@ def _checked(c: Connection, seg: Segment, flags: int, now: float) -> int | None:
         return _NO_ACK
 
     # First, the sequence number, and PAWS (RFC 7323 §5.3: never for a RST).
-    if not flags & RST and _paws(c, seg, now, 1) and not (linux and _repeats_an_ack(c, seg, flags)):
+    if (
+        not flags & RST
+        and _paws(c, seg, now, True)
+        and not (linux and _repeats_an_ack(c, seg, flags))
+    ):
         if linux and flags & (ACK | SYN | FIN) == ACK and not seg.data and offset & HALF:
             return _NO_ACK  # an ACK overtaken by others (PAWSOldAck)
         return _SYN_UNEXPECTED if flags & SYN else _UNACCEPTABLE
@@ -459,12 +466,18 @@ def _fits_loosely(c: Connection, seg: Segment) -> bool:
     return offset <= room and not c._rx and (not c.fin_received or c._eof_read)
 
 
-def _paws(c: Connection, seg: Segment, now: float, tolerance: int) -> bool:
-    """Whether the segment's timestamp is older than the last one (RFC 7323 §5)."""
+def _paws(c: Connection, seg: Segment, now: float, tolerant: bool = False) -> bool:
+    """Whether the segment's timestamp is older than the last one, which is valid (RFC 7323 §5)."""
     options = seg.options
-    if not c.timestamps or options is None or options.ts_val is None or not c.ts_recent:
+    if not c.timestamps or options is None or options.ts_val is None:
         return False
-    return 0 < (c.ts_recent - tolerance - options.ts_val) & MASK < HALF
+    age = (c.ts_recent - options.ts_val) & MASK
+    if not 0 < age < HALF:
+        return False
+    parameters = c.profile.parameters
+    if (tolerant and age <= parameters.paws_window) or not (c.ts_recent or parameters.paws_zero):
+        return False
+    return not -inf < c.heard < now - parameters.paws_idle
 
 
 def _predicted(c: Connection, seg: Segment, flags: int) -> bool:
@@ -508,13 +521,13 @@ def _echoes_another_syn(c: Connection, seg: Segment, now: float) -> bool:
     return (options.ts_ecr - first) & MASK > (last - first) & MASK
 
 
-def _note_timestamp(c: Connection, seg: Segment) -> None:
+def _note_timestamp(c: Connection, seg: Segment, now: float) -> None:
     options = seg.options
     if (
         options is not None
         and options.ts_val is not None
         and not (c.rcv_wup - seg.seq) & HALF
-        and not (options.ts_val - c.ts_recent) & HALF
+        and not _paws(c, seg, now)
     ):
         c.ts_recent = options.ts_val
 

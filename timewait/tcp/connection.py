@@ -572,7 +572,10 @@ class Connection:
         elif timer is Timer.PROBE:
             self.t_probe = inf
             parameters = self.profile.parameters
-            most = parameters.orphan_probe_retries if self.orphaned else parameters.probe_retries
+            most = parameters.probe_retries
+            if self.orphaned:
+                spent = parameters.orphan_until_rto_max and actions.probe_slowest(self)
+                most = 0 if spent else parameters.orphan_probe_retries
             event = _PROBE if self.retransmits < most else _GIVE_UP
         elif timer is Timer.KEEPALIVE:
             self.t_keepalive = inf
@@ -607,7 +610,11 @@ class Connection:
             return self.retransmits >= parameters.synack_retries
         if self.first_sent is None or (parameters.linux_checks and not self.retransmits):
             return False
-        limit = parameters.orphan_give_up_after if self.orphaned else parameters.give_up_after
+        limit = parameters.give_up_after
+        if self.orphaned:
+            if parameters.orphan_until_rto_max and self.rto >= parameters.rto_max:
+                return True
+            limit = parameters.orphan_give_up_after
         return now - self.first_sent >= limit
 
     # --- Segments ----------------------------------------------------------------------

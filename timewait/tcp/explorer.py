@@ -167,6 +167,8 @@ class _Endpoints:
             rto_after_lost_syn=1.0,
             rto_min=1.0,
             rto_max=1.0,
+            synack_rto_max=1.0,
+            orphan_until_rto_max=False,
             rto_floor_on_variance=False,
             challenge_interval=0.0,
             quick_acks=0,

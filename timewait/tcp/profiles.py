@@ -46,6 +46,7 @@ class Parameters:
     rto_after_lost_syn: float = 3.0  # RFC 6298 §5.7: where the handshake gave no round trip
     rto_min: float = 1.0
     rto_max: float = 60.0
+    synack_rto_max: float = 60.0  # the same of a SYN,ACK
     rto_floor_on_variance: bool = False  # RTO = SRTT + max(rto_min, 4 RTTVAR)
     syn_retries: int = 6
     syn_give_up_after: float = inf  # however often it was sent
@@ -54,6 +55,7 @@ class Parameters:
     synack_retries: int = 5
     give_up_after: float = 100.0  # R2, from the first transmission
     orphan_give_up_after: float = 100.0  # the same when nobody waits any more
+    orphan_until_rto_max: bool = False  # and no longer than until the timeout grows no more
     probe_retries: int = 15  # unanswered zero-window probes
     orphan_probe_retries: int = 15  # the same when nobody waits any more
     delayed_ack: float = 0.0  # 0: text is acknowledged at once
@@ -61,8 +63,12 @@ class Parameters:
     quick_acks: int = 0  # so many ACKs are sent at once before they are delayed
     challenge_interval: float = 0.0  # at most one challenge ACK in so long, per connection
     timestamps: bool = True
+    paws_window: int = 0  # ticks by which a timestamp may be older than the last one
+    paws_idle: float = 24 * 86400.0  # after so long without a segment TS.Recent is not valid
+    paws_zero: bool = True  # TS.Recent is valid though it is 0
     sack: bool = True
     window_scale: int = 7
+    least_mss: int = 1  # whatever the peer says
     tail_loss_probe: bool = False  # the first timeout repeats the last segment, undoubled
     drop_synfin: bool = False  # a SYN with a FIN opens nothing
     syn_text: bool = True  # text and a FIN that come with a SYN wait for its acknowledgment
@@ -205,6 +211,8 @@ def _build(
     replaced = dict(rows)
     for key, setting in known.items():
         if key in own:
+            if not isinstance(own[key], int | float) or not own[key] >= 0:
+                raise ValueError(f"{name}: {key}={own[key]!r} is not a number from 0 on")
             setting = Setting(
                 **{a.name: getattr(setting, a.name) for a in fields(Setting)} | {"value": own[key]}
             )
@@ -236,7 +244,13 @@ _RFC_SETTINGS = [
         effect=_to("rto_initial"),
     ),
     Setting("rto_min", 1.0, "RFC 6298 §2.4", "least retransmission timeout", effect=_to("rto_min")),
-    Setting("rto_max", 60.0, "RFC 6298 §2.5", "greatest, at least 60 s", effect=_to("rto_max")),
+    Setting(
+        "rto_max",
+        60.0,
+        "RFC 6298 §2.5",
+        "greatest, at least 60 s",
+        effect=_to("rto_max", "synack_rto_max"),
+    ),
     Setting(
         "r2",
         100.0,
@@ -265,14 +279,21 @@ _RFC_SETTINGS = [
         "five minutes, which also end an orphan's FIN_WAIT_2",
         effect=_to("fin_wait_2"),
     ),
+    Setting(
+        "paws_idle",
+        24 * 86400.0,
+        "RFC 7323 §5.5",
+        "seconds without a segment after which no timestamp is too old",
+        effect=_to("paws_idle"),
+    ),
 ]
 
 # --- Linux ------------------------------------------------------------------------------------
 
 
-def _linux_time_of(retries: int, first: float = 0.2, most: float = 120.0) -> float:
+def _linux_time_of(retries: int, most: float) -> float:
     """How long so many retransmissions take (tcp_model_timeout)."""
-    total, timeout = 0.0, first
+    total, timeout = 0.0, 0.2
     for _ in range(retries + 1):
         total += timeout
         timeout = min(2 * timeout, most)
@@ -280,15 +301,16 @@ def _linux_time_of(retries: int, first: float = 0.2, most: float = 120.0) -> flo
 
 
 def _retries2(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]) -> None:
-    parameters["give_up_after"] = _linux_time_of(value)
+    parameters["give_up_after"] = _linux_time_of(value, parameters["rto_max"])
     parameters["probe_retries"] = value
 
 
 def _orphan_retries(
     value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
 ) -> None:
-    parameters["orphan_give_up_after"] = _linux_time_of(value or 8)
+    parameters["orphan_give_up_after"] = _linux_time_of(value or 8, parameters["rto_max"])
     parameters["orphan_probe_retries"] = value or 8
+    parameters["orphan_until_rto_max"] = not value
 
 
 def _early_retrans(
@@ -379,10 +401,18 @@ _LINUX_SETTINGS = [
         for_host=True,
     ),
     Setting(
+        "tcp_rto_max_ms",
+        120_000,
+        "ip-sysctl.rst (since 6.15), tcp_model_timeout; measured",
+        "greatest retransmission timeout, but of a SYN,ACK",
+        effect=_per(1000, "rto_max"),
+    ),
+    _way("synack_rto_max", 120.0, "TCP_RTO_MAX; measured", "greatest timeout of a SYN,ACK"),
+    Setting(
         "tcp_orphan_retries",
         0,
         "tcp_orphan_retries",
-        "retransmissions for an orphan; 0 means 8",
+        "retransmissions for an orphan; 0: 8, and none once the timeout is tcp_rto_max_ms",
         effect=_orphan_retries,
     ),
     Setting(
@@ -427,6 +457,28 @@ _LINUX_SETTINGS = [
     Setting("tcp_timestamps", 1, "ip-sysctl.rst", "RFC 7323", effect=_flag("timestamps")),
     Setting("tcp_sack", 1, "ip-sysctl.rst", "RFC 2018", effect=_flag("sack")),
     Setting(
+        "TCP_PAWS_WINDOW",
+        1,
+        "tcp_paws_check; measured",
+        "a timestamp may be so much older than the last one",
+        effect=_to("paws_window"),
+    ),
+    Setting(
+        "TCP_PAWS_WRAP",
+        2147.0,
+        "include/net/tcp.h (since 6.7); measured",
+        "seconds without a timestamp after which none is too old",
+        effect=_to("paws_idle"),
+    ),
+    _way("paws_zero", False, "tcp_paws_check; measured", "a TS.Recent of 0 counts as none"),
+    Setting(
+        "tcp_min_snd_mss",
+        48,
+        "ip-sysctl.rst, __tcp_mtu_to_mss; measured",
+        "least MSS that a peer's SYN is believed, options included",
+        effect=_to("least_mss"),
+    ),
+    Setting(
         "tcp_rmem_max",
         33554432,
         "tcp_select_initial_window; the third of tcp_rmem, 6 MiB before 6.17",
@@ -439,13 +491,6 @@ _LINUX_SETTINGS = [
         "ip-sysctl.rst (since 6.11); tcp_set_rto",
         "least that is added to SRTT for the retransmission timeout",
         effect=_per(1_000_000, "rto_min"),
-    ),
-    Setting(
-        "tcp_rto_max_ms",
-        120_000,
-        "ip-sysctl.rst (since 6.15)",
-        "greatest retransmission timeout",
-        effect=_per(1000, "rto_max"),
     ),
     Setting(
         "TCP_TIMEOUT_MIN",
@@ -740,6 +785,13 @@ def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool
             verified,
         ),
         _way("syn_text", False, f"{source}syncache_add", "text with a SYN is dropped", False),
+        _way(
+            "paws_zero",
+            False,
+            f"{source}tcp_do_segment",
+            "a TS.Recent of 0 counts as none",
+            verified,
+        ),
     ]
 
 
