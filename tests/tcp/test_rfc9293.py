@@ -19,7 +19,7 @@ from attrs import frozen
 
 from timewait.tcp.connection import Connection, SocketOptions, TCPError
 from timewait.tcp.profiles import profile
-from timewait.tcp.segment import ACK, FIN, RST, SYN, URG, Segment, seq_diff
+from timewait.tcp.segment import ACK, FIN, RST, SYN, URG, Options, Segment, seq_diff
 from timewait.tcp.states import State, Timer
 
 RFC = profile("rfc9293")
@@ -465,3 +465,46 @@ def test_a_syn_is_sent_for_three_minutes() -> None:
         assert now is not None
         c.expire(now)
     assert now >= 180.0
+
+
+@pytest.mark.parametrize("stamped", [False, True])
+@pytest.mark.parametrize("mss", [1, 11, 12, 13])
+def test_text_goes_out_however_little_the_peer_can_receive(mss: int, stamped: bool) -> None:
+    """§3.7.1: Eff.snd.MSS, less the octets of the options; never less than one."""
+    c = Connection(RFC, iss=0xFFFFFFF0, timestamps=stamped)
+    offer = Options(mss, ts_val=1 if stamped else None)
+    c.open_active(0.0)
+    c.segment(Segment(IRS, 0xFFFFFFF1, SYN | ACK, WINDOW, b"", offer), 0.0)
+    c.out.clear()
+    c.options = SocketOptions(nodelay=True)
+    c.send(b"0123456789", 0.0)
+    assert b"".join(seg.data for seg in c.out) == b"0123456789"
+    assert {len(seg.data) for seg in c.out[:-1]} <= {max(1, mss - 12 * stamped)}
+
+
+def test_a_fin_waits_for_the_window_behind_a_syn() -> None:
+    """The peer takes one octet, and that is our SYN."""
+    c = Connection(RFC, iss=ISS, timestamps=False)
+    c.open_passive(0.0)
+    c.segment(Segment(IRS, 0, SYN, 1), 0.0)
+    c.shutdown(0.0)
+    assert told(c) == ["SYN,ACK seq=1000 ack=5001"]
+    c.segment(Segment(IRS + 1, ISS + 1, ACK, 1), 1.0)
+    assert told(c) == ["FIN,ACK seq=1001 ack=5001"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"iss": -1}, {"iss": 1 << 32}, {"iss": 0, "mss": 0}, {"iss": 0, "mss": -1}]
+)
+def test_what_cannot_be_a_connection(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="not 32 bits, or not above 0"):
+        Connection(RFC, **wrong)
+
+
+def test_fewer_bytes_than_none_cannot_be_received() -> None:
+    c = there("ESTABLISHED")
+    c.segment(Segment(IRS + 1, ISS + 1, ACK, WINDOW, b"text"), 0.0)
+    with pytest.raises(ValueError, match="-1 bytes"):
+        c.receive(-1, 0.0)
+    assert c.receive(0, 0.0) == b""
+    assert c.receive(9, 0.0) == b"text"

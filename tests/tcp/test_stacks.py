@@ -148,3 +148,35 @@ def test_every_parameter_that_differs_belongs_to_a_setting_with_a_source(name: s
         if setting.effect is not None:
             setting.effect(setting.value, given, {})
     assert Parameters(**given) == stack.parameters
+
+
+# --- Linux's sysctls at their ends, as the live kernel (6.18) had it -----------------------------
+
+
+@pytest.mark.parametrize(("stamped", "size"), [(False, 48), (True, 36)])
+def test_linux_believes_no_mss_below_48(stamped: bool, size: int) -> None:
+    c = Connection(profile("linux"), iss=1000, timestamps=stamped)
+    c.open_active(0.0)
+    offer = Options(1, ts_val=1 if stamped else None)
+    c.segment(Segment(5000, 1001, SYN | ACK, 65535, b"", offer), 0.0)
+    c.out.clear()
+    c.send(b"a" * 100, 0.0)
+    assert [len(seg.data) for seg in c.out] == [size, size, 100 - 2 * size]
+
+
+def test_linux_doubles_the_timeout_of_a_syn_ack_beyond_tcp_rto_max_ms() -> None:
+    c = Connection(profile("linux", tcp_rto_max_ms=1000), iss=1000)
+    c.open_passive(0.0)
+    c.segment(Segment(5000, 0, SYN, WINDOW), 0.0)
+    times = []
+    for _ in range(3):
+        assert c.deadline is not None
+        times.append(c.deadline)
+        c.expire(c.deadline)
+    assert times == [1.0, 3.0, 7.0]
+
+
+@pytest.mark.parametrize("value", [-1, "5", None, float("nan")])
+def test_a_setting_is_a_number_from_0_on(value: object) -> None:
+    with pytest.raises(ValueError, match=r"tcp_fin_timeout=.* is not a number from 0 on"):
+        profile("linux", tcp_fin_timeout=value)

@@ -121,10 +121,10 @@ def _note_syn(c: Connection, seg: Segment) -> None:
     options = seg.options
     if options is None:
         options = _NO_OPTIONS
-    theirs = options.mss or c.default_mss
+    parameters = c.profile.parameters
+    theirs = max(options.mss or c.default_mss, parameters.least_mss)
     if theirs < c.mss:
         c.mss = theirs
-    parameters = c.profile.parameters
     c.sack = options.sack_permitted and parameters.sack
     scale = options.window_scale
     if scale is None:
@@ -283,7 +283,9 @@ def _effective_mss(c: Connection) -> int:
     if c._sacking is not None:
         mss -= 4 + 8 * min(len(c._sacking[0]), 3 if c.timestamps else 4)
     most = c.max_wnd >> 1 if c.max_wnd > 536 else c.max_wnd
-    return mss if mss <= most or not most else max(most, 36 if c.timestamps else 48)
+    if mss > most > 0:
+        mss = max(most, 36 if c.timestamps else 48)
+    return mss if mss > 0 else 1
 
 
 def _held_back(c: Connection) -> bool:

@@ -189,7 +189,8 @@ class Connection:
     """One endpoint (RFC 9293's TCB and the machine around it).
 
     `mss` is what it can receive, `default_mss` what a peer can that tells nothing
-    (RFC 9293 §3.7.1: 536 over IPv4, 1220 over IPv6), in bytes.
+    (RFC 9293 §3.7.1: 536 over IPv4, 1220 over IPv6), in bytes. Raises `ValueError`
+    where `iss` does not fit into 32 bits, or `mss` is not above 0.
     `out` collects segments to send; `deadline` is when `expire` is due;
     `error` is the errno that the user's next call will get. `on_transition`,
     if set, is called as `(old, new, event, now)` after each change of state.
@@ -289,6 +290,8 @@ class Connection:
         timestamps: bool | None = None,
         outbox: list[Segment] | None = None,
     ) -> None:
+        if iss >> 32 or mss < 1:
+            raise ValueError(f"iss={iss} and mss={mss}: not 32 bits, or not above 0")
         parameters = profile.parameters
         self.profile = profile
         self.out: list[Segment] = [] if outbox is None else outbox
@@ -400,8 +403,10 @@ class Connection:
         """Up to `n` bytes of text in order; `b""` where there is none (see `eof`).
 
         Raises `TCPError`: ENOTCONN before an OPEN, or the connection's
-        failure, once, after the text received before it.
+        failure, once, after the text received before it; `ValueError` for a negative `n`.
         """
+        if n < 0:
+            raise ValueError(f"cannot receive {n} bytes")
         if peek:
             if not self._rx and not self.fin_received:
                 self._nothing_to_read(now)
