@@ -27,6 +27,7 @@ ESTABLISHED: Final = State.ESTABLISHED
 MASK: Final = 0xFFFFFFFF
 HALF: Final = 0x80000000
 INF: Final = float("inf")
+_SMALL: Final = 523  # bytes of a text by which no receiver measures the sender's segments
 
 
 def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool = False) -> bool:
@@ -80,14 +81,28 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool
     scale = a.rcv_scale
     # Whether the receiver would answer at once.
     unacknowledged = (seq + n - b.rcv_wup) & MASK
-    largest = b._rcv_mss if n <= b._rcv_mss else n if n < b.mss else b.mss
-    elapsed = now - b._last_text
+    parameters = b.profile.parameters
+    header = 32 if b.timestamps else 20
+    largest, pushed, last = b._rcv_mss, b._pushed, 0
+    if not parameters.linux_checks:
+        largest = largest if n <= largest else n if n < b.mss else b.mss
+    elif n >= largest:
+        largest = min(n, b.adv_mss + 20 - header)
+        pushed = pushed or 1
+    elif n + header >= 556 and n == b._last_size:
+        largest = last = n
+    else:
+        last = n if n + header >= 556 else 0
+        pushed = 2 if pushed else 1
+    elapsed, usual = now - b._last_text, parameters.delayed_ack
     if (
         b._ack_due == 2
         or b._ato == 0.0
+        or b._ato > usual
         or (b._quick and not b._pingpong)
         or unacknowledged > largest
-        or (elapsed and elapsed > b.profile.parameters.rto_min)
+        or (elapsed and (elapsed > parameters.rto_min or usual / 2 < elapsed < usual))
+        or b.t_ack <= now + usual / 4
     ):
         return False
     if a.timestamps:
@@ -123,9 +138,11 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool
     a.rcv_wup = ack
     a.t_ack = INF
     if a._ack_due:
-        a._ack_due = 0
+        a._ack_due = a._pushed = 0
         if a._quick:
             a._quick -= 1
+            if not a._quick:
+                a._ato = a.profile.parameters.delayed_ack
 
     # And to b.
     if flight:
@@ -146,7 +163,7 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool
     if not b._ack_due:
         b._ack_due = 1
     b._last_text = b.heard = now
-    b._rcv_mss = largest
+    b._rcv_mss, b._pushed, b._last_size = largest, pushed, last
     if b.t_ack == INF:
         b.t_ack = now + b._ato
     return True
@@ -157,7 +174,7 @@ def read_all(c: Connection) -> bytes | None:
     if c.state is not ESTABLISHED:
         return None
     space = c.rcv_buf - ((c.rcv_adv - c.rcv_nxt) & MASK)
-    if space >= c.rcv_buf >> 1 or space >= 2 * c.mss:
+    if space >= c.rcv_buf >> 1 or space >= 2 * c.mss or (c._ack_due and c._pushed > c._pingpong):
         return None
     data, c._rx = c._rx, b""
     return data
@@ -189,6 +206,8 @@ class Volley:
                 or not c._pingpong
                 or c._quick
                 or (c is b and c._rx)
+                or c._ato != c.profile.parameters.delayed_ack
+                or c._last_size
                 or c.srtt != 0.0
                 or c.rttvar != 0.0
                 or (c.rcv_adv - c.rcv_wup) & MASK != _whole(c)
@@ -201,7 +220,8 @@ class Volley:
         volley.waits = b
         # Never the segment that fills a window or a maximum, nor one that must be acknowledged.
         volley.limit = min(
-            min(c.mss - 13, c.snd_wnd, c.snd_buf, c._rcv_mss, (c.rcv_buf >> 1) - 1) for c in (a, b)
+            min(c.mss - 13, c.snd_wnd, c.snd_buf, c._rcv_mss, (c.rcv_buf >> 1) - 1, _SMALL)
+            for c in (a, b)
         )
         return volley
 
@@ -234,6 +254,8 @@ class Volley:
         a._rtt_seq = a.first_sent = None
         a.t_retransmit = b.t_ack = INF
         a._ack_due, b._ack_due = 1, 0
+        a._pushed, b._pushed = int(a.profile.parameters.linux_checks), 0
+        a._last_size = b._last_size = 0
         a.t_ack = now + a._ato
         b._rtt_seq = b.snd_nxt
         b._rtt_at = b.first_sent = now

@@ -26,11 +26,11 @@ from attrs import evolve
 from timewait.sim.express import Volley, pass_text, read_all
 from timewait.sim.network import Key
 from timewait.sim.ports import ANY4, ANY6, is_v4
-from timewait.tcp.actions import send_text
+from timewait.tcp.actions import quick_ack, send_text
 from timewait.tcp.connection import Connection, SocketOptions, TCPError
 from timewait.tcp.profiles import RMEM_MAX, window_scale
 from timewait.tcp.segment import ACK, RST, SYN, Segment
-from timewait.tcp.states import State, Timer
+from timewait.tcp.states import State
 
 if TYPE_CHECKING:
     from timewait.sim.host import Host
@@ -722,10 +722,7 @@ class Sock:
                     fail(errno.EINVAL)
                 self.syn_retries = value
             case socket.IPPROTO_TCP, socket.TCP_QUICKACK if self.conn is not None:
-                # __tcp_sock_set_quickack: an ACK that waits goes out at once.
-                self.conn._pingpong = not value
-                if value and self.conn.t_ack != INF:
-                    self.conn.timeout(Timer.DELAYED_ACK, self.clock.now)
+                quick_ack(self.conn, value, self.clock.now)
             case socket.IPPROTO_TCP, socket.TCP_QUICKACK if value:
                 pass  # so every connection begins
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:

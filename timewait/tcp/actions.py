@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from timewait.tcp.profiles import linux_fin_wait_2
 from timewait.tcp.segment import ACK, FIN, HALF, MASK, PSH, RST, SYN, Options, Segment
-from timewait.tcp.states import FIN_WAIT_2, SYN_RECEIVED, SYN_SENT, TIME_WAIT
+from timewait.tcp.states import (
+    CLOSE_WAIT,
+    ESTABLISHED,
+    FIN_WAIT_2,
+    SYN_RECEIVED,
+    SYN_SENT,
+    TIME_WAIT,
+)
 
 if TYPE_CHECKING:
     from timewait.tcp.connection import Connection
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 ONLY_IF: Final = {"send_text": "c._tx or c._fin == 1", "acknowledge": "c._ack_due"}
 
 _NO_OPTIONS: Final = Options()
+_GSO_MOST: Final = 65215  # octets that a piece of text may have (sk_dst_gso_max_size)
 # What a class's call does, without its cost, which is half of what a segment costs.
 _new: Final = object.__new__
 
@@ -170,6 +178,14 @@ def synchronized(c: Connection, seg: Segment, now: float) -> None:
     window = c.rcv_buf if c.rcv_buf < 0xFFFF else 0xFFFF
     c.rcv_adv = (c.rcv_nxt + window) & MASK
     acknowledged(c, seg.ack, 1, 1, now, seg.options)
+    expect_segments(c)
+
+
+def expect_segments(c: Connection) -> None:
+    """Guess how long the peer's segments will be (tcp_initialize_rcv_mss)."""
+    if c.profile.parameters.linux_checks:
+        most = min(c.adv_mss, 536, ((c.rcv_adv - c.rcv_nxt) & MASK) >> 1, _mss_cache(c))
+        c._rcv_mss = max(most, 88)
 
 
 def establish(c: Connection, seg: Segment, now: float) -> None:
@@ -210,7 +226,31 @@ def reopen(c: Connection, _seg: Segment, now: float) -> None:
 
 
 def take_text(c: Connection, data: bytes, now: float) -> None:
-    c._tx += data[: max(0, c.snd_buf - len(c._tx))]
+    data = data[: max(0, c.snd_buf - len(c._tx))]
+    have, n = len(c._tx), len(data)
+    if have + n > min(c.max_wnd >> 2, 32_000) and c.profile.parameters.linux_checks:
+        _cut(c, have, n)
+    c._tx += data
+
+
+def _cut(c: Connection, have: int, n: int) -> None:
+    """Queue `n` octets behind those there are, in pieces that stay so (tcp_sendmsg_locked).
+
+    A piece has room for half the largest window so far, in whole segments
+    (tcp_xmit_size_goal); where it ends far from the last that was, it is pushed.
+    """
+    mss = _effective_mss(c)
+    goal = _bound_to_half_window(c, _GSO_MOST)
+    goal = max(goal - goal % mss, mss)
+    base = c.snd_una + (c.snd_una == c.iss)
+    last = ((c._cuts[-1][0] if c._cuts else c.snd_nxt) - base) & MASK
+    ends = range(max(have, last + goal), have + n, goal)
+    pushed = have
+    for end in ends:
+        far = end - pushed > c.max_wnd >> 1  # forced_push
+        if far:
+            pushed = end
+        c._cuts += (((base + end) & MASK, far),)
 
 
 def send_text(c: Connection, given: Any, now: float) -> None:
@@ -219,56 +259,79 @@ def send_text(c: Connection, given: Any, now: float) -> None:
         return
     if c._recover is not None:
         return  # nothing new until what was retransmitted is acknowledged
-    _send_new(c, now, MASK, type(given) is bytes)
+    _send_new(c, now, MASK, given is None and c._fin == 1, type(given) is bytes)
 
 
-def _send_new(c: Connection, now: float, most: int, queued: bool = False) -> None:
-    """Up to `most` segments of what was not sent yet, some of it `queued` just now."""
+def _send_new(
+    c: Connection, now: float, most: int, hurry: bool = False, queued: bool = False
+) -> None:
+    """Up to `most` segments of what was not sent yet (tcp_write_xmit).
+
+    In a `hurry` at a FIN; what was `queued` just now goes piece by piece.
+    """
     sent = (c.snd_nxt - c.snd_una - (c.snd_una == c.iss)) & MASK
     tx = c._tx
     mss = _effective_mss(c) if tx else 1
     end = c.snd_una + c.snd_wnd
     left = len(tx) - sent
     linux = c.profile.parameters.linux_checks
-    first = pushed = c.snd_nxt
-    for _ in range(most):
+    first = c.snd_nxt
+    while most > 0:
         usable = (end - c.snd_nxt) & MASK
         if usable & HALF:
             usable = 0
-        n = left if left < mss else mss
+        n, push = left, True
+        if c._cuts:
+            n, push = _first_piece(c, left, 0 if queued else 2 * mss)
+        whole = n
         last = n == left
         fin = c._fin == 1 and last
-        if not (n or fin) or n + fin > usable:
-            if n and usable >= n and not linux:
-                fin = False  # room for the text only: tcp_snd_wnd_test looks at the whole
-            else:
-                break
-        if n < mss and not (fin or c._recover) and _held_back(c):
+        if not (n or fin):
             break
-        seq = c.snd_nxt
-        if linux and seq != c.snd_una:
-            c._ends += ((seq, now),)
-        c.snd_nxt = (seq + n + fin) & MASK
-        if n < mss:
-            c._small = c.snd_nxt
-        if c._rtt_seq is None and c._recover is None:
-            c._rtt_seq, c._rtt_at = c.snd_nxt, now
-        if c.t_retransmit == inf:
-            _start_retransmitting(c, now)
-        if n:
-            if now - c._last_text < c._ato:
-                c._pingpong = True
-            push = last
-            if queued and linux and (c.snd_nxt - pushed) & MASK > c.max_wnd >> 1:
-                push, pushed = True, c.snd_nxt  # forced_push
-            emit(c, ACK | (FIN if fin else 0) | (PSH if push else 0), now, seq, tx[sent : sent + n])
+        if n <= mss:
+            if n + fin > usable:
+                if not fin or usable < n or not n or linux:
+                    break
+                fin = False  # room for the text only: tcp_snd_wnd_test looks at the whole
+            if n < mss and last and not (fin or c._recover) and _held_back(c):
+                break
+        elif mss > usable:
+            break
+        elif not linux:
+            n = mss
         else:
-            emit(c, ACK | FIN, now, seq)
+            n = min(n, usable, most * mss)  # tcp_mss_split_point
+            if n % mss and not (hurry or c._recover) and _held_back(c):
+                n -= n % mss
+        fin = fin and n == left
+        push = push and n == whole
+        if c._cuts and n == whole:
+            c._cuts = c._cuts[1:]
+        if n and now - c._last_text < c._ato:
+            c._pingpong = True
+        if c._rtt_seq is None and c._recover is None:
+            c._rtt_seq, c._rtt_at = (c.snd_nxt + min(n, mss) + (fin and n <= mss)) & MASK, now
+        for at in range(0, n, mss) or (0,):
+            size = min(mss, n - at)
+            seq = c.snd_nxt
+            if linux and seq != c.snd_una:
+                c._ends += ((seq, now),)
+            ends = at + size == n
+            c.snd_nxt = (seq + size + (fin and ends)) & MASK
+            if size < mss:
+                c._small = c.snd_nxt
+            if c.t_retransmit == inf:
+                _start_retransmitting(c, now)
+            flags = ACK | (FIN if fin and ends else 0) | (PSH if push and size and ends else 0)
+            emit(c, flags, now, seq, tx[sent : sent + size])
+            sent += size
+            left -= size
+            most -= 1
         if fin:
             c._fin = 2
             return
-        sent += n
-        left -= n
+    if c._cuts and queued:
+        _first_piece(c, left, 2 * mss)
     if sent > mss and c.snd_nxt != first and c.srtt is not None and c._probed is False and c.sack:
         # tcp_schedule_loss_probe: anew from each that is sent, but by the timeout of the oldest.
         due = c.t_retransmit if c._rtt_seq is None else c._rtt_at + c.rto
@@ -277,15 +340,53 @@ def _send_new(c: Connection, now: float, most: int, queued: bool = False) -> Non
         c.t_probe = now + c.rto
 
 
+def _first_piece(c: Connection, left: int, most: int) -> tuple[int, bool]:
+    """How long the first of `left` unsent octets' pieces is, and whether it is pushed.
+
+    Where that is less than `most` it takes from the next (tcp_grow_skb, with
+    `tcp_min_tso_segs`).
+    """
+    if not c._cuts:
+        return left, True
+    (cut, push), *others = c._cuts
+    n = (cut - c.snd_nxt) & MASK
+    if n < most:
+        end, pushed = others[0] if others else ((c.snd_nxt + left) & MASK, True)
+        end = (end - c.snd_nxt) & MASK
+        if most < end:
+            n = most
+        else:
+            n, push, others = end, push or pushed, others[1:]
+            if end == left:
+                c._cuts = ()
+                return left, True
+        c._cuts = (((c.snd_nxt + n) & MASK, push), *others)
+    return n, push
+
+
+def _go_past(c: Connection, n: int) -> None:
+    c.snd_nxt = (c.snd_nxt + n) & MASK
+    if c._cuts and c._cuts[0][0] == c.snd_nxt:
+        c._cuts = c._cuts[1:]
+
+
 def _effective_mss(c: Connection) -> int:
     """The text a segment may carry: less its options, and at most half the peer's window."""
-    mss = c.mss - 12 if c.timestamps else c.mss
+    mss = _mss_cache(c)
     if c._sacking is not None:
         mss -= 4 + 8 * min(len(c._sacking[0]), 3 if c.timestamps else 4)
-    most = c.max_wnd >> 1 if c.max_wnd > 536 else c.max_wnd
-    if mss > most > 0:
-        mss = max(most, 36 if c.timestamps else 48)
     return mss if mss > 0 else 1
+
+
+def _mss_cache(c: Connection) -> int:
+    """What segments usually carry (tcp_sync_mss)."""
+    return _bound_to_half_window(c, c.mss - 12 if c.timestamps else c.mss)
+
+
+def _bound_to_half_window(c: Connection, size: int) -> int:
+    """At most half the peer's largest window; a small one may be filled (tcp_bound_to_half_wnd)."""
+    most = c.max_wnd >> 1 if c.max_wnd > 536 else c.max_wnd
+    return size if size <= most or not most else max(most, 36 if c.timestamps else 48)
 
 
 def _held_back(c: Connection) -> bool:
@@ -323,11 +424,17 @@ def queue_fin(c: Connection, _seg: None, now: float) -> None:
     emit(c, ACK | FIN, now, seq)
 
 
-def give_text(c: Connection, _data: bytes, now: float) -> None:
-    """Text was read: tell the peer when that opens a window worth telling.
+def give_text(c: Connection, data: bytes, now: float) -> None:
+    """Text was read: send the ACK that waited for it, or one that opens a window worth telling.
 
-    Not after SHUT_RD (`__tcp_cleanup_rbuf`): nothing more is wanted.
+    Not that after SHUT_RD (`__tcp_cleanup_rbuf`): nothing more is wanted.
     """
+    if c._ack_due and (
+        (c.rcv_nxt - c.rcv_wup) & MASK > c._rcv_mss
+        or (data and not c._rx and not c._out_of_order and c._pushed > c._pingpong)
+    ):
+        emit(c, ACK, now)
+        return
     if c.fin_received or c.read_shut:
         return
     told = (c.rcv_adv - c.rcv_nxt) & MASK
@@ -367,15 +474,37 @@ def acknowledge(c: Connection, seg: Segment, now: float) -> None:
         or (c.rcv_nxt - c.rcv_wup) & MASK > c._rcv_mss
     ):
         emit(c, ACK, now)
-    elif c.t_ack == inf:
-        c.t_ack = now + c._ato
+    else:
+        _delay_ack(c, now)
+
+
+def _delay_ack(c: Connection, now: float) -> None:
+    """Acknowledge later (tcp_send_delayed_ack): by a round trip where that is more than usual."""
+    parameters = c.profile.parameters
+    usual, tick = parameters.delayed_ack, parameters.first_ack_delay
+    ato = c._ato or tick
+    if ato > usual:
+        most = inf if c.srtt is None else max(c.srtt, usual)
+        ato = min(ato, most, parameters.rto_min - tick)
+    if tick and c.t_ack <= now + ato / 4:
+        emit(c, ACK, now)
+    elif now + ato < c.t_ack:
+        c.t_ack = now + ato
+
+
+def quick_ack(c: Connection, value: int, now: float) -> None:
+    """TCP_QUICKACK (`__tcp_sock_set_quickack`): an ACK that waits goes if nothing is to be read."""
+    c._pingpong = not value
+    if value and c._ack_due and (c.state is ESTABLISHED or c.state is CLOSE_WAIT):
+        c._pushed = c._pushed or 1
+        give_text(c, b"as if read", now)
+        c._pingpong = not value & 1
 
 
 def acknowledge_fin(c: Connection, seg: Segment, now: float) -> None:
     if c.rcv_wup == c.rcv_nxt:
         return  # text of ours has carried it
-    at_once = c.profile.parameters.first_ack_delay
-    if not at_once or c._ack_due == 2:
+    if not c.profile.parameters.first_ack_delay or c._ack_due == 2:
         emit(c, ACK, now)
         return
     c._pingpong = True
@@ -383,15 +512,13 @@ def acknowledge_fin(c: Connection, seg: Segment, now: float) -> None:
     if (c.rcv_nxt - c.rcv_wup) & MASK > c._rcv_mss:
         emit(c, ACK, now)
     else:
-        due = now + (c._ato or at_once)
-        if due < c.t_ack:
-            c.t_ack = due
+        _delay_ack(c, now)
 
 
 def quicken(c: Connection, *, stay_interactive: bool = False) -> None:
     """Acknowledge the next few segments at once (tcp_enter_quickack_mode)."""
     most = c.profile.parameters.quick_acks
-    window = (c.rcv_adv - c.rcv_nxt) & MASK
+    window = (c.rcv_adv - c.rcv_wup) & MASK
     quick = min(window // (2 * c._rcv_mss) or 2, most)
     if quick > c._quick:
         c._quick = quick
@@ -456,6 +583,7 @@ def forget(c: Connection, _seg: Any, now: float) -> None:
     c.t_retransmit = c.t_ack = c.t_probe = inf
     c.t_keepalive = c.t_wait = c.t_user = inf
     c._tx = b""
+    c._cuts = ()
     c._fin = 0
     c._out_of_order = ()
     c._sacking = None
@@ -590,12 +718,12 @@ def _probe_tail(c: Connection, now: float) -> None:
     mss = _effective_mss(c)
     syn = c.snd_una == c.iss
     text = (c.snd_nxt - c.snd_una - (c._fin == 2) - syn) & MASK
-    n = min(len(c._tx) - text, mss)
+    n = min(_first_piece(c, len(c._tx) - text, mss)[0], mss)
     new = 0 < n <= c.snd_wnd - text
     if new:
         seq = c.snd_nxt
         c._ends += ((seq, now),)
-        c.snd_nxt = (seq + n) & MASK
+        _go_past(c, n)
         if n < mss:
             c._small = c.snd_nxt
         emit(c, ACK | PSH, now, seq, c._tx[text : text + n])
@@ -752,10 +880,13 @@ def probe(c: Connection, _seg: None, now: float) -> None:
     if c.options.user_timeout is not None and c.t_user == inf:
         c.t_user = now + c.options.user_timeout  # icsk_probes_tstamp
     sent = (c.snd_nxt - c.snd_una) & MASK
-    n = min(len(c._tx) - sent, c.snd_wnd, _effective_mss(c)) if c._tx else 0
+    n = 0
+    if c._tx:
+        n = min(_first_piece(c, len(c._tx) - sent, 0)[0], c.snd_wnd, _effective_mss(c))
     if n > 0 and c.snd_una == c.snd_nxt:
         c.retransmits = c._backoff = 0
-        seq, c.snd_nxt = c.snd_nxt, (c.snd_nxt + n) & MASK
+        seq = c.snd_nxt
+        _go_past(c, n)
         _start_retransmitting(c, now)
         emit(c, ACK | PSH, now, seq, c._tx[sent : sent + n])
         return
@@ -827,9 +958,11 @@ def emit(c: Connection, flags: int, now: float, seq: int | None = None, data: by
     c.rcv_wup = nxt
     c.t_ack = inf
     if c._ack_due:
-        c._ack_due = 0
+        c._ack_due = c._pushed = 0
         if c._quick:
             c._quick -= 1
+            if not c._quick:
+                c._ato = c.profile.parameters.delayed_ack  # tcp_dec_quickack_mode
 
 
 def _with_sack(c: Connection, options: Options | None) -> Options:

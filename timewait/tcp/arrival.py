@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from timewait.tcp.actions import (
     acknowledged,
     challenge_ack,
+    expect_segments,
     probe_answered,
     probe_repeated,
     quicken,
@@ -25,7 +26,7 @@ from timewait.tcp.actions import (
     tell_repeated,
     tsval,
 )
-from timewait.tcp.segment import ACK, FIN, HALF, MASK, RST, SYN, URG, Segment
+from timewait.tcp.segment import ACK, FIN, HALF, MASK, PSH, RST, SYN, URG, Options, Segment
 from timewait.tcp.states import (
     CLOSE_WAIT,
     CLOSED,
@@ -95,7 +96,9 @@ def _in_syn_sent(c: Connection, seg: Segment, flags: int, now: float) -> int:
             return _NO_ACK
         synchronized(c, seg, now)
         if (seg.data or flags & FIN) and c.profile.parameters.syn_ack_text:
-            fin = _take_out_of_order(c, c.rcv_nxt, seg.data, flags & FIN != 0, now)
+            fin = _take_out_of_order(c, c.rcv_nxt, seg.data, flags & FIN != 0)
+            if seg.data:
+                _hear_text(c, seg, now)
             return _FIN_AND_SYN_ACK if fin else _SYN_ACK
         return _SYN_ACK
     if flags & RST:
@@ -285,6 +288,8 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         elif c.retransmits and c.t_keepalive != inf:
             c.retransmits = 0
 
+    if of_syn:
+        expect_segments(c)
     if flags & FIN or data or (of_syn and c._out_of_order and c.state is SYN_RECEIVED):
         if c.fin_received:
             # Of what acknowledges our FIN too, CLOSING and LAST_ACK look at nothing else.
@@ -415,15 +420,15 @@ def _after_fin(c: Connection, seg: Segment, flags: int) -> int:
     past = (c.rcv_nxt - seg.seq) & MASK
     if past == 0 or past & HALF:
         return 0  # beyond the FIN: not this connection's, ignored
+    tell_repeated(c, seg.seq, (seg.seq + seg.length) & MASK)
     if c.profile.parameters.linux_checks and seg.length > past:
         if len(seg.data) > past:
             return _TEXT_AFTER_CLOSE
         c.rcv_nxt = (c.rcv_nxt + 1) & MASK  # a FIN one later is taken as well
     c._ack_due = 2
-    if flags & FIN and seg.length == past:
+    if seg.length <= past:
         quicken(c)
-        return _FIN_AGAIN
-    return 0
+    return _FIN_AGAIN if flags & FIN and seg.length == past else 0
 
 
 # --- Does it fit, and is it old? --------------------------------------------------------------
@@ -539,22 +544,27 @@ def _take(c: Connection, seg: Segment, now: float) -> bool:
     """Take the segment's text; whether the peer's FIN is now in order."""
     data = seg.data
     fin = seg.flags & FIN != 0
-    offset = (seg.seq - c.rcv_nxt) & MASK
+    nxt = c.rcv_nxt
+    offset = (seg.seq - nxt) & MASK
     if offset or c._out_of_order:
-        return _take_out_of_order(c, seg.seq, data, fin, now)
+        fin = _take_out_of_order(c, seg.seq, data, fin)
+        if data and c.rcv_nxt != nxt:
+            _hear_text(c, seg, now)
+        return fin
     if data:
-        room = (c.rcv_adv - c.rcv_nxt) & MASK
+        room = (c.rcv_adv - nxt) & MASK
         if len(data) > room and not c.profile.parameters.linux_checks:
             data = data[:room]
             fin = False
             c._ack_due = 2
-        _accept(c, data, now)
+        _accept(c, data)
+        _hear_text(c, seg, now)
     if fin:
         c.rcv_nxt = (c.rcv_nxt + 1) & MASK
     return fin
 
 
-def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: float) -> bool:
+def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool) -> bool:
     """Text left of RCV.NXT is trimmed; text to the right waits for what is missing."""
     nxt = c.rcv_nxt
     offset = (seq - nxt) & MASK
@@ -589,7 +599,7 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool, now: flo
         del pieces[0]
         if past <= len(data):
             if past < len(data):
-                _accept(c, data[past:], now)
+                _accept(c, data[past:])
             if fin:
                 c._out_of_order = ()
                 c._sacking = None
@@ -628,23 +638,61 @@ def _note_block(c: Connection, left: int, right: int) -> None:
     c._sacking = ((*blocks[:repeated], (left, right), *apart[:3]), repeated)
 
 
-def _accept(c: Connection, data: bytes, now: float) -> None:
-    """Text in order: into the receive buffer, and something to acknowledge."""
-    n = len(data)
-    c.rcv_nxt = (c.rcv_nxt + n) & MASK
+def _accept(c: Connection, data: bytes) -> None:
+    """Text in order: into the receive buffer."""
+    c.rcv_nxt = (c.rcv_nxt + len(data)) & MASK
     if not c.orphaned:
         c._rx = c._rx + data if c._rx else data
+
+
+def _hear_text(c: Connection, seg: Segment, now: float) -> None:
+    """A segment with text in order is to be acknowledged: when (tcp_event_data_recv)."""
+    parameters = c.profile.parameters
     if not c._ack_due:
         c._ack_due = 1
+    _measure(c, seg)
+    usual, elapsed = parameters.delayed_ack, now - c._last_text
     if c._ato == 0.0:
-        # tcp_event_data_recv: the first text starts the delayed-ACK engine, quickly.
-        c._ato = c.profile.parameters.delayed_ack
+        # The first text starts the delayed-ACK engine, quickly.
+        c._ato = usual
         quicken(c, stay_interactive=True)
-    elif now - c._last_text > c.rto:
+    elif elapsed <= usual / 2:
+        c._ato = (c._ato + usual) / 2
+    elif elapsed < c._ato:
+        if parameters.linux_checks:
+            c._ato = min(c._ato / 2 + elapsed, c.rto)
+    elif elapsed > c.rto:
         quicken(c, stay_interactive=True)
     c._last_text = c.heard = now
-    if n > c._rcv_mss:
-        c._rcv_mss = min(n, c.mss)
+
+
+def _measure(c: Connection, seg: Segment) -> None:
+    """How long the peer's segments are when they are full (tcp_measure_rcv_mss)."""
+    n = len(seg.data)
+    if not c.profile.parameters.linux_checks:
+        if n > c._rcv_mss:
+            c._rcv_mss = min(n, c.mss)
+        return
+    last, c._last_size = c._last_size, 0
+    if n >= c._rcv_mss:
+        c._rcv_mss = min(n, c.adv_mss - 12 if c.timestamps else c.adv_mss)
+        if seg.flags & PSH and not c._pushed:
+            c._pushed = 1
+        return
+    header = 20 if seg.options is None else _header(seg.options)
+    if n + header >= 556 or (n + header >= 108 and not seg.flags & (FIN | URG | SYN | PSH)):
+        n += header - (32 if c.timestamps else 20)
+        c._last_size = n
+        if n == last:
+            c._rcv_mss = n
+            return
+    c._pushed = 2 if c._pushed else 1
+
+
+def _header(options: Options) -> int:
+    """Octets of a header with these options, of a segment without SYN."""
+    blocks = len(options.sack)
+    return 20 + (12 if options.ts_val is not None else 0) + (4 + 8 * blocks if blocks else 0)
 
 
 LOOKS: Final = {

@@ -201,14 +201,17 @@ class Connection:
         "_ato",
         "_backoff",
         "_cells",
+        "_cuts",
         "_ends",
         "_eof_read",
         "_fin",
         "_frto",
+        "_last_size",
         "_last_text",
         "_out_of_order",
         "_pingpong",
         "_probed",
+        "_pushed",
         "_quick",
         "_rcv_mss",
         "_recover",
@@ -317,6 +320,8 @@ class Connection:
         self.options = _DEFAULT
         self._tx = self._rx = b""
         self._out_of_order: tuple[tuple[int, bytes, bool], ...] = ()
+        # On Linux, where the pieces of text not sent yet end, but the last, and whether pushed.
+        self._cuts: tuple[tuple[int, bool], ...] = ()
         # On Linux, of each segment in flight but the first: where it begins, and when it was sent.
         self._ends: tuple[tuple[int, float], ...] = ()
         self._rtt_at = self._ato = self.rttvar = 0.0
@@ -350,7 +355,9 @@ class Connection:
             self._fin,  # 1: queued behind the text, 2: sent
             self._ack_due,  # 1: by policy, 2: at once
             self._quick,
-        ) = (0,) * 16
+            self._pushed,  # small segments since the last ACK, at most 2 (ICSK_ACK_PUSHED)
+            self._last_size,  # of the last of them, if that may be all that the peer sends
+        ) = (0,) * 18
         # What the next segments' SACK option tells: blocks, the latest first, and whether the
         # first is text that came twice.
         self._sacking: tuple[tuple[tuple[int, int], ...], bool] | None = None
@@ -572,7 +579,12 @@ class Connection:
         elif timer is Timer.DELAYED_ACK:
             self.t_ack = inf
             event = _DELAYED_ACK
-            # tcp_delack_timer_handler: a delay that was needed is not interactive.
+            # tcp_delack_timer_handler: a delay that was needed is not interactive, or too short.
+            usual = self.profile.parameters.delayed_ack
+            if self._pingpong or not self.profile.parameters.linux_checks:
+                self._ato = usual
+            else:
+                self._ato = min(2 * self._ato, self.rto)
             self._pingpong = False
         elif timer is Timer.PROBE:
             self.t_probe = inf
