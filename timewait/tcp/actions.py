@@ -183,9 +183,10 @@ def synchronized(c: Connection, seg: Segment, now: float) -> None:
 
 def expect_segments(c: Connection) -> None:
     """Guess how long the peer's segments will be (tcp_initialize_rcv_mss)."""
-    if c.profile.parameters.linux_checks:
-        most = min(c.adv_mss, 536, ((c.rcv_adv - c.rcv_nxt) & MASK) >> 1, _mss_cache(c))
-        c._rcv_mss = max(most, 88)
+    window = (c.rcv_adv - c.rcv_nxt) & MASK
+    small = c.max_wnd < 1072 or window < 1072 or c.mss < 548  # else it is 536, as it was
+    if small and c.profile.parameters.linux_checks:
+        c._rcv_mss = max(min(c.adv_mss, 536, window >> 1, _mss_cache(c)), 88)
 
 
 def establish(c: Connection, seg: Segment, now: float) -> None:
@@ -227,9 +228,9 @@ def reopen(c: Connection, _seg: Segment, now: float) -> None:
 
 def take_text(c: Connection, data: bytes, now: float) -> None:
     data = data[: max(0, c.snd_buf - len(c._tx))]
-    have, n = len(c._tx), len(data)
-    if have + n > min(c.max_wnd >> 2, 32_000) and c.profile.parameters.linux_checks:
-        _cut(c, have, n)
+    size = len(c._tx) + len(data)
+    if (size > c.max_wnd >> 2 or size > 32_000) and c.profile.parameters.linux_checks:
+        _cut(c, len(c._tx), len(data))
     c._tx += data
 
 
@@ -311,22 +312,26 @@ def _send_new(
             c._pingpong = True
         if c._rtt_seq is None and c._recover is None:
             c._rtt_seq, c._rtt_at = (c.snd_nxt + min(n, mss) + (fin and n <= mss)) & MASK, now
-        for at in range(0, n, mss) or (0,):
-            size = min(mss, n - at)
+        while True:
+            size = n if n < mss else mss
+            n -= size
             seq = c.snd_nxt
             if linux and seq != c.snd_una:
                 c._ends += ((seq, now),)
-            ends = at + size == n
-            c.snd_nxt = (seq + size + (fin and ends)) & MASK
+            c.snd_nxt = (seq + size + (fin and not n)) & MASK
             if size < mss:
                 c._small = c.snd_nxt
             if c.t_retransmit == inf:
                 _start_retransmitting(c, now)
-            flags = ACK | (FIN if fin and ends else 0) | (PSH if push and size and ends else 0)
+            flags = ACK
+            if not n:
+                flags = ACK | (FIN if fin else 0) | (PSH if push and size else 0)
             emit(c, flags, now, seq, tx[sent : sent + size])
             sent += size
             left -= size
             most -= 1
+            if not n:
+                break
         if fin:
             c._fin = 2
             return
@@ -380,7 +385,8 @@ def _effective_mss(c: Connection) -> int:
 
 def _mss_cache(c: Connection) -> int:
     """What segments usually carry (tcp_sync_mss)."""
-    return _bound_to_half_window(c, c.mss - 12 if c.timestamps else c.mss)
+    mss = c.mss - 12 if c.timestamps else c.mss
+    return mss if 2 * mss <= c.max_wnd else _bound_to_half_window(c, mss)
 
 
 def _bound_to_half_window(c: Connection, size: int) -> int:
@@ -474,6 +480,8 @@ def acknowledge(c: Connection, seg: Segment, now: float) -> None:
         or (c.rcv_nxt - c.rcv_wup) & MASK > c._rcv_mss
     ):
         emit(c, ACK, now)
+    elif c.t_ack == inf and c._ato == delay:
+        c.t_ack = now + delay  # most often
     else:
         _delay_ack(c, now)
 

@@ -650,7 +650,12 @@ def _hear_text(c: Connection, seg: Segment, now: float) -> None:
     parameters = c.profile.parameters
     if not c._ack_due:
         c._ack_due = 1
-    _measure(c, seg)
+    n = len(seg.data)
+    if n < 484 and seg.flags & PSH and n < c._rcv_mss and parameters.linux_checks:
+        c._last_size = 0  # as most often
+        c._pushed = 2 if c._pushed else 1
+    else:
+        _measure(c, seg, n)
     usual, elapsed = parameters.delayed_ack, now - c._last_text
     if c._ato == 0.0:
         # The first text starts the delayed-ACK engine, quickly.
@@ -666,9 +671,8 @@ def _hear_text(c: Connection, seg: Segment, now: float) -> None:
     c._last_text = c.heard = now
 
 
-def _measure(c: Connection, seg: Segment) -> None:
+def _measure(c: Connection, seg: Segment, n: int) -> None:
     """How long the peer's segments are when they are full (tcp_measure_rcv_mss)."""
-    n = len(seg.data)
     if not c.profile.parameters.linux_checks:
         if n > c._rcv_mss:
             c._rcv_mss = min(n, c.mss)
