@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from timewait.kernel.capture import ahead_of_monotonic
 from timewait.kernel.wire import Wire, WireError
 from timewait.packetdrill.frames import Frame, decode, encode
 from timewait.tcp.segment import ACK, RST, SYN
@@ -63,6 +64,23 @@ def test_a_packet_read_late_tells_when_it_was_sent(wire: Wire) -> None:
         time.sleep(0.2)
         assert answer(wire).flags == SYN
     assert before - 0.01 < wire.sent_at < after + 0.01
+
+
+def test_packets_were_sent_in_the_order_in_which_they_come(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a look at two clocks was interrupted: 2 ms between the two were seen."""
+    ahead = ahead_of_monotonic()
+    tries = iter([ahead - 5_000_000, ahead])
+    monkeypatch.setattr("timewait.kernel.wire.ahead_of_monotonic", lambda: next(tries))
+    stamps = []
+    with wire.socket(kind=socket.SOCK_DGRAM) as sock:
+        for octets in (b"a", b"b"):
+            sock.sendto(octets, ("192.0.2.1", 9))
+            assert wire.wait(2)
+            assert wire.read()
+            stamps.append(wire.sent_at)
+    assert stamps == sorted(stamps)
 
 
 def test_a_segment_with_a_wrong_checksum_is_not_answered(wire: Wire) -> None:

@@ -36,7 +36,7 @@ from timewait.events import Event, Lost, Row, SegmentSeen
 from timewait.kernel import bpf
 from timewait.tcp.packet import NotTCP, decode, host_text
 
-__all__ = ["Capture", "CaptureError", "read"]
+__all__ = ["Capture", "CaptureError", "ahead_of_monotonic", "read"]
 
 Tell: TypeAlias = Callable[[str], object]
 # When in ns, link type, buffer, where the frame begins and ends in it, its length on the wire.
@@ -460,7 +460,7 @@ class Capture:
         self._ports = None if ports is None else frozenset(ports)
         self._next = 0
         # Stamps are of the wall clock; ours run on the monotonic one.
-        self._behind = _ahead_of_monotonic()
+        self._behind = ahead_of_monotonic()
         self._resources = ExitStack()
         try:
             self._open(interface, buffer)
@@ -545,7 +545,7 @@ class Capture:
         return events
 
 
-def _ahead_of_monotonic() -> int:
+def ahead_of_monotonic() -> int:
     """Nanoseconds that the wall clock is ahead, from the try that was least interrupted."""
     tries = []
     for _ in range(8):

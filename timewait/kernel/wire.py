@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Final
 
 from timewait.kernel import links
+from timewait.kernel.capture import ahead_of_monotonic
 from timewait.kernel.namespace import Namespace, sysctl
 
 __all__ = ["Wire", "WireError"]
@@ -149,13 +150,14 @@ class Wire:
                 if packet[12:14] not in _ETHERTYPES.values() or packet[:6] != links.FAR:
                     continue
                 packet = packet[14:]
-            self.sent_at = self._stamp(packet)
+            # Packets come here in the order in which they were sent; clocks may say otherwise.
+            self.sent_at = max(self.sent_at, self._stamp(packet))
             return packet
 
     def _stamp(self, packet: bytes) -> float:
         """When the near device sent that packet, by the kernel's own clock."""
         assert self._tap is not None
-        ahead = time.time_ns() - time.monotonic_ns()
+        ahead = ahead_of_monotonic()
         while True:
             try:
                 seen, extra, _, (_, _, kind, *_) = self._tap.recvmsg(1 << 17, 64)
