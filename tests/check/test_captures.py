@@ -11,7 +11,7 @@ from attrs import evolve
 
 from timewait.check import Answers, Checker, Connection, Verdict, answers, check
 from timewait.check.evidence import read
-from timewait.events import Address, Event, Restart, SegmentSeen, Transition
+from timewait.events import Address, Called, Event, Restart, SegmentSeen, Snapshot, Transition
 from timewait.kernel.tracepoint import USED_AGAIN
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
 from timewait.tcp.states import State
@@ -62,6 +62,10 @@ OPEN = "0 c SYN 4 0|0.01 s SYNACK 8 5|0.02 c ACK 5 9|"
         (APART, "1 s TXT 9 5 100|1.1 c RSTACK 5 109|1.13 c ACK 5 109"),
         # A probe comes when the peer has been silent, even if its last was acknowledged late.
         (LOCAL, "1 c TXT 5 9 100|42 s ACK 9 105|206 s ACK 8 105|206.1 c ACK 105 9"),
+        # Text that tcpdump's buffer had no room for: the peer has it, and its sender goes on.
+        (LOCAL, "1 c TXT 5 9 9|2 s ACK 9 105|3 c TXT 105 9 4|3.1 s ACK 9 109"),
+        (LOCAL, "1 c TXT 5 9 9|2 c TXT 114 9 5|3 s ACK 9 119"),
+        (LOCAL, "1 c TXT 5 9 9|2 s ACK 9 999999|3 c FIN 999999 9"),
     ],
 )
 def test_what_overtakes_what_or_repeats_it_conforms(
@@ -148,6 +152,32 @@ def test_a_socket_connected_to_itself_is_told_and_not_checked() -> None:
     assert verdict
 
 
+def test_a_capture_may_begin_with_a_probe_of_the_window() -> None:
+    verdict = check(seen("0 s ACK 8 5|0.1 c ACK 5 9|300 s RSTACK 9 5"))
+    assert verdict, verdict.explain()
+
+
+def test_a_table_is_read_row_by_row() -> None:
+    """Of two rows one may be from before the close that was made meanwhile, one from after."""
+    trace = read(TRACES / "server-first.jsonl", print)
+    # Without what else tells when the table was read.
+    events = [e for e in trace if not (isinstance(e, Called) or getattr(e, "sampled", False))]
+    at, table = next(
+        (i, e) for i, e in enumerate(events) if isinstance(e, Snapshot) and "closes" in e.label
+    )
+
+    def read_as(state: State) -> Verdict:
+        rows = tuple(
+            row if row.state is State.LISTEN else evolve(row, state=state, seconds_left=None)
+            for row in table.rows
+        )
+        return check([*events[:at], evolve(table, rows=rows), *events[at + 1 :]])
+
+    assert {row.state for row in table.rows} <= {State.LISTEN, State.TIME_WAIT}  # the server's
+    assert read_as(State.ESTABLISHED), read_as(State.ESTABLISHED).explain()
+    assert not read_as(State.LAST_ACK)
+
+
 def test_text_in_the_syn_conforms() -> None:
     # RFC 7413, as Linux 6.18 does it: the server answers before the handshake is done.
     lines = (
@@ -190,6 +220,10 @@ def test_a_socket_bound_to_the_port_connects_out_of_an_orphans_fin_wait_2() -> N
         (OPEN + "1 c TXT 5 9 9|1.1 c TXT 14 9 9|900 s ACK 9 23", "RFC 9293 §3.8.6.3"),
         ("0 c SYN 4 0|0.01 s SYNACK 8 5|0.02 s FIN 9 5|0.03 c ACK 5 9", "RFC 9293 §3.10.4"),
         (OPEN + "1 c ACK 5 9|1.1 c SYN 99 0|1.2 s RSTACK 9 5", "RFC 9293 §3.5"),
+        (OPEN + "1 c TXT 5 9 9|2 s ACK 9 105", "RFC 9293 §3.4"),  # and nothing shows that it was
+        (OPEN + "1 c TXT 5 9 9|2 s ACK 9 105|3 c TXT 14 9 4", "RFC 9293 §3.4"),
+        (OPEN + "1 c TXT 6 9 9|2 c TXT 14 9 9|3 s ACK 9 23", "RFC 9293 §3.4"),
+        (OPEN + "1 c TXT 5 9 9|2 s ACK 9 15|3 c ACK 15 9", "RFC 9293 §3.4"),  # a FIN?
     ],
 )
 def test_what_a_capture_of_one_machine_cannot_show(lines: str, rule: str) -> None:

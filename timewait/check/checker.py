@@ -91,7 +91,7 @@ class Checker:
         self._forgotten = False
         self._cut = False  # from here on some of what was seen is missing
         self._unended = False  # and so it was in this run, or in one before
-        self._misses = False  # a capture between hosts has been shown to lack segments
+        self._misses = False  # the capture has been shown to lack segments
         self._given = dict(profiles or {})
         self._on_end = on_end
         self._ends: dict[tuple[Address, Address], tuple[Connection, int]] = {}
@@ -226,6 +226,7 @@ class Checker:
         self._choose_profiles(event.profiles)
         self._blind = event.blind
         self._from_start = True
+        self._misses = False
         self._binds = Binds()
         told = event.scenario or {}
         self._port = told.get("port")
@@ -334,7 +335,7 @@ class Checker:
             exact = event.source in ("model", "wire") or (here and self._from_start)
             sequence = connection.sequence = Sequence(
                 exact,
-                here and not exact,
+                here and not exact and not self._misses,
                 (
                     self._profiles[0].parameters.rto_min * self._punctual,
                     self._profiles[1].parameters.rto_min * self._punctual,
@@ -404,12 +405,15 @@ class Checker:
             connection.presumed = False
 
     def _not_captured(self, connection: Connection, event: SegmentSeen) -> None:
-        """A capture between hosts may lack what shows only by what answers or follows it."""
+        """A capture may lack what shows only by what answers or follows it."""
         assert connection.sequence is not None
         connection.sequence.missed = False
         connection.begin_anywhere(connection.mode)
         if not self._misses:
             self._misses = True
+            for each in self.connections():
+                if each.sequence is not None and not each.sequence.exact:
+                    each.sequence.lacks()
             self._problems.append(
                 f"{event_text(event)} at {event.t:.6f} s: the capture lacks segments before it, or "
                 "they were never sent"

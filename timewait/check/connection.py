@@ -222,8 +222,9 @@ class Connection:
             self.held.clear()
             self._explain(self.number, symbol, event)
             return
-        number = in_any_order(self.model, self.base, entries)
-        if number:
+        orders = (entries, _in_two_looks(entries, 0), _in_two_looks(entries, 1))
+        tries = (in_any_order(self.model, self.base, each) for each in orders)
+        if number := next(filter(None, tries), 0):
             self.history.extend(self.held)
             self.held.clear()
             self.stuck = False
@@ -414,6 +415,23 @@ class Connection:
         )
         if len(self.findings.divergences) < DIVERGENCES_KEPT:
             self.findings.divergences.append(self.divergence)
+
+
+def _in_two_looks(entries: list[Entry], first: int) -> list[Entry]:
+    """The same with each look at both ends as two, `first` the end that was looked at first.
+
+    A table is read row by row: whatever is between the two has happened meanwhile.
+    """
+    found = []
+    for entry in entries:
+        t, mode, symbol, event, number = entry
+        states = ex.states_of_both(symbol)
+        if states is None:
+            found.append(entry)
+        else:
+            looks = (ex.seen_in(end, states[end]) for end in (first, 1 - first))
+            found += [(t, mode, look, event, number) for look in looks]
+    return found
 
 
 _IN_ORDER: Final = ex.EVERY | ex.EVERY << 2

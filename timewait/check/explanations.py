@@ -163,6 +163,11 @@ def both_in(a: int, b: int) -> int:
     return _BOTH | (0 if a == LISTEN else a) << 4 | (0 if b == LISTEN else b)
 
 
+def states_of_both(symbol: int) -> tuple[int, int] | None:
+    """The states that `both_in` made this symbol of; None for another kind of symbol."""
+    return (symbol >> 4 & 15, symbol & 15) if symbol >> 9 == _BOTH >> 9 else None
+
+
 # Every look that finds a connection.
 SEEN_OPEN: Final = frozenset(
     {seen_in(end, state) for end in (0, 1) for state in range(SYN_SENT, TIME_WAIT + 1)}

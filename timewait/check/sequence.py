@@ -61,6 +61,7 @@ _ANSWERED: Final = 0.5  # an answer is sent at once
 # What a capture between hosts may lack: so much at once, and what a wire of 100 Gbit/s carries.
 _AT_ONCE: Final = 1 << 20
 _PER_SECOND: Final = 12.5e9
+_LONGEST: Final = 0xFFFF  # no segment has more octets
 _NEVER: Final = -1e9
 _REMEMBERED: Final = 64
 _NO_ACK = "RFC 9293 §3.10.7.4: every segment after the SYN carries an acknowledgment"
@@ -120,6 +121,7 @@ class Flow:
     gap_at: float = 0.0  # when the last gap was noticed
     gap_ack: int = 0  # what the segment after it acknowledged
     gap: Contradiction | None = None  # the suspicion that the first of them raised
+    torn: bool = False  # behind a gap, some octets were sent twice
     gap_told: bool = False  # the peer has asked for it since, or it was long ago
     claimed: int | None = None  # up to where the peer acknowledged more than was seen,
     claim: Contradiction | None = None  # which is wrong unless the capture lacks it
@@ -130,6 +132,11 @@ class Flow:
     probed: float = _NEVER  # when it last repeated an octet that was acknowledged
     former: Flow | None = None  # the flow that its newest SYN wants to follow
     recent: list[tuple[float, int, int, int, int]] = field(factory=list)  # its last segments
+
+    @property
+    def probes(self) -> bool:
+        """Whether nothing was seen but acknowledgments, which may be probes, one before SND.NXT."""
+        return self.isn is None and self.fin is None and not self.ends and not self.guessed
 
 
 class Sequence:
@@ -199,6 +206,14 @@ class Sequence:
     def one_sided(self) -> bool:
         """Whether only one side has been seen to send: the capture may show one direction."""
         return (self.a.last == _NEVER) != (self.b.last == _NEVER)
+
+    def lacks(self) -> None:
+        """The capture has been shown to lack segments: nothing is missed from now on."""
+        self.presumed = False
+        self.whole = False
+        self.suspicion = None
+        for flow in (self.a, self.b):
+            flow.due = None
 
     def forget(self) -> None:
         """Segments were missed: begin again with whatever comes next."""
@@ -276,7 +291,8 @@ class Sequence:
                 x.claim is not None
                 and x.claimed is not None
                 and new > 0
-                and seq_diff(seq, x.claimed) < 0 < seq_diff(end, x.claimed)
+                and seq_diff(seq, x.claimed) < 0
+                and (self.presumed or seq_diff(end, x.claimed) > 0)
             ):
                 raise x.claim
             if seq != x.next:
@@ -401,6 +417,8 @@ class Sequence:
         """A segment that does not begin at SND.NXT; how many new octets it brings."""
         assert x.next is not None
         gap = seq_diff(seq, x.next)
+        if gap == 1 and x.probes:
+            return max(new, 1)
         if gap > 0:
             wrong = Contradiction(
                 f"it begins {gap} octet{'s'[: gap != 1]} after the last one sent "
@@ -409,12 +427,13 @@ class Sequence:
             )
             if self.exact or (self.lacking and gap > _most_in(x.last - since)):
                 raise wrong
-            if self.presumed and self.suspicion is None:
+            if self.presumed and self.suspicion is None and gap <= _LONGEST:
                 self.suspicion = x.gap = wrong
             low = x.next
             if x.claimed is not None and seq_diff(seq, x.claimed) >= 0:
                 # The peer had it, and its sender goes on behind it: the capture has not seen it.
                 low, x.claimed, x.claim = x.claimed, None, None
+                self.missed = True
             if low != seq:
                 x.gaps.append((low, seq))
                 _remember(x.missed, low)
@@ -423,6 +442,7 @@ class Sequence:
             x.gap_told = False
             return max(new, 1)
         if x.gaps:
+            x.torn = x.torn or 0 < new < length
             if x.gap_told or x.last - x.gap_at >= PROBE_AFTER:
                 # It was sent again as if it had been lost: segments do get lost here.
                 self.presumed = False
@@ -493,7 +513,9 @@ class Sequence:
                 x.ack = ack
                 _remember(x.acks, ack)
                 return True
-            if ahead > 0 and not (
+            if ahead == 1 and y.probes:
+                y.next = ack
+            elif ahead > 0 and not (
                 # A half-open side answers a new SYN with what it knows of the former connection.
                 y.former is not None and y.former.next == ack
             ):
@@ -501,17 +523,24 @@ class Sequence:
                     f"it acknowledges {ack}, {ahead} octet{'s'[: ahead != 1]} more than was sent",
                     _UNSENT,
                 )
-                if y.fin is not None or not self.lacking or ahead > _most_in(x.last - y.last):
+                # (One octet more is a FIN's, and the capture of a machine shows who has closed.)
+                fin = self.presumed and ahead == 1
+                if y.fin is not None or self.exact or fin or ahead > _most_in(x.last - y.last):
                     raise wrong
                 if y.isn is None:
                     y.next = ack
                 else:  # Its sender will tell: it goes on behind what was acknowledged, or before.
                     y.claimed, y.claim = ack, y.claim or wrong
-                self.missed = True
+                if self.presumed and ahead <= _LONGEST:
+                    self.suspicion = self.suspicion or wrong
+                else:
+                    self.missed = True
             for low, _ in y.gaps:
                 if ack == low and kind & ~FROM_B == ACK:
                     y.gap_told = y.gap_told or low in y.missed
-                elif seq_diff(ack, low) > 0 and not self.lacking:
+                elif seq_diff(ack, low) > 0 and not (
+                    self.lacking or (self.presumed and ack in y.ends and not y.torn)
+                ):
                     raise Contradiction(
                         f"it acknowledges {ack}, and the octets from {low} were never seen",
                         _UNSENT,
@@ -592,6 +621,8 @@ class Sequence:
         x.reset_ack = ack if flags & ACK else x.ack
         here = self.exact or self.presumed
         own = [flow.next for flow in (x, x.former) if flow is not None and flow.next is not None]
+        if x.probes and x.next is not None:
+            own.append(seq_add(x.next, 1))
         answers = list(y.acks)
         if x.former is not None:
             answers += x.former.acks

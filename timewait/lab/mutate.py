@@ -777,6 +777,10 @@ def _why_dropped(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segme
         return "the first of its connection: a capture may begin in the middle of one"
     if _sent_again(event, before + after):
         return "sent more than once: a timer is bounded from below only (RFC 6298 §2.4)"
+    if event.length and any(
+        e.src == event.dst and e.flags & ACK and seq_diff(e.ack, _space(event)) >= 0 for e in after
+    ):
+        return "a capture may drop text: it is acknowledged, its sender goes on, and that is told"
     return None
 
 
