@@ -215,6 +215,33 @@ def test_what_was_there_before_is_not_blamed(port: HeldPort) -> None:
     before.listener.close()
 
 
+def test_what_waited_to_be_accepted_before_is_not_blamed(port: HeldPort) -> None:
+    with port.listen() as listener, socket.create_connection(listener.getsockname()) as client:
+        with Witness() as seen:
+            server, _ = listener.accept()
+            seen.assert_no_leak()
+            with socket.create_connection(listener.getsockname()), listener.accept()[0]:
+                assert len(seen.leaks) == 2  # of the connection that is new
+            server.close()
+            assert len(seen.connections) == 1
+        client.close()
+
+
+def test_an_end_that_died_unclosed_was_reset(
+    port: HeldPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timewait.witness._record", lambda: None)  # as without privilege
+    with Witness() as seen:
+        pair = Pair(port)
+        pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        os.close(pair.server.detach())  # (as a child's end would be, of which no call is noted)
+        assert seen.active_closer(port) == "server"
+        with pytest.raises(AssertionError, match="the other end died unclosed in ESTABLISHED"):
+            seen.assert_no_reset()
+        seen.assert_no_leak()
+        pair.close("client", "listener")
+
+
 STRANGER = """
 import os, socket, sys
 if os.fork():

@@ -46,6 +46,7 @@ __all__ = ["Witness", "descendants", "looking_on", "table"]
 _PERIOD: Final = 0.02  # seconds between looks at the children's sockets
 _NOTICE: Final = 0.005  # seconds: the kernel tells of a destroyed socket from a work queue, later
 _BEGINNINGS: Final = {State.CLOSED, State.LISTEN}
+_BACKLOG: Final = {State.SYN_RECEIVED, State.ESTABLISHED, State.CLOSE_WAIT}
 
 
 class Witness(Connections):
@@ -70,6 +71,7 @@ class Witness(Connections):
         self._ledger = Ledger(stacks=stacks, on_change=self._moved)
         self._list = table()
         self._before: dict[Key, Row] = {}
+        self._older: set[Entry] = set()  # accepted now, connected before
         self._record: Record | None = None
         self._owned: dict[int, int] | None = None  # inode -> pid, as of this look
         self._not_ours: set[int] = set()
@@ -147,14 +149,16 @@ class Witness(Connections):
                     if not self._listening.get(row.local[1]):
                         self._listening[row.local[1]] = self._owner(row.inode) is not None
                     continue
-                before = self._before.get(key)
-                if before is not None and row.inode in (before.inode, 0, None):
-                    continue  # it was there already
+                if self._was_there(key, row):
+                    continue
                 present.add(key)
                 self._note(key, row, now)
             for key, seen in list(self._seen.items()):
                 if key not in present:
                     seen.row = None
+                    if _unclosed(seen) and self._diag and self._diag.lookup(*key) is None:
+                        peer = self._endpoint_at(*key[::-1], now)
+                        peer.reset = f"the other end died unclosed in {seen.state}"
                     seen.move(None, now)
                     if not self._ours(seen):
                         del self._seen[key]  # a stranger's: it came and went
@@ -194,6 +198,8 @@ class Witness(Connections):
         key = entry.local, entry.remote
         _looks.resume()
         with self._lock:
+            if self._is_older(key, entry):
+                return
             self._owned = None
             now = time.monotonic()
             seen = self._seen.get(key)
@@ -230,6 +236,25 @@ class Witness(Connections):
                 elif way in self._seen:
                     self._seen[way].row = None
                     self._seen[way].move(None, now)
+
+    def _was_there(self, key: Key, row: Row) -> bool:
+        """Whether the connection is older than the watch."""
+        before = self._before.get(key)
+        if before is None:
+            return False
+        if before.inode == 0 and before.state in _BACKLOG:  # it is accepted only now
+            before = self._before[key] = row
+        return row.inode in (before.inode, 0, None)
+
+    def _is_older(self, key: Key, entry: Entry) -> bool:
+        """Whether what was accepted now had been waiting for it before the watch."""
+        before = self._before.get(key)
+        if entry.side == "server" and before is not None and before.state in _BACKLOG:
+            inode = next((os.fstat(at).st_ino for at in entry.holders), 0)
+            if inode and before.inode in (0, inode):
+                self._before[key] = evolve(before, inode=inode)
+                self._older.add(entry)
+        return entry in self._older
 
     def _reconsider(self, seen: Seen, entry: Entry, row: Row) -> None:
         """Strike a close() off after which another descriptor, a forked child's say, is left."""
@@ -348,6 +373,12 @@ class Witness(Connections):
             return seen.pid is not None
         waiting = seen.entry is None and seen.pid is None and seen.state is not State.FIN_WAIT_2
         return waiting and self._listening.get(seen.local[1], False)
+
+
+def _unclosed(seen: Seen) -> bool:
+    """Whether it is in a state that no end but the peer's RST leads out of: none was called."""
+    open_still = seen.entry is not None and not seen.entry.ends and any(seen.entry.holders.values())
+    return open_still and seen.state in (State.ESTABLISHED, State.CLOSE_WAIT)
 
 
 def _record() -> Record | None:
