@@ -137,10 +137,29 @@ def test_markers_hold_for_the_cases_of_unittest(suite: Run) -> None:
     result.stdout.fnmatch_lines(["tcp(no_leaks=True): 2 sockets left open", "1 test watched: *"])
     result = suite(code.format(limits="no_leeks=True"))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: *no_leeks is not among*"])
+    result.stderr.fnmatch_lines(["ERROR: *TestCase::test_leak: *no_leeks is not among*"])
     result = suite(code.replace("tcp({limits})", "tcp_sim"))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: *TestCase::test_leak: tcp_sim runs functions and*"])
+
+
+def test_markers_hold_for_one_parameter_and_where_a_conftest_adds_them(
+    suite: Run, pytester: pytest.Pytester
+) -> None:
+    pytester.makeconftest("""
+        import pytest
+        def pytest_collection_modifyitems(items):
+            items[0].add_marker(pytest.mark.tcp(no_leaks=True))
+    """)
+    result = suite("""
+        @pytest.mark.parametrize("n", [0, 1, pytest.param(2, marks=pytest.mark.tcp(no_leaks=True))])
+        def test_it(n, tcp_port):
+            leak(tcp_port)
+    """)
+    result.assert_outcomes(passed=3, errors=2)
+    result.stdout.fnmatch_lines(
+        ["*ERROR at teardown of test_it[[]0]*", "*ERROR at teardown of test_it[[]2]*"]
+    )
 
 
 def test_the_fixture_tells_who_closed_first(suite: Run) -> None:
@@ -190,6 +209,7 @@ def test_a_leak_is_told_with_its_stack(suite: Run) -> None:
             "1 test watched: 3 sockets opened, 0 left in TIME_WAIT, 1 leak, 0 resets",
         ]
     )
+    assert "_pytest" not in result.stdout.str()  # its own calls are not the test's
 
 
 @pytest.mark.parametrize(
@@ -204,6 +224,7 @@ def test_a_leak_is_told_with_its_stack(suite: Run) -> None:
         ("time_wait_budget=1", "server_first", None),
         ("no_resets=True", "server_first", None),
         ("no_leaks=True, port=1", "client_first", "*: port 1 was never used; the ports used were*"),
+        ("port=1", "client_first", "tcp(port=1): port 1 was never used; the ports used were*"),
         ("closed_by='client', port=1", "client_first", "*: *no connection to port 1; the ports*"),
     ],
 )

@@ -40,6 +40,7 @@ _LIBRARIES: Final = tuple(
     {os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib")}
     | {os.path.join(os.path.dirname(os.path.abspath(__file__)), ""), "<frozen "}
 )
+_RUNNER: Final = f"{os.sep}_pytest{os.sep}"
 _WRAPPED: Final = (
     *("__init__", "accept", "connect", "connect_ex", "listen"),
     *("shutdown", "detach", "_real_close"),
@@ -251,6 +252,8 @@ def _place(whole: bool) -> Place:
     while inner is not None and inner.f_code.co_filename == __file__:
         inner = inner.f_back
     frames = [(f.f_code.co_filename, f.f_lineno, f.f_code.co_name) for f in _outwards(inner)]
+    runner = next((n for n, frame in enumerate(frames) if _RUNNER in frame[0]), None)
+    frames = frames[: runner or None]  # not how a test came to be called
     own = next((n for n, frame in enumerate(frames) if not frame[0].startswith(_LIBRARIES)), 0)
     if not frames:
         return Place("<unknown>", 0, "?")

@@ -84,7 +84,7 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: objec
     variables = obj.__code__.co_varnames
     if _around or obj.__dict__ or "tcp" in variables or "tcp_sim" in variables:
         marks = [*_around, *getattr(obj, "pytestmark", ())]
-        marks = [mark for mark in marks if mark.name in ("tcp", "tcp_sim")]
+        marks = [mark for mark in marks if mark.name in MARKERS]
         if marks or "tcp" in variables or "tcp_sim" in variables:
             from timewait.suite import prepare
 
@@ -96,11 +96,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("tcp") or any(config.getini(name) for name in SUITE_LIMITS):
         watched = items
     else:
-        # (methods of unittest's cases have never passed pytest_pycollect_makeitem)
+        # (neither a marker of one parameter, or that a conftest added, nor the methods of
+        # unittest's cases have passed pytest_pycollect_makeitem)
         watched = [
             item
             for item in items
             if "tcp" in getattr(item, "fixturenames", ())
+            or any(mark.name in MARKERS for mark in item.own_markers)
             or (type(item) is not pytest.Function and any(map(item.get_closest_marker, MARKERS)))
         ]
     if watched:

@@ -161,10 +161,14 @@ def set_up_first(item: pytest.Item) -> None:
         return
     if _ours(item.config, item.iter_markers("tcp_sim")):
         raise pytest.UsageError(
-            f"{item.nodeid}: tcp_sim runs functions and methods of plain classes only"
+            f"{item.nodeid}: tcp_sim runs functions and methods of plain classes only, "
+            "and all of them: it is no marker of one parameter"
         )
     if marks := _ours(item.config, item.iter_markers("tcp")):
-        _limits(item.config, marks)
+        try:
+            _limits(item.config, marks)
+        except pytest.UsageError as wrong:
+            raise pytest.UsageError(f"{item.nodeid}: {wrong}") from None
     elif "tcp" not in names and not _everywhere(item.config):
         return
     fixtures = item.session._fixturemanager
@@ -221,7 +225,7 @@ def _look_on(config: pytest.Config) -> None:
 def _broken(witness: Witness, limits: dict[str, Any], strict: bool) -> Iterator[str]:
     """The limits that do not hold, in words; `strict` where a marker wants connections."""
     port = limits.get("port")
-    checks: dict[str, Callable[[], None]] = {}
+    checks: dict[str, Callable[[], object]] = {}
     if limits.get("no_leaks"):
         checks["no_leaks"] = lambda: witness.assert_no_leak(port)
     if limits.get("no_resets"):
@@ -231,6 +235,8 @@ def _broken(witness: Witness, limits: dict[str, Any], strict: bool) -> Iterator[
     if "time_wait_budget" in limits:
         budget = limits["time_wait_budget"]
         checks["time_wait_budget"] = lambda: witness.assert_time_wait_within(budget, port)
+    if port is not None and not checks:
+        checks["port"] = lambda: witness._used(port)
     for name, check in checks.items():
         try:
             check()
