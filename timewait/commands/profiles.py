@@ -28,10 +28,10 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(name: str | None, other: str | None, form: str | None, as_json: bool) -> int:
     """Print the list, one stack, or the differences of two."""
-    if form and (as_json or other or not name):
+    if form and (as_json or other is not None or name is None):
         raise click.UsageError(f"--{form} draws one stack: timewait profiles NAME --{form}")
     try:
-        stacks = [profile(given) for given in (name, other) if given]
+        stacks = [profile(given) for given in (name, other) if given is not None]
     except ValueError as wrong:
         raise click.ClickException(str(wrong)) from None
     if form:

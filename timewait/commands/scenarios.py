@@ -20,7 +20,9 @@ _COLUMNS: Final = 80
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(name: str | None, as_json: bool) -> int:
     """Print the list, or one scenario."""
-    if name:
+    if name is not None:
+        if as_json:
+            raise click.UsageError("--toml and --json are two forms of an answer: give one")
         try:
             click.echo(Scenario.built_in(name).to_toml(), nl=False)
         except ValueError as wrong:
