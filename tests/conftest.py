@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import timewait
 
 # A shell's background job ignores Ctrl-C, and so would every command that is interrupted here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No property takes longer for what else the machine does.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

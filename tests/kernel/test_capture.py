@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timewait.events import Event, Lost, SegmentSeen
@@ -268,7 +268,7 @@ def test_a_file_cut_anywhere_gives_what_came_before(whole: bytes, data: st.DataO
     assert len(faults) <= 1
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 @given(
     st.sampled_from([WHOLE_PCAP, WHOLE_PCAPNG]),
     st.lists(st.tuples(st.integers(0, 2000), st.binary(min_size=1, max_size=8)), max_size=6),

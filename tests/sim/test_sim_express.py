@@ -48,7 +48,7 @@ def variables(connection: Connection) -> dict[str, object]:
     return dict(zip(_STATEFUL, connection.snapshot(), strict=True))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     actions,
     st.booleans(),
@@ -219,7 +219,7 @@ def play(ends: Ends, script: list[tuple[str, int, int]], warm: bool) -> list[obj
     return told
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(volleys, st.booleans(), st.booleans())
 def test_a_volley_leaves_what_single_texts_would(script, timestamps, warm):
     short, long = Ends(True, timestamps=timestamps), Ends(False, timestamps=timestamps)

@@ -6,7 +6,7 @@ import errno
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timewait.tcp.connection import Connection, TCPError
@@ -104,7 +104,7 @@ def changed_nothing_but_the_error(c: Connection, before: tuple[object, ...], num
 
 
 @pytest.mark.parametrize("name", list(PROFILES))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(iss=st.integers(0, 0xFFFFFFFF), program=steps)
 def test_whatever_happens_the_variables_stay_in_order(
     name: str, iss: int, program: list[tuple[object, float]]
@@ -135,7 +135,7 @@ def test_whatever_happens_the_variables_stay_in_order(
 
 
 @given(program=steps)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_restored_connection_goes_on_as_the_original(
     program: list[tuple[object, float]],
 ) -> None:
@@ -168,7 +168,7 @@ def test_a_restored_connection_goes_on_as_the_original(
     sizes=st.lists(st.integers(1, 4000), min_size=1, max_size=8),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_text_arrives_once_and_in_order_over_a_bad_network(sizes: list[int], seed: int) -> None:
     """Loss, duplication and reordering; retransmission mends all of it."""
     order = Random(seed)
