@@ -343,7 +343,8 @@ def study(server: Server, case: str) -> Outcome:
         held = [row for row in sockets(PORT) if row.local[1] == PORT]
         shares = {reuse: _bindable(reuse_address=reuse) for reuse in (False, True)}
         _restart(outcome, command, place)
-        outcome.why = _why(outcome, held, shares, bool(survivors))
+        lasting = any(_owns_listener(pid) for pid in survivors)
+        outcome.why = _why(outcome, held, shares, bool(survivors), lasting)
 
         client.wait(4)
         client.close()
@@ -401,13 +402,21 @@ def _restart(outcome: Outcome, command: list[str], place: Path) -> None:
         outcome.restart = "binds on a later try"
 
 
-def _why(outcome: Outcome, left: list[Row], shares: dict[bool, bool], survivors: bool) -> str:
-    """The rule behind the restart's outcome: what held the port and who may share it."""
+def _why(
+    outcome: Outcome, left: list[Row], shares: dict[bool, bool], survivors: bool, lasting: bool
+) -> str:
+    """The rule behind the restart's outcome: what held the port and who may share it.
+
+    `survivors` are processes of the old server after its end, `lasting` is
+    whether any of them still listened when the new server did.
+    """
     going = (State.FIN_WAIT_1, State.FIN_WAIT_2)  # to TIME_WAIT, in a moment
     holders = sorted({str(State.TIME_WAIT if row.state in going else row.state) for row in left})
     if survivors and "LISTEN" in holders:
-        if outcome.restart == "binds":
+        if outcome.restart == "binds" and lasting:
             return "workers of the old server still listen, and share the port by SO_REUSEPORT"
+        if outcome.restart == "binds":
+            return "workers of the old server ended before the new one, slow to start, bound"
         return "workers of the old server outlived its main process and still listen"
     plain, reuse = shares[False], shares[True]
     if plain:
