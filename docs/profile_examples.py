@@ -110,6 +110,17 @@ def twice(state: State, seq: int, bits: int, ack: int = 0) -> Look:
     return look
 
 
+def challenged(stack: Profile) -> str:
+    c = synchronized(stack, State.ESTABLISHED)
+    answered = []
+    for now in (10.0, 11.0):
+        for _ in range(20):
+            c.segment(Segment(5101, 0, RST), now)
+        answered.append(len(c.out))
+        c.out.clear()
+    return f"{answered[0]} are answered, and {answered[1]}"
+
+
 def called(state: State, call: str) -> Look:
     """What a call does in a state."""
 
@@ -296,7 +307,7 @@ def orphan_given_up(stack: Profile) -> str:
     return f"after {now - 2.0:.0f} s"
 
 
-def timestamped(recent: int, ts_val: int, idle: float = 1.0) -> Look:
+def timestamped(recent: int, ts_val: int, idle: float = 1.0, text: bytes = b"text") -> Look:
     """Text with a timestamp, that of the SYN,ACK having been `recent`."""
 
     def look(stack: Profile) -> str:
@@ -305,8 +316,9 @@ def timestamped(recent: int, ts_val: int, idle: float = 1.0) -> Look:
         offer = Options(1460, ts_val=recent, ts_ecr=0)
         c.segment(Segment(PEER, 1001, SYN | ACK, WINDOW, b"", offer), 0.0)
         stamp = Options(ts_val=ts_val % 2**32, ts_ecr=0)
-        c.segment(Segment(5001, 1001, ACK, WINDOW, b"text", stamp), idle)
-        return "taken" if c.readable_bytes else "too old"
+        c.out.clear()
+        c.segment(Segment(5001, 1001, ACK, WINDOW, text, stamp), idle)
+        return "taken" if c.readable_bytes else "too old: " + outcome(c, State.ESTABLISHED)
 
     return look
 
@@ -357,7 +369,7 @@ SITUATIONS: list[tuple[str, Look]] = [
     ),
     ("The FIN once more, with an ACK of ours, in LAST_ACK", again),
     ("A RST inside the window in ESTABLISHED", arrives(E, 10, RST)),
-    ("Two of them within 0.1 s", twice(E, 100, RST)),
+    ("Twenty of them at once, and twenty a second later", challenged),
     ("A SYN inside the window in ESTABLISHED", arrives(E, 10, SYN)),
     (
         "An ACK of what was never sent, twice within 0.1 s",
@@ -387,6 +399,7 @@ SITUATIONS: list[tuple[str, Look]] = [
     ("Nobody answers keep-alives", each(kept_alive, E, F, W, C, X, L)),
     ("A timestamp that is one older than the last", timestamped(9000, 8999)),
     ("Much older", timestamped(9000, 1000)),
+    ("Much older, and no text", timestamped(9000, 1000, text=b"")),
     ("Much older, after an hour without a segment", timestamped(9000, 1000, 3600.0)),
     ("Much older, after 25 days", timestamped(9000, 1000, 25 * 86400.0)),
     ("Older than a timestamp of 0", timestamped(0, -1000)),

@@ -19,6 +19,7 @@ from timewait import sim
 from timewait.events import SegmentSeen, Transition
 from timewait.sim.ports import PortTable
 from timewait.sim.sock import REMEMBERED
+from timewait.tcp.profiles import profile
 from timewait.tcp.segment import FIN
 from timewait.tcp.states import State
 
@@ -407,6 +408,32 @@ def test_more_time_waits_than_allowed_are_skipped_and_counted():
         assert host.counters["TCPTimeWaitOverflow"] == 2
         await asyncio.sleep(60.1)
         assert host.rows() == []
+
+    sim.run(main, hosts=network)
+
+
+@pytest.mark.parametrize(
+    ("stack", "settings", "left", "overflows"),
+    [
+        ("linux", {"tcp_max_tw_buckets": 1}, 1, 1),
+        ("linux", {"tcp_max_tw_buckets": 0}, 0, 2),
+        ("freebsd", {}, 2, 0),
+        ("freebsd", {"nolocaltimewait": 1}, 0, 0),
+    ],
+)
+def test_a_host_has_what_its_profile_sets(stack, settings, left, overflows):
+    network = sim.Network()
+    host = network.host("one", profile=profile(stack, **settings))
+
+    async def main():
+        with socket.create_server(("127.0.0.1", 80)) as listener:
+            for _ in range(2):
+                sock = socket.create_connection(("127.0.0.1", 80))
+                accepted, _ = listener.accept()
+                sock.close()
+                accepted.close()
+        assert sum(row.state is State.TIME_WAIT for row in host.rows()) == left
+        assert host.counters["TCPTimeWaitOverflow"] == overflows
 
     sim.run(main, hosts=network)
 

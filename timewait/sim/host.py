@@ -22,7 +22,7 @@ from timewait.sim.network import Key, canonical
 from timewait.sim.ports import ANY4, ANY6, PortTable, is_v4
 from timewait.sim.sock import AF_INET, AF_INET6, DOWN, INF, Sock
 from timewait.tcp.connection import Connection, Hook
-from timewait.tcp.profiles import Profile, profile
+from timewait.tcp.profiles import PROFILES, Profile, profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, Segment, seq_add
 from timewait.tcp.states import Event, State, Timer
 from timewait.tcp.time_wait import TimeWait
@@ -173,6 +173,7 @@ class Host:
     `net.ipv4.ip_local_port_range`, `tw_reuse` and `tw_reuse_delay` (seconds)
     are `net.ipv4.tcp_tw_reuse` and its delay, `max_tw_buckets` bounds
     TIME_WAIT, `timestamps` is `net.ipv4.tcp_timestamps`, `mtu` that of its links.
+    What of these is None is as the profile has it (else as Linux has it).
     """
 
     def __init__(
@@ -185,10 +186,10 @@ class Host:
         uid: int = 0,
         ephemeral: tuple[int, int] = (32768, 60999),
         reserved_ports: Iterable[int] = (),
-        tw_reuse: int = 2,
-        tw_reuse_delay: float = 1.0,
-        max_tw_buckets: int = 131072,
-        timestamps: bool = True,
+        tw_reuse: int | None = None,
+        tw_reuse_delay: float | None = None,
+        max_tw_buckets: int | None = None,
+        timestamps: bool | None = None,
         mtu: int = 1500,
     ) -> None:
         self.network = network
@@ -199,10 +200,12 @@ class Host:
         self.unprivileged_port_start = 1024
         self.ephemeral = ephemeral
         self.reserved_ports = frozenset(reserved_ports)
-        self.tw_reuse = tw_reuse
-        self.tw_reuse_delay = tw_reuse_delay
-        self.max_tw_buckets = max_tw_buckets
-        self.timestamps = timestamps
+        self.tw_reuse: int = self._set(tw_reuse, "tcp_tw_reuse")
+        self.tw_reuse_delay: float = (
+            self._set(tw_reuse_delay and 1000 * tw_reuse_delay, "tcp_tw_reuse_delay") / 1000
+        )
+        self.max_tw_buckets: int = self._set(max_tw_buckets, "tcp_max_tw_buckets")
+        self.timestamps = self.profile.parameters.timestamps if timestamps is None else timestamps
         self.rcv_buf = 65536  # bytes: half of the second of tcp_rmem, the rest is for overhead
         self.mtu = mtu
         self.up = True
@@ -210,6 +213,11 @@ class Host:
         self.tasks: WeakKeyDictionary[asyncio.Task[Any], None] = WeakKeyDictionary()
         self.boots = 0
         self._boot()
+
+    def _set(self, value: float | None, name: str) -> Any:
+        """`value`, or the profile's setting of that name, or Linux's."""
+        known = self.profile.settings.get(name) or PROFILES["linux"].settings[name]
+        return known.value if value is None else value
 
     def _boot(self) -> None:
         self.boots += 1
@@ -399,6 +407,11 @@ class Host:
         conn.t_wait = conn.t_ack = conn.t_retransmit = conn.t_probe = INF
         conn.t_keepalive = conn.t_user = INF
         sock.shut = 3
+        none_here = self.profile.settings.get("nolocaltimewait")
+        if none_here and none_here.value and self.is_local(sock.key[2]):
+            self.moved(sock.key, record.state, State.CLOSED, "NO_LOCAL_TIME_WAIT")
+            self.forget(sock)
+            return
         if self.time_waits >= self.max_tw_buckets:
             self.counters["TCPTimeWaitOverflow"] += 1
             self.moved(sock.key, record.state, State.CLOSED, "OVERFLOW")

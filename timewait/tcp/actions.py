@@ -563,9 +563,13 @@ def challenge_ack(c: Connection, seg: Segment, now: float) -> None:
 
 
 def _may_challenge(c: Connection, now: float) -> bool:
-    if now - c.last_challenge < c.profile.parameters.challenge_interval:
+    parameters = c.profile.parameters
+    if now - c.last_challenge >= parameters.challenge_interval:
+        c.last_challenge = now
+        c.challenges = 0
+    if c.challenges >= parameters.challenge_most:
         return False
-    c.last_challenge = now
+    c.challenges += 1
     return True
 
 

@@ -184,12 +184,16 @@ def _in_time_wait(c: Connection, seg: Segment, flags: int, now: float) -> int:
             if newer:
                 if c.passive:
                     return _SYN_REOPENS
+                if c.profile.parameters.time_wait_yields:
+                    return _SYN
                 c._ack_due = 2  # tcp_v4_rcv: where nobody listens, at no limited rate
         return _UNACCEPTABLE if linux and (flags & ACK or paws) else _SYN_UNEXPECTED
     if flags & FIN and (offset + length) & MASK == 0 and flags & ACK:
         return _FIN_AGAIN
     if linux:
         return _UNACCEPTABLE if flags & ACK or paws else _NO_ACK
+    if paws and not seg.data and c.profile.parameters.paws_silent:
+        return _NO_ACK
     if paws or not _fits(c, seg):
         return _UNACCEPTABLE
     return _SEGMENT if flags & ACK else _NO_ACK
@@ -204,7 +208,7 @@ def _in_time_wait_of_bsd(c: Connection, seg: Segment, flags: int, offset: int, l
             return _NO_ACK
         if not 0 < offset < HALF:
             return _SYN_UNEXPECTED
-        return _SYN_REOPENS if c.passive else _SYN  # which finds nobody
+        return _SYN_REOPENS if c.passive else _SYN
     if flags & FIN and (offset + length) & MASK == 0:
         return _FIN_AGAIN
     nothing_new = flags == ACK and not length and not offset and seg.ack == c.snd_nxt
@@ -358,7 +362,9 @@ def _checked(c: Connection, seg: Segment, flags: int, now: float) -> int | None:
     ):
         if linux and flags & (ACK | SYN | FIN) == ACK and not seg.data and offset & HALF:
             return _NO_ACK  # an ACK overtaken by others (PAWSOldAck)
-        return _SYN_UNEXPECTED if flags & SYN else _UNACCEPTABLE
+        if flags & SYN:
+            return _SYN_UNEXPECTED
+        return _NO_ACK if c.profile.parameters.paws_silent and not seg.data else _UNACCEPTABLE
     if not (_fits_loosely(c, seg) if linux else _fits(c, seg)):
         if flags & RST:
             return _RST_AFTER_FIN if offset == MASK and c.fin_received else _RST_OUTSIDE

@@ -222,6 +222,7 @@ class Connection:
         "_small",
         "_tx",
         "adv_mss",
+        "challenges",
         "default_mss",
         "error",
         "exact_window",
@@ -357,7 +358,8 @@ class Connection:
             self._quick,
             self._pushed,  # small segments since the last ACK, at most 2 (ICSK_ACK_PUSHED)
             self._last_size,  # of the last of them, if that may be all that the peer sends
-        ) = (0,) * 18
+            self.challenges,  # challenge ACKs sent since `last_challenge`
+        ) = (0,) * 19
         # What the next segments' SACK option tells: blocks, the latest first, and whether the
         # first is text that came twice.
         self._sacking: tuple[tuple[tuple[int, int], ...], bool] | None = None
@@ -627,6 +629,8 @@ class Connection:
             return self.retransmits >= parameters.synack_retries
         if self.first_sent is None or (parameters.linux_checks and not self.retransmits):
             return False
+        if parameters.retries != inf:
+            return self.retransmits >= parameters.retries
         limit = parameters.give_up_after
         if self.orphaned:
             if parameters.orphan_until_rto_max and self.rto >= parameters.rto_max:

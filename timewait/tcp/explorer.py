@@ -171,6 +171,8 @@ class _Endpoints:
             orphan_until_rto_max=False,
             rto_floor_on_variance=False,
             challenge_interval=0.0,
+            challenge_most=1,
+            retries=float("inf"),
             quick_acks=0,
             tail_loss_probe=False,
             syn_give_up_after=float("inf"),
@@ -208,6 +210,7 @@ class _Endpoints:
         connection._ends = ()
         connection._frto = False
         connection.last_challenge = connection._last_text = connection.heard = -1.0
+        connection.challenges = 0
         if connection.state is State.CLOSED:
             # Nothing of it matters any more but that it answers with RSTs.
             bare = Connection(self.profile, iss=0)

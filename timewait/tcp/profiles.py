@@ -54,6 +54,7 @@ class Parameters:
     syn_linear: int = 0  # so many SYN timeouts pass before they double
     synack_retries: int = 5
     give_up_after: float = 100.0  # R2, from the first transmission
+    retries: float = inf  # instead: after so many retransmissions, however long they took
     orphan_give_up_after: float = 100.0  # the same when nobody waits any more
     orphan_until_rto_max: bool = False  # and no longer than until the timeout grows no more
     probe_retries: int = 15  # unanswered zero-window probes
@@ -61,11 +62,13 @@ class Parameters:
     delayed_ack: float = 0.0  # 0: text is acknowledged at once
     first_ack_delay: float = 0.0  # 0: a FIN is acknowledged at once; else so late before any text
     quick_acks: int = 0  # so many ACKs are sent at once before they are delayed
-    challenge_interval: float = 0.0  # at most one challenge ACK in so long, per connection
+    challenge_interval: float = 0.0  # of challenge ACKs, a connection sends in so long
+    challenge_most: int = 1  # at most so many
     timestamps: bool = True
     paws_window: int = 0  # ticks by which a timestamp may be older than the last one
     paws_idle: float = 24 * 86400.0  # after so long without a segment TS.Recent is not valid
     paws_zero: bool = True  # TS.Recent is valid though it is 0
+    paws_silent: bool = False  # of what is too old only text is answered
     sack: bool = True
     window_scale: int = 7
     least_mss: int = 1  # whatever the peer says
@@ -75,6 +78,7 @@ class Parameters:
     syn_ack_text: bool = True  # those that come with a SYN,ACK are taken
     old_fin_acks: bool = False  # a FIN left of the window may acknowledge ours all the same
     bsd_time_wait: bool = False  # tcp_twcheck instead of §3.10.7.4 in TIME_WAIT
+    time_wait_yields: bool = False  # to a newer SYN, though nobody listens
     linux_checks: bool = False  # tcp_sequence, tcp_check_req, ... instead of §3.10.7.4's order
     small_sockets: bool = False  # an orphan's FIN_WAIT_2 knows only sequence numbers
 
@@ -267,10 +271,17 @@ _RFC_SETTINGS = [
     ),
     Setting(
         "challenge_interval",
-        0.5,
+        5.0,
         "RFC 5961 §7",
-        "seconds between challenge ACKs of a connection: no more than ten in any five",
+        "seconds for challenge_most",
         effect=_to("challenge_interval"),
+    ),
+    Setting(
+        "challenge_most",
+        5,
+        "RFC 5961 §7",
+        "challenge ACKs of a connection in that time: no more than ten in any five seconds",
+        effect=_to("challenge_most"),
     ),
     Setting(
         "user_timeout",
@@ -619,16 +630,158 @@ _LINUX_ROWS: Rows = {
     (S.TIME_WAIT, E.NO_ACK): stay("ack_unacceptable", source=_tw),
 }
 
-# --- FreeBSD, and macOS, which shares its ancestry ----------------------------------------------
+# --- FreeBSD ----------------------------------------------------------------------------------
+
+
+def _fast_recycle(
+    value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
+) -> None:
+    if not value:
+        parameters["fin_wait_2"] = 600.0  # TP_MAXIDLE: eight keep-alive intervals of 75 s
+
 
 _insecure_rst = "net.inet.tcp.insecure_rst, tcp(4)"
-_BSD_ROWS: Rows = {
-    # Who gives a peer up tells it so.
-    **{
-        (state, event): go(S.CLOSED, "send_rst", "report_timeout", "forget", source="tcp_drop")
-        for state in _BEYOND_SYN
-        for event in (E.GIVE_UP, E.UNANSWERED)
-    },
+_FREEBSD_SETTINGS = [
+    Setting(
+        "msl", 30.0, "tcp(4)", "seconds; TIME_WAIT is twice that", effect=_times(2, "time_wait")
+    ),
+    Setting(
+        "finwait2_timeout",
+        60.0,
+        "tcp(4)",
+        "an orphan's FIN_WAIT_2, in seconds, if fast_finwait2_recycle is 1",
+        effect=_to("fin_wait_2"),
+    ),
+    Setting(
+        "fast_finwait2_recycle",
+        0,
+        "tcp(4); tcp_timer_2msl",
+        "0: an orphan's FIN_WAIT_2 is given up after 600 s without a segment",
+        effect=_fast_recycle,
+    ),
+    Setting(
+        "keepinit",
+        75.0,
+        "tcp(4), TCPTV_KEEP_INIT",
+        "seconds after which an OPEN that was not answered is given up",
+        effect=_to("syn_give_up_after"),
+    ),
+    Setting(
+        "syncache.rexmtlimit",
+        3,
+        "syncache(4)",
+        "of a SYN,ACK",
+        False,
+        effect=_to("synack_retries"),
+    ),
+    Setting(
+        "retries",
+        12,
+        "tcp_timer_rexmt, TCP_MAXRXTSHIFT",
+        "retransmissions before giving up",
+        effect=_to("retries"),
+    ),
+    Setting(
+        "rexmit_min",
+        0.23,
+        "tcp(4): 30 ms, and a slop of 200 ms",
+        "least retransmission timeout",
+        effect=_to("rto_min"),
+    ),
+    Setting(
+        "TCPTV_REXMTMAX",
+        64.0,
+        "tcp_timer.h",
+        "greatest retransmission timeout",
+        effect=_to("rto_max", "synack_rto_max"),
+    ),
+    Setting(
+        "insecure_rst",
+        0,
+        "tcp(4)",
+        "1: any RST in the window resets (RFC 793)",
+        effect=_rows_if(
+            True,
+            {
+                (state, E.RST_IN_WINDOW): go(
+                    S.CLOSED, "report_reset", "forget", source=_insecure_rst
+                )
+                for state in _BEYOND_SYN
+            },
+        ),
+    ),
+    Setting(
+        "insecure_syn",
+        0,
+        "tcp(4)",
+        "1: a SYN in the window resets (RFC 793)",
+        effect=_rows_if(
+            True,
+            {
+                (state, E.SYN_UNEXPECTED): go(
+                    S.CLOSED,
+                    "report_reset",
+                    "reset_reply",
+                    "forget",
+                    source="net.inet.tcp.insecure_syn, tcp(4)",
+                )
+                for state in _BEYOND_SYN
+            },
+        ),
+    ),
+    Setting(
+        "drop_synfin", 0, "tcp(4)", "1: a SYN with a FIN is dropped", effect=_flag("drop_synfin")
+    ),
+    Setting(
+        "nolocaltimewait",
+        0,
+        "tcp(4), tcp_twstart; since 14 its default is 1",
+        "1: no TIME_WAIT between addresses of this host",
+        for_host=True,
+    ),
+    Setting(
+        "ack_war_cnt",
+        5,
+        "tcp_subr.c; that the default stack asks for it was not verified",
+        "challenge ACKs of a connection in ack_war_timewindow",
+        False,
+        effect=_to("challenge_most"),
+    ),
+    Setting(
+        "ack_war_timewindow",
+        1000,
+        "tcp_subr.c",
+        "milliseconds for ack_war_cnt",
+        False,
+        effect=_per(1000, "challenge_interval"),
+    ),
+    Setting(
+        "delacktime",
+        0.04,
+        "TCPTV_DELACK (100 ms in older versions)",
+        "an ACK of text waits so long, or for a second segment",
+        effect=_to("delayed_ack"),
+    ),
+    Setting(
+        "minmss",
+        216,
+        "tcp_mss_update",
+        "least MSS that a peer's SYN is believed",
+        effect=_to("least_mss"),
+    ),
+    _way("bsd_time_wait", True, "tcp_twcheck", "segments in TIME_WAIT are held against no window"),
+    _way("old_fin_acks", True, "tcp_do_segment", "a FIN received before may acknowledge ours"),
+    _way("paws_zero", False, "tcp_do_segment", "a TS.Recent of 0 counts as none"),
+    _way("paws_silent", True, "tcp_do_segment", "of what is too old only text is answered"),
+    _way("syn_text", False, "syncache_add", "text with a SYN is dropped", False),
+]
+_GIVES_UP_ALOUD: Rows = {
+    (state, event): go(S.CLOSED, "send_rst", "report_timeout", "forget", source="tcp_drop")
+    for state in _BEYOND_SYN
+    for event in (E.GIVE_UP, E.UNANSWERED)
+}
+_FREEBSD_ROWS: Rows = {
+    **_GIVES_UP_ALOUD,
     (S.SYN_RECEIVED, E.SYN_AGAIN): stay(
         "send_syn_ack_again", source="syncache_add", why="our SYN,ACK was lost"
     ),
@@ -646,154 +799,88 @@ _BSD_ROWS: Rows = {
     ),
 }
 
+# --- macOS ------------------------------------------------------------------------------------
 
-def _of_ancestor(row: Row) -> Row:
-    return evolve(row, source=f"FreeBSD's {row.source}; not verified")
-
-
-def _fast_recycle(
-    value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
-) -> None:
-    if not value:
-        parameters["fin_wait_2"] = 600.0  # TP_MAXIDLE: eight keep-alive intervals of 75 s
-
-
-def _bsd_settings(msl: float, finwait2: float, delacktime: float, verified: bool) -> list[Setting]:
-    man = "tcp(4)" if verified else "from tcp(4) of its ancestor"
-    source = "" if verified else "its ancestor's "
-    return [
-        Setting(
-            "msl",
-            msl,
-            man if verified else "commonly reported of net.inet.tcp.msl",
-            "seconds; TIME_WAIT is twice that",
-            verified,
-            effect=_times(2, "time_wait"),
-        ),
-        Setting(
-            "finwait2_timeout",
-            finwait2,
-            man,
-            "an orphan's FIN_WAIT_2, in seconds, if fast_finwait2_recycle is 1",
-            verified,
-            effect=_to("fin_wait_2"),
-        ),
-        Setting(
-            "fast_finwait2_recycle",
-            0,
-            f"{man}; tcp_do_segment" if verified else man,
-            "0: an orphan's FIN_WAIT_2 is given up after 600 s without a segment",
-            verified,
-            effect=_fast_recycle,
-        ),
-        Setting(
-            "keepinit",
-            75.0,
-            man,
-            "seconds after which an OPEN that was not answered is given up",
-            False,
-            effect=_to("syn_give_up_after"),
-        ),
-        Setting(
-            "syncache.rexmtlimit",
-            3,
-            "syncache(4)" if verified else "from syncache(4) of its ancestor",
-            "of a SYN,ACK",
-            False,
-            effect=_to("synack_retries"),
-        ),
-        Setting(
-            "insecure_rst",
-            0,
-            man,
-            "1: any RST in the window resets (RFC 793)",
-            verified,
-            effect=_rows_if(
-                True,
-                {
-                    (state, E.RST_IN_WINDOW): go(
-                        S.CLOSED, "report_reset", "forget", source=_insecure_rst
-                    )
-                    for state in _BEYOND_SYN
-                },
-            ),
-        ),
-        Setting(
-            "insecure_syn",
-            0,
-            man,
-            "1: a SYN in the window resets (RFC 793)",
-            verified,
-            effect=_rows_if(
-                True,
-                {
-                    (state, E.SYN_UNEXPECTED): go(
-                        S.CLOSED,
-                        "report_reset",
-                        "reset_reply",
-                        "forget",
-                        source="net.inet.tcp.insecure_syn, tcp(4)",
-                    )
-                    for state in _BEYOND_SYN
-                },
-            ),
-        ),
-        Setting(
-            "drop_synfin",
-            0,
-            man,
-            "1: a SYN with a FIN is dropped",
-            verified,
-            effect=_flag("drop_synfin"),
-        ),
-        Setting(
-            "nolocaltimewait",
-            0,
-            man,
-            "1: no TIME_WAIT between addresses of this host",
-            verified,
-            for_host=True,
-        ),
-        Setting(
-            "delacktime",
-            delacktime,
-            man,
-            "an ACK of text waits so long, or for a second segment",
-            False,
-            effect=_to("delayed_ack"),
-        ),
-        Setting(
-            "rexmit_min",
-            0.23,
-            man,
-            "least retransmission timeout (30 ms, and a slop of 200 ms)",
-            False,
-            effect=_to("rto_min"),
-        ),
-        _way(
-            "bsd_time_wait",
-            True,
-            f"{source}tcp_twcheck",
-            "segments in TIME_WAIT are held against no window",
-            verified,
-        ),
-        _way(
-            "old_fin_acks",
-            True,
-            f"{source}tcp_do_segment",
-            "a FIN received before may acknowledge ours",
-            verified,
-        ),
-        _way("syn_text", False, f"{source}syncache_add", "text with a SYN is dropped", False),
-        _way(
-            "paws_zero",
-            False,
-            f"{source}tcp_do_segment",
-            "a TS.Recent of 0 counts as none",
-            verified,
-        ),
-    ]
-
+_xnu = "XNU's tcp_input"
+_MACOS_SETTINGS = [
+    Setting(
+        "msl",
+        15.0,
+        "XNU's tcp_timer.h, TCPTV_MSL",
+        "seconds; TIME_WAIT is twice that",
+        effect=_times(2, "time_wait"),
+    ),
+    Setting(
+        "fin_timeout",
+        60.0,
+        "XNU's tcp_set_finwait_timeout; TCPTV_FINWAIT2",
+        "an orphan's FIN_WAIT_2, in seconds",
+        effect=_to("fin_wait_2"),
+    ),
+    Setting(
+        "keepinit",
+        75.0,
+        "XNU's tcp_timer.h, TCPTV_KEEP_INIT",
+        "seconds after which an OPEN that was not answered is given up",
+        effect=_to("syn_give_up_after"),
+    ),
+    _way("syn_linear", 4, "XNU's tcp_syn_backoff", "SYN timeouts that do not double"),
+    _way("synack_retries", 6, "like text; in truth keepinit ends it", "of a SYN,ACK", False),
+    Setting(
+        "TCP_MAXRXTSHIFT",
+        12,
+        "XNU's tcp_timer.h, tcp_timers",
+        "retransmissions before giving up",
+        effect=_to("retries"),
+    ),
+    Setting(
+        "rexmt_min",
+        0.23,
+        "XNU's tcp_timer.h, TCPTV_REXMTMIN and TCPTV_REXMTSLOP",
+        "least retransmission timeout (30 ms, and a slop of 200 ms)",
+        effect=_to("rto_min"),
+    ),
+    Setting(
+        "TCPTV_REXMTMAX",
+        64.0,
+        "XNU's tcp_timer.h",
+        "greatest retransmission timeout",
+        effect=_to("rto_max", "synack_rto_max"),
+    ),
+    Setting(
+        "challengeack_limit",
+        10,
+        f"{_xnu}, tcp_is_ack_ratelimited",
+        "challenge ACKs of a connection in a second",
+        effect=_to("challenge_most"),
+    ),
+    _way("challenge_interval", 1.0, "XNU's tcp_is_ack_ratelimited", "seconds for that"),
+    Setting("drop_synfin", 1, _xnu, "1: a SYN with a FIN is dropped", effect=_flag("drop_synfin")),
+    Setting(
+        "delayed_ack",
+        0.1,
+        "tcp(4) of its ancestor",
+        "an ACK of text waits so long, or for a second segment",
+        False,
+        effect=_to("delayed_ack"),
+    ),
+    _way("old_fin_acks", True, _xnu, "a FIN received before may acknowledge ours"),
+    _way("paws_zero", False, _xnu, "a TS.Recent of 0 counts as none"),
+    _way("paws_silent", True, _xnu, "of what is too old only text is answered"),
+    _way("time_wait_yields", True, _xnu, "a newer SYN ends TIME_WAIT though nobody listens"),
+]
+_MACOS_ROWS: Rows = {
+    **{cell: evolve(row, source="XNU's tcp_drop") for cell, row in _GIVES_UP_ALOUD.items()},
+    (S.SYN_RECEIVED, E.RST_TO_PASSIVE): go(S.CLOSED, "report_refused", "forget", source=_xnu),
+    (S.SYN_RECEIVED, E.SYN_TO_PASSIVE): stay("challenge_ack", source=_xnu),
+    (S.CLOSE_WAIT, E.RST_AFTER_FIN): go(S.CLOSED, "report_reset", "forget", source=_xnu),
+    (S.CLOSING, E.RST_AFTER_FIN): go(S.CLOSED, "forget", source=_xnu),
+    (S.LAST_ACK, E.RST_AFTER_FIN): go(S.CLOSED, "forget", source=_xnu),
+    (S.TIME_WAIT, E.RST_EXACT): ignored(_xnu, "RFC 1337 §3"),
+    (S.TIME_WAIT, E.SYN): go(
+        S.CLOSED, "reset_reply", "forget", source=_xnu, why="newer, and nobody listens"
+    ),
+}
 
 # --- Windows ----------------------------------------------------------------------------------
 
@@ -801,7 +888,7 @@ _WINDOWS_SETTINGS = [
     Setting(
         "TcpTimedWaitDelay",
         120.0,
-        "observed on Server 2019; documented as 240 s in 2003",
+        "documented for Windows Server 2003, observed on Server 2019; 240 s in Windows 2000",
         "TIME_WAIT, in seconds",
         False,
         effect=_to("time_wait"),
@@ -821,6 +908,14 @@ _WINDOWS_SETTINGS = [
         "first retransmission timeout",
         False,
         effect=_to("rto_initial"),
+    ),
+    Setting(
+        "TcpMaxDataRetransmissions",
+        5,
+        "documented for Windows Server 2003",
+        "retransmissions before giving up",
+        False,
+        effect=_to("retries"),
     ),
     Setting("MinRto", 0.3, "Get-NetTCPSetting", "least", False, effect=_to("rto_min")),
     Setting(
@@ -858,13 +953,13 @@ _STACKS: dict[str, tuple[str, list[Setting], Rows]] = {
     ),
     "freebsd": (
         "from its documentation and sources; not measured; what is not listed is the RFC's",
-        _bsd_settings(30.0, 60.0, 0.04, True),
-        _BSD_ROWS,
+        _FREEBSD_SETTINGS,
+        _FREEBSD_ROWS,
     ),
     "macos": (
-        "what is documented of its ancestor, with a shorter MSL; not verified",
-        _bsd_settings(15.0, 60.0, 0.1, False),
-        {cell: _of_ancestor(row) for cell, row in _BSD_ROWS.items()},
+        "from XNU's published sources; not verified on a macOS; what is not listed is the RFC's",
+        _MACOS_SETTINGS,
+        _MACOS_ROWS,
     ),
     "windows": (
         "documented and reported times over the RFC's rows; not verified",

@@ -33,6 +33,7 @@ _FLAGS: Final = _LAYOUT.size - 1
 _FIN_WAIT_2, _TIMESTAMPS, _PASSIVE = 16, 32, 64
 _MASK: Final = 0xFFFFFFFF
 _NEVER: Final = 0xFFFFFFFF
+_MS, _COUNT = 0x0FFFFFFF, 28  # of challenge ACKs: when the first was sent, and how many
 _INF: Final = float("inf")
 
 
@@ -45,7 +46,9 @@ def _freeze(c: Connection) -> bytes:
         c.rcv_nxt,
         c.ts_recent,
         c.ts_offset,
-        _NEVER if challenged == -_INF else int(challenged * 1000) % _NEVER,
+        _NEVER
+        if challenged == -_INF
+        else int(challenged * 1000) & _MS | min(c.challenges, 14) << _COUNT,
         window if window < 0xFFFF else 0xFFFF,
         c.rcv_scale
         | (c.state is State.FIN_WAIT_2 and _FIN_WAIT_2)
@@ -85,7 +88,8 @@ class TimeWait(bytes):
         connection.orphaned = connection.write_shut = True
         connection.fin_received = not flags & _FIN_WAIT_2
         if challenged != _NEVER:
-            connection.last_challenge = now - (int(now * 1000) - challenged) % _NEVER / 1000
+            connection.last_challenge = now - (int(now * 1000) - challenged & _MS) / 1000
+            connection.challenges = challenged >> _COUNT
         connection.t_wait = deadline
         return connection
 
@@ -159,11 +163,17 @@ class TimeWaits(Generic[Key]):
         return ((key, TimeWait(record)) for key, record in self._records.items())
 
     def add(self, key: Key, connection: Connection) -> None:
-        """Keep what is left of a connection in TIME_WAIT, or of an orphan in FIN_WAIT_2."""
+        """Keep what is left of a connection in TIME_WAIT, or of an orphan in FIN_WAIT_2.
+
+        Raises `ValueError` for a connection in another state.
+        """
+        state = connection.state
+        if state is not State.TIME_WAIT and state is not State.FIN_WAIT_2:
+            raise ValueError(f"a connection in {state} is not to be kept here")
         if key in self._records:
             self.discard(key)
         self._records[key] = _freeze(connection)
-        if connection.state is State.TIME_WAIT:
+        if state is State.TIME_WAIT:
             self._queue.append(key)
         else:
             heappush(self._odd, (connection.t_wait, id(key), key))
