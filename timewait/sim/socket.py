@@ -174,7 +174,7 @@ class SimSocket:
 
     def setblocking(self, flag: bool) -> None:
         """Blocking mode is allowed as long as nothing has to wait."""
-        self._timeout = None if index(flag) else 0.0
+        self._timeout = None if flag else 0.0
         if self._sock is None:
             fail(errno.EBADF)
 
