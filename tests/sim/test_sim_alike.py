@@ -329,6 +329,37 @@ async def arguments():
     return seen
 
 
+async def order_of_readiness():
+    """Callbacks run in the order in which sockets became ready: an ACK makes none so."""
+    loop = asyncio.get_running_loop()
+    seen, transports = [], []
+
+    class Peer(asyncio.Protocol):
+        def __init__(self, name):
+            self.name = name
+
+        def connection_made(self, transport):
+            transports.append(transport)
+
+        def data_received(self, data):
+            seen.append((self.name, data))
+
+    names = iter(("server 0", "server 1"))
+    server = await loop.create_server(lambda: Peer(next(names)), "127.0.0.1", PORT)
+    clients = []
+    for name in ("client 0", "client 1"):
+        clients += [(await loop.create_connection(lambda: Peer(name), "127.0.0.1", PORT))[0]]  # noqa: B023
+        await asyncio.sleep(0.01)
+    servers = [transport for transport in transports if transport not in clients]
+    for number, transport in enumerate((servers[0], servers[1], clients[1], clients[0])):
+        transport.write(b"%d" % number)
+    await asyncio.sleep(0.01)
+    for transport in transports:
+        transport.abort()
+    server.close()
+    return seen
+
+
 async def wrong_types():
     """Of what is sent, received and set: their errors in Python's own words."""
     listener, client, conn = pair()
@@ -553,6 +584,7 @@ def on(stack, program):
         use_after_close,
         odd_addresses,
         arguments,
+        order_of_readiness,
         wrong_types,
         broken_pipes,
         files_of_sockets,

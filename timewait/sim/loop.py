@@ -86,7 +86,7 @@ class SimSelector(selectors.BaseSelector):
     def __init__(self, network: Network) -> None:
         self.network = network
         self._keys = _Keys()
-        # Sockets to look at: whatever happened to them, and those found ready last time.
+        # Sockets to look at, which were ready when something happened to them or last time.
         self.touched: dict[Sock, None] = {}
         self.stuck: Callable[[], NoReturn] | None = None
 
@@ -103,7 +103,7 @@ class SimSelector(selectors.BaseSelector):
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
         sock.selector_key = key
         sock.watch = self.touched
-        self.touched[sock] = None
+        sock.notify()
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
@@ -128,7 +128,7 @@ class SimSelector(selectors.BaseSelector):
         key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
         if sock is not None:
             sock.selector_key = key
-            self.touched[sock] = None
+            sock.notify()
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -153,16 +153,10 @@ class SimSelector(selectors.BaseSelector):
         ready = []
         touched = self.touched
         for sock in list(touched):
-            key = sock.selector_key
-            mask = 0
-            if key is not None:
-                if key.events & 1 and sock.readable():
-                    mask = 1
-                if key.events & 2 and sock.writable():
-                    mask |= 2
+            mask = sock.ready()
             if mask:
-                assert key is not None
-                ready.append((key, mask))
+                assert sock.selector_key is not None
+                ready.append((sock.selector_key, mask))
             else:
                 del touched[sock]
         return ready

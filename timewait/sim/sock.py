@@ -925,9 +925,20 @@ class Sock:
         return mask
 
     def notify(self) -> None:
-        """Have the selector look at this socket again."""
-        if self.watch is not None:
+        """Have the selector look at this socket, if it is ready for what it is watched for.
+
+        Those wait in the order in which they became so (`ep_poll_callback`).
+        """
+        if self.watch is not None and self.ready():
             self.watch[self] = None
+
+    def ready(self) -> int:
+        """What of it a selector would report: EVENT_READ, EVENT_WRITE, both or nothing."""
+        key = self.selector_key
+        if key is None:
+            return 0
+        mask = 1 if key.events & 1 and self.readable() else 0
+        return mask | 2 if key.events & 2 and self.writable() else mask
 
     # What follows any input to the connection.
 
@@ -1001,8 +1012,7 @@ class Sock:
             self._hold(False)  # tcp_data_snd_check, which header prediction leaves out
         conn.segment(segment, self.clock.now)
         self.after(old)
-        if self.watch is not None:
-            self.watch[self] = None
+        self.notify()
 
     def _stop_listening(self) -> None:
         """`inet_csk_listen_stop`: half-open connections are forgotten, waiting ones reset."""
