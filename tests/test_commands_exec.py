@@ -143,6 +143,7 @@ def test_events_go_to_a_file_that_the_check_reads(tmp_path: Path) -> None:
     [
         (["--", "no-such-program"], "no-such-program: No such file or directory"),
         ([], "Missing argument 'COMMAND [ARGS]...'"),
+        (["--events", "", "--", "true"], "'': No such file"),
         (["--events", "/no/such/folder/file", "--", "true"], "/no/such/folder/file: No such file"),
     ],
 )

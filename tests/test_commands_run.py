@@ -68,6 +68,7 @@ def test_both_is_the_wire_where_the_kernel_alone_will_not_do() -> None:
         (["server-first", "--clients", "10000000"], "<= 65535"),
         (["server-first", "--events", "/nowhere/run.jsonl"], "/nowhere/run.jsonl: No such file"),
         (["server-first", "--events", ""], "'': No such file"),
+        (["server-first", "--events", "-"], "'-' is no file here"),
         (["server-first", "--events", "/dev/full"], "/dev/full: No space left on device"),
     ],
 )
@@ -76,6 +77,16 @@ def test_bad_input_is_one_line_and_status_2(args: list[str], why: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert why in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [(["--toml", ""], "no scenario is called ''"), (["--toml", "abort", "--json"], "give one")],
+)
+def test_what_scenarios_cannot_print_is_one_line(args: list[str], why: str) -> None:
+    done = timewait("scenarios", *args)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert why in done.stderr
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import click
 
+from timewait import commands
 from timewait.check import Answers, Checker, Connection, Verdict, answers
 from timewait.check.verdict import address_text
 from timewait.events import Address, Event, Row, RunStarted, SegmentSeen, Snapshot, Writer
@@ -52,12 +53,7 @@ _STILL.add(State.TIME_WAIT)
     context_settings={"ignore_unknown_options": True},
 )
 @click.option("--as-root", is_flag=True, help="Let COMMAND be root inside its own namespace.")
-@click.option(
-    "--events",
-    type=click.Path(dir_okay=False),
-    metavar="FILE.jsonl",
-    help="Write every event there as it happens, as JSON Lines.",
-)
+@commands.events
 @click.option(
     "--json",
     "as_json",
@@ -73,11 +69,11 @@ def command(argv: tuple[str, ...], as_root: bool, events: str | None, as_json: b
     checker = Checker(on_end=lambda connection: told.append((connection, answers(connection))))
     with ExitStack() as stack:
         try:
-            writer = stack.enter_context(Writer(events)) if events else None
+            writer = None if events is None else stack.enter_context(Writer(events))
             isolate(uid=0 if as_root else os.geteuid())
             watch = stack.enter_context(_Watch(checker, writer))
         except OSError as refused:
-            where = f"{refused.filename}: " if refused.filename else ""
+            where = "" if refused.filename is None else f"{refused.filename or repr('')}: "
             raise click.ClickException(f"{where}{refused.strerror or refused}") from None
         status, outlived, left = _run(argv, watch, sys.stderr.fileno() if as_json else None)
     verdict = checker.verdict()

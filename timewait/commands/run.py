@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.rule import Rule
 from rich.text import Text
 
-from timewait import report
+from timewait import commands, report
 from timewait.check import Verdict
 from timewait.events import Writer
 from timewait.kernel.namespace import isolate
@@ -51,12 +51,7 @@ __all__ = ["command"]
 )
 @click.option("--reuse-address", is_flag=True, help="The servers set SO_REUSEADDR.")
 @click.option("--reuse-port", is_flag=True, help="The servers set SO_REUSEPORT.")
-@click.option(
-    "--events",
-    type=click.Path(dir_okay=False),
-    metavar="FILE.jsonl",
-    help="Write every event there as it happens, as JSON Lines.",
-)
+@commands.events
 @click.option(
     "--profile",
     "profiles",
