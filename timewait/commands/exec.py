@@ -14,7 +14,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from timewait.events import Address, Event, Row, RunStarted, SegmentSeen, Snapsh
 from timewait.kernel.capture import Capture
 from timewait.kernel.namespace import isolate
 from timewait.kernel.sock_diag import SockDiag
+from timewait.program import exit_status, passing_signals_on
 from timewait.tcp.states import State
 from timewait.witness import descendants
 
@@ -47,7 +47,8 @@ _STILL.add(State.TIME_WAIT)
     help="Run COMMAND in a private network namespace that has only a loopback, without root where "
     "the system allows it. Every TCP segment is captured and the socket table is watched; at the "
     "end a line for each connection (who closed first, who holds TIME_WAIT), what is left, and "
-    "whether TCP allows it are printed on standard error. What outlives COMMAND is ended.",
+    "whether TCP allows it are printed on standard error. Signals to end are passed on to COMMAND; "
+    "what outlives it is ended.",
     epilog="Exit status: COMMAND's own if that is not 0; else 0 what was seen conforms, 1 it "
     "diverges, 2 no private network can be had.",
     context_settings={"ignore_unknown_options": True},
@@ -154,23 +155,22 @@ def _run(
     argv: tuple[str, ...], watch: _Watch, stdout: int | None
 ) -> tuple[int, list[int], list[Row]]:
     """Run the program to its end; its exit status, and the processes and sockets it left."""
-    with _no_survivors() as survivors:
+    with passing_signals_on() as start, _no_survivors() as survivors:
         try:
-            process = subprocess.Popen(argv, stdout=stdout)
+            process = start(argv, stdout)
         except OSError as trouble:
             raise click.ClickException(f"{argv[0]}: {trouble.strerror}") from None
-        with _ignoring(signal.SIGINT, signal.SIGQUIT):  # Ctrl-C is for the program
-            end = os.pidfd_open(process.pid)
-            try:
-                while not select.select([end], [], [], _PERIOD)[0]:
-                    watch.look()
-            finally:
-                os.close(end)
-        status = process.wait()
+        end = os.pidfd_open(process.pid)
+        try:
+            while not select.select([end], [], [], _PERIOD)[0]:
+                watch.look()
+        finally:
+            os.close(end)
+        status = exit_status(process)
         watch.settle()
         outlived, left = survivors(), watch.rows
     watch.settle()
-    return (status if status >= 0 else 128 - status), outlived, left
+    return status, outlived, left
 
 
 @contextmanager
@@ -187,16 +187,6 @@ def _no_survivors() -> Iterator[Callable[[], list[int]]]:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
         libc.prctl(_SUBREAPER, 0, 0, 0, 0)
-
-
-@contextmanager
-def _ignoring(*signals: signal.Signals) -> Iterator[None]:
-    before = {each: signal.signal(each, signal.SIG_IGN) for each in signals}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def _document(

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from types import FrameType
 from typing import Final
@@ -36,6 +37,7 @@ from timewait.events import (
 )
 from timewait.kernel.namespace import isolate
 from timewait.kernel.observers import OBSERVERS
+from timewait.program import Start, exit_status, passing_signals_on
 from timewait.report import address as address_text
 from timewait.tcp.segment import flags_text
 from timewait.tcp.states import State
@@ -65,7 +67,8 @@ class _WithCommand(click.Command):
     cls=_WithCommand,
     help="Show the sockets of PORT with their timers, and each transition as it happens, until "
     "Ctrl-C. Where the output is no terminal, and with --json, print the events one a line. With "
-    "a COMMAND, run it, watch until it ends (all ports if none is given), and exit as it does.",
+    "a COMMAND, run it, watch until it ends (all ports if none is given), and exit as it does; "
+    "signals to end are passed on to it.",
     epilog="Exit status: 0 (or COMMAND's own), 2 could not watch.",
 )
 @click.argument("address", metavar="[HOST:]PORT [-- COMMAND...]", required=False)
@@ -112,22 +115,14 @@ def command(
     if isolated and not program:
         raise click.UsageError("--isolated needs a command after --: nothing else is in there")
     told = _Told()
-    before = {
-        number: signal.signal(number, told)
-        for number in (signal.SIGINT, *TO_END)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as of a shell's background job
-    }
-    try:
+    with passing_signals_on() if program else _telling(told) as start:
         if isolated:
             isolate()
             if observer == "auto":
                 observer = "sock_diag"
                 why = "not tracepoint: it tells of every namespace's resets"
                 click.echo(f"timewait: watching with {observer}, {why}", err=True)
-        return _watch(port, hosts, observer, as_json, seconds, program, told)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return _watch(port, hosts, observer, as_json, seconds, program, start, told)
 
 
 def _shown_as(host: str) -> frozenset[str]:
@@ -147,6 +142,21 @@ class _Told:
         self.to_end = True
 
 
+@contextmanager
+def _telling(told: _Told) -> Iterator[None]:
+    """Have signals tell it, but for those that are ignored, as of a shell's background job."""
+    before = {
+        number: signal.signal(number, told)
+        for number in (signal.SIGINT, *TO_END)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _watch(
     port: int | None,
     hosts: frozenset[str],
@@ -154,6 +164,7 @@ def _watch(
     as_json: bool,
     seconds: float | None,
     program: list[str],
+    start: Start | None,
     told: _Told,
 ) -> int:
     feed = _Feed(hosts, as_json)
@@ -161,9 +172,9 @@ def _watch(
     with watch(port, observer=observer) as seen:
         for reason in seen.why_not:
             click.echo(f"timewait: watching with {seen.observer}, {reason}", err=True)
-        if program:
+        if start is not None:
             # What the command prints must not come between the lines of JSON.
-            process = subprocess.Popen(program, stdout=sys.stderr if as_json else None)
+            process = start(program, sys.stderr.fileno() if as_json else None)
         until = None if seconds is None else time.monotonic() + seconds
 
         def over() -> bool:
@@ -197,8 +208,7 @@ def _end(process: subprocess.Popen[bytes] | None) -> int:
             process.wait(5)
         except subprocess.TimeoutExpired:
             process.kill()
-    status = process.wait()
-    return status if status >= 0 else 128 - status
+    return exit_status(process)
 
 
 class _Feed:
