@@ -183,8 +183,7 @@ class Connection:
                 self.base = number
                 self.history.clear()
         elif len(self.history) >= KEPT:
-            self.base = number
-            self.history.clear()
+            self._forget_half(number)
         self.last = t
         after = model.next.get((mode, number, symbol))
         if after is None:
@@ -208,6 +207,14 @@ class Connection:
         facts = model.facts(after)
         if facts != self.facts:
             self._note(facts, t)
+
+    def _forget_half(self, number: int) -> None:
+        """Begin the history later; a look that is still to come may be of a moment before."""
+        kept = self.history[KEPT // 2 :]
+        if not all(entry[4] for entry in kept):  # some had to be put into another order
+            kept = []
+        self.base = kept[0][4] if kept else number
+        self.history[:] = kept
 
     def untangle(self, now: float) -> None:
         """Two observers' clocks differ a little: try what they saw in other orders.
