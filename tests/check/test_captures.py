@@ -66,6 +66,8 @@ OPEN = "0 c SYN 4 0|0.01 s SYNACK 8 5|0.02 c ACK 5 9|"
         (LOCAL, "1 c TXT 5 9 9|2 s ACK 9 105|3 c TXT 105 9 4|3.1 s ACK 9 109"),
         (LOCAL, "1 c TXT 5 9 9|2 c TXT 114 9 5|3 s ACK 9 119"),
         (LOCAL, "1 c TXT 5 9 9|2 s ACK 9 999999|3 c FIN 999999 9"),
+        # An orphan whose FIN_WAIT_2 was over after a second (tcp_fin_timeout, TCP_LINGER2).
+        (LOCAL, "1 c FIN 5 9|1.1 s ACK 9 6|1350 s FIN 9 6|1350.1 c RST 6 0"),
     ],
 )
 def test_what_overtakes_what_or_repeats_it_conforms(
@@ -230,6 +232,25 @@ def test_what_a_capture_of_one_machine_cannot_show(lines: str, rule: str) -> Non
     verdict = check(seen(lines))
     assert verdict.divergence is not None
     assert verdict.divergence.rule.startswith(rule), verdict.explain()
+
+
+@pytest.mark.parametrize("ends", [LOCAL, APART])
+@pytest.mark.parametrize(
+    ("lines", "closed_first", "owes"),
+    [
+        ("1 c FIN 5 9|1.1 s ACK 9 6", "client", "the server's application has not closed"),
+        ("1 s FIN 9 5|1.1 c ACK 5 10", "server", "the client's application has not closed"),
+        ("1 c TXT 5 9 3|1.1 s ACK 9 8", "nobody", ""),
+    ],
+)
+def test_a_capture_tells_how_things_stood_when_it_ended(
+    lines: str, closed_first: str, owes: str, ends: tuple[Address, Address]
+) -> None:
+    _, (answer,) = told(seen(OPEN + lines, ends))
+    assert answer.closed_first == closed_first
+    assert answer.owes is not None
+    assert answer.owes.startswith(owes)
+    assert bool(answer.owes) == bool(owes)
 
 
 @pytest.mark.parametrize("side", [0, 1])

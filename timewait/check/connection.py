@@ -294,8 +294,13 @@ class Connection:
             if bits & ex.MAY_TIME_WAIT and t >= since[end] + parameters.time_wait - 0.005:
                 mode |= ex.TW_OVER_A << end
             limit = parameters.fin_wait_2
-            if bits & ex.MAY_ORPHAN and limit is not None and t >= since[2 + end] + limit - 0.005:
-                mode |= ex.F2_OVER_A << end
+            if bits & ex.MAY_ORPHAN and limit is not None:
+                over = since[2 + end] + limit
+                if parameters.linux_checks and not mode & ex.CALLS_A << end:
+                    # Its user may have set a shorter one (TCP_LINGER2): a look at its timer tells.
+                    over = min(over, self.expires[end])
+                if t >= over - 0.005:
+                    mode |= ex.F2_OVER_A << end
         if mode != self.mode:
             self.mode = mode
             number = self.model.close(mode, number)

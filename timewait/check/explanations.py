@@ -636,6 +636,17 @@ def _fin_unsent(x: int, y: int) -> bool:
     return x & 15 in (CLOSING, LAST_ACK) and not sent
 
 
+def at_rest(pairs: frozenset[Pair], mode: int) -> frozenset[Pair]:
+    """Those in which nothing is still to be sent or reported that a moment later would be seen."""
+
+    def waits(x: int, y: int) -> bool:
+        unsent = x & FIN_OUT and not (x & (W_FIN | W_FIN_ACK | FIN_ACKED) or y & FIN_IN)
+        due = mode & SEGMENTS and (x & (RST_DUE | W_RST_CERTAIN) or unsent)
+        return bool(x & (UNREPORTED | HALF) or due)
+
+    return frozenset(p for p in pairs if not (waits(*p) or waits(p[1], p[0]))) or pairs
+
+
 def reports(how: int, before: int, after: int) -> tuple[tuple[int, int] | None, ...]:
     """What an observer may report of a step: transitions, or None for nothing at all."""
     old, new = before & 15, after & 15

@@ -138,12 +138,15 @@ def answers(connection: Connection) -> Answers:
     """What can be told of this connection by now."""
     pairs = connection.pairs()
     firsts = {_closed_first(a, b) for a, b in pairs}
+    if {_closed_first(a, b)[0] for a, b in ex.at_rest(pairs, connection.mode)} == {"nobody"}:
+        firsts = {("nobody", None, None)}
     who = _one({first[0] for first in firsts})
     how = _one({first[1] for first in firsts}) if who else None
     why = _one({first[2] for first in firsts}) if how else None
     if how == "FIN" or who is None:
         who, how, why = _by_the_wire(connection, pairs) or (who, how, why)
-    states = tuple(_one({p[end] & 15 for p in pairs}) for end in (0, 1))
+    now = [{p[end] & 15 for p in ex.at_rest(pairs, connection.mode)} for end in (0, 1)]
+    states = tuple(map(_one, now))
     held = _one({(a & 15 == ex.TIME_WAIT, b & 15 == ex.TIME_WAIT) for a, b in pairs})
     holder, until = None, None
     if held is not None:
@@ -157,7 +160,7 @@ def answers(connection: Connection) -> Answers:
         why,
         holder,
         until,
-        _owes(states[0], states[1]),
+        _owes(*now),
         (_delivered(connection, 0), _delivered(connection, 1)),
     )
 
@@ -171,15 +174,17 @@ def _until(connection: Connection, held: tuple[bool, bool]) -> tuple[float, floa
     return max(span[0] for span in spans), None if None in latest else last
 
 
-def _owes(a: int | None, b: int | None) -> str | None:
-    if a is None or b is None:
-        return None
-    for who, state, other in (("server", a, b), ("client", b, a)):
-        if state == ex.CLOSE_WAIT:
-            waits = f"; the peer waits in {State(other).name}" if other == ex.FIN_WAIT_2 else ""
+def _owes(a: set[int], b: set[int]) -> str | None:
+    for who, states, others in (("server", a, b), ("client", b, a)):
+        if states == {ex.CLOSE_WAIT}:
+            waits = "; the peer waits in FIN_WAIT_2" if others == {ex.FIN_WAIT_2} else ""
             return f"the {who}'s application has not closed (CLOSE_WAIT){waits}"
-    for who, state in (("server", a), ("client", b)):
-        if state in (ex.FIN_WAIT_1, ex.CLOSING, ex.LAST_ACK):
+    if a | b <= {ex.SYN_RECEIVED, ex.ESTABLISHED}:
+        return ""
+    if len(a) != 1 or len(b) != 1:
+        return None
+    for who, states in (("server", a), ("client", b)):
+        if states <= {ex.FIN_WAIT_1, ex.CLOSING, ex.LAST_ACK}:
             peer = "client" if who == "server" else "server"
             return f"the {peer} owes an acknowledgment of the {who}'s FIN"
     return ""
