@@ -52,6 +52,7 @@ from timewait.packetdrill.frames import Frame, decode, encode, flags_letters
 from timewait.packetdrill.on_kernel import undisturbed
 from timewait.packetdrill.on_model import ModelSocket, ModelStack
 from timewait.packetdrill.settings import Settings
+from timewait.sim.network import Key
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
 
 __all__ = ["Case", "Difference", "Fuzzer", "Step"]
@@ -69,6 +70,8 @@ _LONG, _LATE_SOON, _LATE = 2.048, 0.1, 0.45
 _MOST: Final = select.POLLIN | select.POLLOUT | 0x2000
 # So much of a tick later than where jiffies are counted a processor's own comes (measured).
 _OWN: Final = 0.87
+_MANY: Final = 16  # pieces of text that may take more room than a send buffer has
+_SMALL_PIECES: Final = "room that small pieces take"
 _TIMERS: Final = ("t_retransmit", "t_ack", "t_probe", "t_keepalive", "t_user")
 _SHARES: Final = {"": 60, "impatient": 20, "plain": 10, "rfc1337": 10}  # of 100 batches
 
@@ -113,6 +116,7 @@ class _Trace:
     # Of the model, each look as it would have been with its timers a little later.
     before: list[tuple[str, str]] = field(factory=list)
     edges: list[int | None] = field(factory=list)
+    pieces: list[int] = field(factory=list)  # of the model: in how many the text waits
     sent: list[_Sent] = field(factory=list)
     time_wait_ends: float | None = None
     ended: float = 0.0
@@ -448,6 +452,11 @@ class _Grained(ModelStack):
                     setattr(conn, name, late)
         super()._step(until)
 
+    def pieces(self, key: Key) -> int:
+        """In how many pieces text is queued that was not acknowledged."""
+        conn = getattr(self.host.tcp.get(key), "conn", None)
+        return 0 if conn is None else len(conn._cuts) + len(conn._ends)
+
     def _fires(self, due: float, now: float) -> float:
         passed = int((now - self._began) // tick())
         left = math.ceil((due - now) / tick() - 1e-6) * tick()
@@ -537,6 +546,7 @@ def _on_model(case: Case, kernel: _Trace, profile: str, reached: Cells | None = 
         stack.wait(look)
         drain()
         state, ready = _look_at_model(stack, sock, remote)
+        live.trace.pieces.append(stack.pieces((*local, *remote)))
         live.trace.states.append(state)
         live.trace.ready.append(ready)
     stack.wait(looks)
@@ -629,63 +639,90 @@ def _delayed_with_text(case: Case, kernel: _Trace, a: _Sent, b: _Sent) -> bool:
     )
 
 
+def _waits_after_timeout(kernel: _Trace, b: _Sent, a: _Sent | None) -> bool:
+    """Whether the kernel, after a timeout, leaves out text because two segments are in flight.
+
+    So many an ACK allows then (tcp_enter_loss, tcp_slow_start), and the model allows more.
+    """
+    before = [sent for sent in kernel.sent if sent.t < b.t - _GRAIN and sent.length]
+    again = any(one.seq < other.seq + other.length for other, one in pairwise(before))
+    beside = [sent for sent in kernel.sent if abs(sent.t - b.t) < _GRAIN and sent.length]
+    late = a is None or a.t > b.t + _GRAIN
+    return again and late and b.length > 0 and len(beside) >= 2
+
+
 def _compare(case: Case, kernel: _Trace, model: _Trace) -> Difference | None:
     """The first thing on which the two records differ."""
-    found: list[tuple[float, str, str, str]] = []
-    kept = ""
+    found: list[tuple[float, str, str, str, str]] = []
     kernel_sent, kernel_again = _split(kernel.sent)
     model_sent, model_again = _split(model.sent)
     late = 0.0  # the kernel's timers so far, each of which may have started the next
     started = kernel.times[0]
     for a, b in zip(kernel_sent, model_sent, strict=False):
         if a.what != b.what:
-            found.append((min(a.t, b.t), "segment", str(a), str(b)))
+            kept = ""
             if _took_first(case, kernel, a, b):
                 kept = "text taken before its ACK"
+            elif _waits_after_timeout(kernel, b, a):
+                kept = "two segments after a timeout"
+            found.append((min(a.t, b.t), "segment", str(a), str(b), kept))
             break
         before, late = late, max(late, a.t - b.t)
         grain = _GRAIN if b.t - started < _LONG else 0.3
         if not -_GRAIN <= a.t - b.t <= before + grain:
+            kept = ""
             if _delayed_with_text(case, kernel, a, b):
                 kept = "ACK of text and a FIN delayed"
-            found.append((min(a.t, b.t), "time", f"{a} at {a.t:.3f} s", f"{b} at {b.t:.3f} s"))
+            elif _waits_after_timeout(kernel, b, a):
+                kept = "two segments after a timeout"
+            found.append((min(a.t, b.t), "time", *_when(a, b), kept))
             break
     else:
         end = kernel.ended - (_LATE_SOON if kernel.ended < _LONG else _LATE)
-        found.extend(_extra(kernel_sent, model_sent, end, kernel.times))
+        more = model_sent[len(kernel_sent) :]
+        waits = bool(more) and _waits_after_timeout(kernel, more[0], None)
+        kept = "two segments after a timeout" if waits else ""
+        found.extend((*extra, kept) for extra in _extra(kernel_sent, model_sent, end, kernel.times))
     for a, b in zip(kernel_again, model_again, strict=False):
         if a.flags != b.flags or abs(a.t - b.t) > max(_GRAIN, 0.3 * (a.t - started)):
-            found.append((min(a.t, b.t), "time", f"{a} at {a.t:.3f} s", f"{b} at {b.t:.3f} s"))
+            found.append((min(a.t, b.t), "time", *_when(a, b), ""))
             break
     else:
-        found.extend(_extra(kernel_again, model_again, 0.7 * kernel.ended, kernel.times))
+        end = 0.7 * kernel.ended
+        found.extend((*extra, "") for extra in _extra(kernel_again, model_again, end, kernel.times))
     for n, (a_result, b_result) in enumerate(zip(kernel.results, model.results, strict=True)):
         after_reset = case.steps[n].call == "outq" and "POLLHUP" in kernel.ready[n]
         if a_result != b_result and not after_reset:
-            found.append((kernel.times[n], f"result of {case.steps[n]}", a_result, b_result))
+            full = case.steps[n].call == "send" and a_result < b_result
+            kept = _SMALL_PIECES if full and model.pieces[n] >= _MANY else ""
+            found.append((kernel.times[n], f"result of {case.steps[n]}", a_result, b_result, kept))
             break
     for n, (a_state, a_ready) in enumerate(zip(kernel.states, kernel.ready, strict=True)):
         b_state, b_ready = model.states[n], model.ready[n]
         if (a_state, a_ready) == model.before[n]:
             continue  # the same, or a timer was about to fire
         if a_state != b_state:
-            found.append((kernel.times[n], "state", a_state, b_state))
+            found.append((kernel.times[n], "state", a_state, b_state, ""))
             break
         if a_ready != b_ready:
-            found.append((kernel.times[n], "readiness", a_ready, b_ready))
+            full = {*b_ready.split("|")} - {*a_ready.split("|")} == {"POLLOUT"}
+            kept = _SMALL_PIECES if full and model.pieces[n] >= _MANY else ""
+            found.append((kernel.times[n], "readiness", a_ready, b_ready, kept))
             break
     if not found:
         a_end, b_end = kernel.time_wait_ends, model.time_wait_ends
         if (a_end is None) != (b_end is None) or (
             a_end is not None and b_end is not None and abs(a_end - b_end) > 0.1
         ):
-            found.append((kernel.ended, "the end of TIME_WAIT", str(a_end), str(b_end)))
+            found.append((kernel.ended, "the end of TIME_WAIT", str(a_end), str(b_end), ""))
     if not found:
         return None
-    t, about, said, expected = first = min(found, key=lambda item: item[0])
-    return Difference(
-        case, kernel.at(t), about, said, expected, kernel, kept if first is found[0] else ""
-    )
+    t, about, said, expected, kept = min(found, key=lambda item: item[0])
+    return Difference(case, kernel.at(t), about, said, expected, kernel, kept)
+
+
+def _when(a: _Sent, b: _Sent) -> tuple[str, str]:
+    return f"{a} at {a.t:.3f} s", f"{b} at {b.t:.3f} s"
 
 
 def _script(case: Case, trace: _Trace) -> Iterator[str]:
