@@ -14,7 +14,16 @@ from attrs import evolve
 from timewait.kernel.wire import WireError
 from timewait.lab.coverage import counted, table
 from timewait.lab.segment_cases import View
-from timewait.lab.segments import Case, Fuzzer, Step, _Kernel, _Trace
+from timewait.lab.segments import (
+    Case,
+    Fuzzer,
+    Step,
+    _goes_after_timeout,
+    _Kernel,
+    _Sent,
+    _Trace,
+    _waits_after_timeout,
+)
 from timewait.packetdrill import play
 from timewait.tcp.connection import Connection
 from timewait.tcp.profiles import profile
@@ -172,6 +181,29 @@ def test_what_is_kept_is_told_by_its_name_and_nothing_else_is(kernel: _Kernel) -
             assert kept(delayed, ack) == name
     finally:
         kernel.close()
+
+
+def sent(t: float, seq: int, length: int) -> _Sent:
+    return _Sent(t, ACK, seq, 1, length, False, False)
+
+
+def test_what_congestion_control_holds_or_lets_go_is_told_narrowly() -> None:
+    acked = Case(False, False, (Step("", 0, ACK, 1, 0, 101),))
+    after = [sent(0.0, 1, 100), sent(0.3, 1, 100), sent(0.5, 101, 300), sent(0.5, 401, 200)]
+    trace = _Trace(times=[0.5], sent=after)
+    third = sent(0.5, 601, 200)
+    assert _waits_after_timeout(acked, trace, third, None)
+    assert not _waits_after_timeout(acked, trace, evolve(third, length=0), None)
+    all_acked = Case(False, False, (Step("", 0, ACK, 1, 0, 601),))
+    assert not _waits_after_timeout(all_acked, trace, third, None)
+    assert not _waits_after_timeout(acked, _Trace(times=[0.5], sent=after[1:]), third, None)
+
+    joined = _Trace(sent=[sent(0.0, 1, 100), sent(0.5, 101, 100), sent(0.6, 1, 200)])
+    new = sent(0.7, 201, 100)
+    assert _goes_after_timeout(joined, new, None)
+    assert not _goes_after_timeout(joined, new, new)
+    alone = _Trace(sent=[sent(0.0, 1, 100), sent(0.5, 101, 100), sent(0.6, 1, 100)])
+    assert not _goes_after_timeout(alone, new, None)
 
 
 def test_sack_blocks_take_room_of_text(kernel: _Kernel) -> None:

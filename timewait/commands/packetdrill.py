@@ -140,7 +140,10 @@ def _scripts(given: list[Path]) -> list[Path]:
     """The scripts there, all of which can be read. Raises `click.ClickException`."""
     found: list[Path] = []
     for path in given:
-        within = sorted(path.rglob("*.pkt")) if path.is_dir() else [path]
+        within = [path]
+        if path.is_dir():
+            every = sorted(path.rglob("*.pkt"))
+            within = [each for each in every if each.is_file() or not each.exists()]
         if not within:
             raise click.ClickException(f"{path}: no .pkt files there")
         found += within

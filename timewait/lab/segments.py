@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, Final
 
 from attrs import define, evolve, field, frozen
@@ -639,16 +639,38 @@ def _delayed_with_text(case: Case, kernel: _Trace, a: _Sent, b: _Sent) -> bool:
     )
 
 
-def _waits_after_timeout(kernel: _Trace, b: _Sent, a: _Sent | None) -> bool:
+def _waits_after_timeout(case: Case, kernel: _Trace, b: _Sent, a: _Sent | None) -> bool:
     """Whether the kernel, after a timeout, leaves out text because two segments are in flight.
 
     So many an ACK allows then (tcp_enter_loss, tcp_slow_start), and the model allows more.
     """
-    before = [sent for sent in kernel.sent if sent.t < b.t - _GRAIN and sent.length]
+    before = [sent for sent in kernel.sent if sent.t < b.t + _GRAIN and sent.length]
     again = any(one.seq < other.seq + other.length for other, one in pairwise(before))
-    beside = [sent for sent in kernel.sent if abs(sent.t - b.t) < _GRAIN and sent.length]
+    end = max((sent.seq + sent.length for sent in before), default=0)
+    acks = [
+        step.ack
+        for step, t in zip(case.steps, kernel.times, strict=True)
+        if not step.call and step.flags & ACK and step.ack <= end and t <= b.t
+    ]
+    flight = {sent.seq for sent in before if sent.seq >= max(acks, default=0)}
     late = a is None or a.t > b.t + _GRAIN
-    return again and late and b.length > 0 and len(beside) >= 2
+    return again and late and (b.length > 0 or b.flags & FIN != 0) and len(flight) >= 2
+
+
+def _goes_after_timeout(kernel: _Trace, a: _Sent, b: _Sent | None) -> bool:
+    """Whether the kernel sends something new although a timeout was not made good yet.
+
+    What was sent less than a round trip before it is not lost (tcp_timeout_mark_lost), and
+    leaves the room of a segment where it is sent again together with what is.
+    """
+    before = [sent for sent in kernel.sent if sent.t < a.t and sent.length]
+    ends = {sent.seq + sent.length for sent in before}
+    joined = any(
+        again.seq + again.length in ends and first.seq + first.length in ends
+        for first, again in combinations(before, 2)
+        if again.seq == first.seq and again.length > first.length
+    )
+    return joined and a.length > 0 and (b is None or b.t > a.t + _GRAIN)
 
 
 def _compare(case: Case, kernel: _Trace, model: _Trace) -> Difference | None:
@@ -663,8 +685,10 @@ def _compare(case: Case, kernel: _Trace, model: _Trace) -> Difference | None:
             kept = ""
             if _took_first(case, kernel, a, b):
                 kept = "text taken before its ACK"
-            elif _waits_after_timeout(kernel, b, a):
+            elif _waits_after_timeout(case, kernel, b, a):
                 kept = "two segments after a timeout"
+            elif _goes_after_timeout(kernel, a, b):
+                kept = "something new after a timeout"
             found.append((min(a.t, b.t), "segment", str(a), str(b), kept))
             break
         before, late = late, max(late, a.t - b.t)
@@ -673,15 +697,20 @@ def _compare(case: Case, kernel: _Trace, model: _Trace) -> Difference | None:
             kept = ""
             if _delayed_with_text(case, kernel, a, b):
                 kept = "ACK of text and a FIN delayed"
-            elif _waits_after_timeout(kernel, b, a):
+            elif _waits_after_timeout(case, kernel, b, a):
                 kept = "two segments after a timeout"
+            elif _goes_after_timeout(kernel, a, b):
+                kept = "something new after a timeout"
             found.append((min(a.t, b.t), "time", *_when(a, b), kept))
             break
     else:
         end = kernel.ended - (_LATE_SOON if kernel.ended < _LONG else _LATE)
-        more = model_sent[len(kernel_sent) :]
-        waits = bool(more) and _waits_after_timeout(kernel, more[0], None)
-        kept = "two segments after a timeout" if waits else ""
+        kept = ""
+        ours, theirs = kernel_sent[len(model_sent) :], model_sent[len(kernel_sent) :]
+        if ours and _goes_after_timeout(kernel, ours[0], None):
+            kept = "something new after a timeout"
+        elif theirs and _waits_after_timeout(case, kernel, theirs[0], None):
+            kept = "two segments after a timeout"
         found.extend((*extra, kept) for extra in _extra(kernel_sent, model_sent, end, kernel.times))
     for a, b in zip(kernel_again, model_again, strict=False):
         if a.flags != b.flags or abs(a.t - b.t) > max(_GRAIN, 0.3 * (a.t - started)):

@@ -18,6 +18,7 @@ __all__ = ["Outcome", "play"]
 
 _TRIES = 3
 _LONGEST = 300  # characters of a script that an answer repeats
+_MOST_OCTETS = (1 << 22) + 1  # read of a file: those are more characters than a script may have
 
 
 def play(
@@ -40,7 +41,8 @@ def play(
     Raises `OSError` where the file cannot be read, or (on the kernel) there can
     be no wire.
     """
-    text = Path(path).read_bytes().decode("utf-8", "replace")
+    with Path(path).open("rb") as file:
+        text = file.read(_MOST_OCTETS).decode("utf-8", "replace")
     try:
         script = parse(text, str(path), defines, options)
         settings = Settings.of(script)

@@ -200,7 +200,10 @@ def _defaults(path: str, folder: Path | None) -> Iterator[Setting]:
     if folder is None:
         return
     try:
-        text = (folder / path).read_text(errors="replace")
+        if not (folder / path).is_file():  # a pipe might be waited for
+            return
+        with (folder / path).open(errors="replace") as file:
+            text = file.read(1 << 16)
     except (OSError, ValueError):
         return
     for line in text.splitlines():

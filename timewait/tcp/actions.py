@@ -437,7 +437,11 @@ def give_text(c: Connection, data: bytes, now: float) -> None:
     """
     if c._ack_due and (
         (c.rcv_nxt - c.rcv_wup) & MASK > c._rcv_mss
-        or (data and not c._rx and not c._out_of_order and c._pushed > c._pingpong)
+        or (
+            data
+            and c._pushed > c._pingpong
+            and not (c._rx or c._out_of_order or (c.fin_received and not c._eof_read))
+        )
     ):
         emit(c, ACK, now)
         return

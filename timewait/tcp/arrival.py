@@ -596,6 +596,7 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool) -> bool:
     if offset and c.sack:
         _note_block(c, seq, (seq + len(data) + fin) & MASK)
     waiting = {*c._out_of_order, (seq, data, fin)}
+    arrived = seq
     pieces = sorted(waiting, key=lambda piece: ((piece[0] - nxt) & MASK, -len(piece[1])))
     while pieces:
         seq, data, fin = pieces[0]
@@ -610,6 +611,7 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool) -> bool:
                 c._out_of_order = ()
                 c._sacking = None
                 c.rcv_nxt = (c.rcv_nxt + 1) & MASK
+                c._fin_apart = not data and seq != arrived
                 return True
     c._out_of_order = tuple(pieces)
     if c._sacking is not None:

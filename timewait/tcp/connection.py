@@ -205,6 +205,7 @@ class Connection:
         "_ends",
         "_eof_read",
         "_fin",
+        "_fin_apart",
         "_frto",
         "_last_size",
         "_last_text",
@@ -334,11 +335,12 @@ class Connection:
             self.write_shut,
             self.fin_received,
             self._eof_read,
+            self._fin_apart,  # the peer's FIN came early, and is queued without text
             self._pingpong,
             self.sack,
             self._frto,  # nothing new was tried yet since the timeout (RFC 5682)
             self.exact_window,  # more may have been told than all of `rcv_buf`, rounded up
-        ) = (False,) * 10
+        ) = (False,) * 11
         (
             self.irs,
             self.rcv_nxt,
@@ -425,7 +427,7 @@ class Connection:
             return b""
         data = self._rx[:n]
         self._rx = self._rx[n:]
-        if self.fin_received and not self._rx:
+        if self.fin_received and not self._rx and not self._fin_apart:
             self._eof_read = True  # a FIN is queued with the text that it follows
         if self.state is not CLOSED:
             self._step(_RECEIVE, data, now)
