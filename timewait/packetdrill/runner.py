@@ -131,7 +131,6 @@ class _Connection:
     passive: bool
     answered: bool = False  # whether an active opener has got its first SYN,ACK
     script_local_isn: int = 0
-    script_remote_isn: int = 0
     live_local_isn: int | None = None
     live_remote_isn: int = 0
     ts_live: dict[int, int] = field(factory=dict)
@@ -446,7 +445,6 @@ class _Runner:
                     (settings.local, ours), (settings.remote, theirs), True
                 )
                 self.next_port += 1
-                self.connection.script_remote_isn = packet.seq
                 self.connection.live_remote_isn = packet.seq
         begins = packet.protocol == "tcp" and packet.flags & (SYN | ACK) == SYN
         if not packet.inbound and begins and self.connecting is not None:
@@ -486,7 +484,7 @@ class _Runner:
         syn = bool(packet.flags & SYN)
         if syn and packet.flags & ACK and not connection.passive and not connection.answered:
             connection.answered = True
-            connection.script_remote_isn = connection.live_remote_isn = packet.seq
+            connection.live_remote_isn = packet.seq
         seq = packet.seq + (0 if syn else connection.live_remote_isn)
         offset = self.local_offset(connection, syn)
         ack = packet.ack

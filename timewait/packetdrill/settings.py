@@ -46,7 +46,6 @@ class Settings:
     local: str = "192.168.0.1"
     remote: str = "192.0.2.1"
     local_prefix: int = 16
-    remote_prefix: int = 24
     bind_port: int = 8080
     connect_port: int = 8080
     mtu: int = 1500
@@ -67,7 +66,7 @@ class Settings:
             raise Unsupported(f"--ip_version={made.ip_version}", 1)
         if made.ip_version == "ipv6":
             made.local, made.remote = "fd3d:fa7b:d17d::1", "2001:db8::1"
-            made.local_prefix, made.remote_prefix = 48, 32
+            made.local_prefix = 48
         for name, value in script.options:
             try:
                 made._set(name, value or "")

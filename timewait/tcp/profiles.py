@@ -92,8 +92,7 @@ class Setting:
     """A value that a stack's administrator can (or cannot) change, under the stack's name.
 
     `verified` is false where the value is neither measured nor read in the
-    stack's own source or documentation by this project. `for_host` says that
-    it concerns ports and sockets, not a connection: the host reads it.
+    stack's own source or documentation by this project.
     """
 
     name: str
@@ -101,7 +100,6 @@ class Setting:
     source: str
     meaning: str
     verified: bool = True
-    for_host: bool = False
     effect: _Effect | None = field(default=None, eq=False, repr=False)
 
 
@@ -395,21 +393,18 @@ _LINUX_SETTINGS = [
         2,
         "Documentation/networking/ip-sysctl.rst; measured",
         "connect() over TIME_WAIT: 0 never, 1 yes, 2 on loopback only",
-        for_host=True,
     ),
     Setting(
         "tcp_tw_reuse_delay",
         1000,
         "Documentation/networking/ip-sysctl.rst; measured",
         "milliseconds that a TIME_WAIT must be old for tcp_tw_reuse",
-        for_host=True,
     ),
     Setting(
         "tcp_max_tw_buckets",
         131072,
         "Documentation/networking/ip-sysctl.rst; measured",
         "beyond so many, the newest skips TIME_WAIT",
-        for_host=True,
     ),
     Setting(
         "tcp_rto_max_ms",
@@ -456,7 +451,6 @@ _LINUX_SETTINGS = [
         2147483647,
         "tcp_send_challenge_ack (no limit since 5.19)",
         "challenge ACKs of the whole host in a second",
-        for_host=True,
     ),
     Setting(
         "tcp_early_retrans",
@@ -737,7 +731,6 @@ _FREEBSD_SETTINGS = [
         0,
         "tcp(4), tcp_twstart; since 14 its default is 1",
         "1: no TIME_WAIT between addresses of this host",
-        for_host=True,
     ),
     Setting(
         "ack_war_cnt",
