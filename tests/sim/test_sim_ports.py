@@ -1,10 +1,14 @@
 """The port table against the kernel's: one combination in fifteen, and that a wrong rule shows."""
 
+import asyncio
+import errno
 import json
 import random
+import socket
 
 import pytest
 
+from timewait import sim
 from timewait.cli import main as timewait
 from timewait.kernel.namespace import why_not
 from timewait.lab import matrix
@@ -73,3 +77,54 @@ def test_the_table_is_printed_for_reading(capsys, monkeypatch):
     # The rule of the shared facts: both had SO_REUSEADDR, or both SO_REUSEPORT.
     assert line.split("  ")[1].strip() == "listen"
     assert line.split()[2:] == ["none", "A", "AP", "P", "AP", "A", "P", "AP"]
+
+
+@pytest.mark.parametrize("remote", ["client", "server"])
+@pytest.mark.parametrize("tw_reuse", [0, 1, 2])
+def test_remembering_that_no_port_was_free_changes_no_choice(remote, tw_reuse):
+    """Ports run out, TIME_WAITs end or become reusable, others are released meanwhile."""
+
+    class Forgetful(dict):
+        def get(self, key, default=None):
+            return None
+
+    def chosen(forgetful):
+        network = sim.Network(seed=5)
+        client = network.host("client", ephemeral=(20000, 20011), tw_reuse=tw_reuse)
+        network.host("server")
+        if forgetful:
+            client.ports._full = Forgetful()
+        dice = random.Random(tw_reuse)
+
+        async def serve():
+            loop = asyncio.get_running_loop()
+            server = await loop.create_server(asyncio.Protocol, "0.0.0.0", 80)
+            await server.serve_forever()
+
+        async def main():
+            serving = network.hosts[remote].run(serve())
+            await asyncio.sleep(0.01)
+            writers, found = [], []
+            for _ in range(150):
+                try:
+                    _, writer = await asyncio.open_connection(remote, 80, family=socket.AF_INET)
+                except OSError as error:
+                    found.append(errno.errorcode[error.errno])
+                else:
+                    found.append(writer.get_extra_info("sockname")[1])
+                    writers.append(writer)
+                while writers and dice.random() < 0.4:
+                    writer = writers.pop(dice.randrange(len(writers)))
+                    dice.choice((writer.close, writer.transport.abort))()
+                await asyncio.sleep(dice.choice((0, 0, 0.01, 0.6, 20)))
+            for writer in writers:
+                writer.close()
+            await asyncio.sleep(0.01)
+            serving.cancel()
+            return found
+
+        return sim.run(main, hosts=network)
+
+    found = chosen(forgetful=False)
+    assert found == chosen(forgetful=True)
+    assert len(set(found)) == 13  # all twelve, and EADDRNOTAVAIL

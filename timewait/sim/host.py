@@ -381,20 +381,26 @@ class Host:
         old = self.tcp.get(key)
         if old is None:
             return False
-        if not isinstance(old, Remnant) or not old.left.timestamps or not self.timestamps:
+        if not isinstance(old, Remnant) or not self.timestamps:
             return True
-        shown = old.left.state
-        if choosing and (
-            shown is not State.TIME_WAIT
-            or self.tw_reuse == 0
-            or (self.tw_reuse == 2 and not (_is_loopback(key[0]) or _is_loopback(key[2])))
-            or self.network.clock.now <= old.since + self.tw_reuse_delay
-        ):
+        # What costs least is asked first: where ports run out, all of them are asked.
+        if choosing and self.reuse_moment(key[0], key[2]) <= old.since + self.tw_reuse_delay:
             return True
-        self.next_iss = old.left.next_iss
+        left = old.left
+        shown = left.state
+        if not left.timestamps or (choosing and shown is not State.TIME_WAIT):
+            return True
+        self.next_iss = left.next_iss
         self.moved(key, shown, State.CLOSED, "REUSED")
         self.end(old)
         return False
+
+    def reuse_moment(self, source: str, remote: str) -> float:
+        """The virtual time if TIME_WAIT between the two may be reused in time; else always -1."""
+        never = self.tw_reuse == 0 or (
+            self.tw_reuse == 2 and not (_is_loopback(source) or _is_loopback(remote))
+        )
+        return -1.0 if never or not self.timestamps else self.network.clock.now
 
     def shrink(self, sock: Sock) -> None:
         """TIME_WAIT begins, or a FIN_WAIT_2 that nobody owns: only a remnant stays."""
@@ -419,7 +425,9 @@ class Host:
             return
         remnant = Remnant(sock, bytes(record), self.network.clock.now)
         self.ports.inherit(sock, remnant)
+        freed = self.ports.freed
         self.forget(sock)
+        self.ports.freed = freed  # nothing is: the remnant takes its place
         self.tcp[remnant.key] = remnant
         self.time_waits += 1
         self.await_end(remnant)

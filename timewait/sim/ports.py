@@ -156,6 +156,9 @@ class PortTable:
         self.buckets: dict[int, Bucket] = {}
         self._seed = seed
         self._perturb: dict[int, int] = {}
+        self.freed = 0  # counts what may have made a port free
+        # For which outgoing connections no port of a parity was free, and when that was.
+        self._full: dict[tuple[object, ...], tuple[int, float]] = {}
 
     @cached_property
     def _dice(self) -> Random:
@@ -196,6 +199,7 @@ class PortTable:
         bucket = self.buckets.get(holder.port)
         if bucket is None or holder not in bucket.owners:
             return
+        self.freed += 1
         bucket.remove(holder)
         if bucket.owners:
             if bucket.fast_reuse >= 0 and all(o.connect_bound for o in bucket.owners):
@@ -211,11 +215,14 @@ class PortTable:
         remote: tuple[str, int],
         taken: Callable[[int], bool],
         span: tuple[int, int] | None = None,
+        moment: float = 0.0,
     ) -> int:
         """Choose and take a port for an outgoing connection; EADDRNOTAVAIL if there is none.
 
         `taken(port)` tells whether the 4-tuple exists already (and settles
-        whether a TIME_WAIT there may be reused).
+        whether a TIME_WAIT there may be reused). What it has told of all ports
+        at a `moment` is not asked again until a port is released or the moment is
+        another.
         """
         low, high = span or self.ephemeral
         step = 1 if span else 2
@@ -229,6 +236,9 @@ class PortTable:
         if count == 1:
             starts = starts[:1]
         for start in starts:
+            wanted = (new.address, remote, low, count, step, start % step)
+            if self._full.get(wanted) == (self.freed, moment):
+                continue
             for i in range(0, count, step):
                 port = low + (start + i) % count
                 if port in self.reserved:
@@ -244,6 +254,7 @@ class PortTable:
                 moved = max(i, self._dice.randrange(8) * step) + step
                 self._perturb[index] = self._perturb.get(index, 0) + moved
                 return port
+            self._full[wanted] = (self.freed, moment)
         raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
 
     # The rule.

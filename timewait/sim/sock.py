@@ -373,6 +373,7 @@ class Sock:
                     (address, port),
                     lambda chosen: host.taken((source, chosen, address, port), True),
                     self._span(),
+                    host.reuse_moment(source, address),
                 )
                 self.connect_bound = True
         except OSError:
