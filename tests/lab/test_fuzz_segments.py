@@ -190,13 +190,13 @@ def sent(t: float, seq: int, length: int) -> _Sent:
 def test_what_congestion_control_holds_or_lets_go_is_told_narrowly() -> None:
     acked = Case(False, False, (Step("", 0, ACK, 1, 0, 101),))
     after = [sent(0.0, 1, 100), sent(0.3, 1, 100), sent(0.5, 101, 300), sent(0.5, 401, 200)]
-    trace = _Trace(times=[0.5], sent=after)
-    third = sent(0.5, 601, 200)
+    trace = _Trace(times=[0.51], sent=after)
+    third = sent(0.51, 601, 200)
     assert _waits_after_timeout(acked, trace, third, None)
     assert not _waits_after_timeout(acked, trace, evolve(third, length=0), None)
     all_acked = Case(False, False, (Step("", 0, ACK, 1, 0, 601),))
     assert not _waits_after_timeout(all_acked, trace, third, None)
-    assert not _waits_after_timeout(acked, _Trace(times=[0.5], sent=after[1:]), third, None)
+    assert not _waits_after_timeout(acked, _Trace(times=[0.51], sent=after[1:]), third, None)
 
     joined = _Trace(sent=[sent(0.0, 1, 100), sent(0.5, 101, 100), sent(0.6, 1, 200)])
     new = sent(0.7, 201, 100)

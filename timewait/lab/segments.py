@@ -646,13 +646,12 @@ def _waits_after_timeout(case: Case, kernel: _Trace, b: _Sent, a: _Sent | None) 
     """
     before = [sent for sent in kernel.sent if sent.t < b.t + _GRAIN and sent.length]
     again = any(one.seq < other.seq + other.length for other, one in pairwise(before))
-    end = max((sent.seq + sent.length for sent in before), default=0)
-    acks = [
-        step.ack
-        for step, t in zip(case.steps, kernel.times, strict=True)
-        if not step.call and step.flags & ACK and step.ack <= end and t <= b.t
-    ]
-    flight = {sent.seq for sent in before if sent.seq >= max(acks, default=0)}
+    acked = 0
+    for step, t in zip(case.steps, kernel.times, strict=True):
+        end = max((sent.seq + sent.length for sent in before if sent.t < t), default=0)
+        if not step.call and step.flags & ACK and acked < step.ack <= end and t <= b.t:
+            acked = step.ack
+    flight = {sent.seq for sent in before if sent.seq >= acked}
     late = a is None or a.t > b.t + _GRAIN
     return again and late and (b.length > 0 or b.flags & FIN != 0) and len(flight) >= 2
 

@@ -244,6 +244,7 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
                 of_syn = c.state is SYN_RECEIVED or c.state is FIN_WAIT_1
             if c._recover is not None and c.profile.parameters.linux_checks:
                 c.snd_wnd = seg.window << c.snd_scale  # what the ACK lets go looks at it
+                c.max_wnd = max(c.max_wnd, c.snd_wnd)
             acknowledged(c, seg.ack, acked, flight, now, seg.options)
             if of_fin and c.options.linger2 and _never_lingers(c):
                 return _TEXT_AFTER_CLOSE
