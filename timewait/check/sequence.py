@@ -20,6 +20,7 @@ __all__ = [
     "DROPPED",
     "FROM_B",
     "OLD",
+    "PROBE_AFTER",
     "RST_AT",
     "RST_BEFORE",
     "RST_CERTAIN",

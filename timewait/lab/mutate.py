@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 from attrs import define, evolve, field, frozen
 
 from timewait.check import Checker, Verdict, check
+from timewait.check.sequence import PROBE_AFTER
 from timewait.events import (
     Called,
     Event,
@@ -639,6 +640,11 @@ def _shortly_before(mutant: Mutant, events: Events, snapshot: Snapshot) -> str |
     was = next((row for row in snapshot.rows if row not in changed.rows), None)
     if was is None:
         return None
+    if mutant.operator == "row-missing" and not was.inode:
+        if was.state is State.SYN_RECEIVED:
+            return "a table need not show an embryo: its listener may keep it in a SYN cookie"
+        if was.state is State.FIN_WAIT_2:
+            return _ORPHAN
     is_now = {(row.local, row.remote): row.state for row in changed.rows}
     state = is_now.get((was.local, was.remote), State.CLOSED)
     if any(
@@ -691,6 +697,10 @@ def _why_between_hosts(
             seen_late = peers and seq_diff(changed.ack, _space(peers[0])) >= 0
             sent = any(e.src == event.dst and seq_diff(_space(e), changed.ack) >= 0 for e in others)
             return _LACKS if behind or seen_late or sent else None
+        case "segment-from-the-peer":
+            return _LACKS
+        case "syn-again":
+            return _ANEW
         case "sequence-off-by-one":
             return _LACKS if abs(_off_by(mutant, event)) == 1 else None
         case "fin-added":
@@ -703,8 +713,16 @@ def _why_between_hosts(
             # What its sender sent before the RST may come after it, but nothing sent later.
             reset = changed if mutant.operator == "rst-for-fin" else mutant.events[mutant.at + 1]
             assert isinstance(reset, SegmentSeen)
-            mine = [e for e in after if e.src == event.src and e.t - event.t < _ON_ITS_WAY]
-            late = [e for e in after if e.src == event.src and e not in mine and not e.flags & RST]
+            late = [
+                e
+                for e in after
+                if e.src == event.src
+                and e.t - event.t >= _ON_ITS_WAY
+                and not e.flags & (SYN | RST)
+                and not _sent_again(e, [*before, event])
+            ]
+            if not any(e.src == event.dst for e in before):
+                return "the capture may show one direction only: what it is about is not seen"
             return _LATE_OR_TWICE if not late else None
     return None
 
@@ -775,8 +793,10 @@ def _why_dropped(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segme
         return "nothing follows: it may have been sent after the capture ended"
     if not before:
         return "the first of its connection: a capture may begin in the middle of one"
-    if _sent_again(event, before + after):
+    if _sent_again(event, before + after) or any(_same(event, e) for e in before + after):
         return "sent more than once: a timer is bounded from below only (RFC 6298 §2.4)"
+    if event.length and after[0].flags & (RST | ACK) == RST and after[0].src == event.dst:
+        return _ORPHAN
     if event.length and any(
         e.src == event.dst and e.flags & ACK and seq_diff(e.ack, _space(event)) >= 0 for e in after
     ):
@@ -798,6 +818,8 @@ def _why_swapped(
     if other.flags & (SYN | ACK) == SYN:
         return _GONE if _closed(other, [*before, event]) else None
     if other.src == event.src:
+        if _plain(event) and _filled(event, after):
+            return _FILLED
         if other.t - event.t < _OVERTAKEN and seq_diff(event.ack, other.ack) <= 0:
             return _OVERTOOK
         return _ONE_MORE if _plain(event) and _sent_again(other, before) else None
@@ -820,6 +842,19 @@ def _why_moved(
             if asked and not event.flags & ACK
             else None
         )
+    if event.length and _sent_again(event, [e for e in before + after if e.length]):
+        return _IN_PART
+    if event.length and any(
+        e.src == event.src
+        and e.length
+        and seq_diff(moved.seq, _space(e)) < 0 <= seq_diff(moved.seq, e.seq)
+        for e in before
+    ):
+        return _IN_PART
+    if _plain(event) and _filled(event, after):
+        return _FILLED
+    if event.length == 1 and before and event.t - before[-1].t >= PROBE_AFTER:
+        return "a keep-alive repeats the last octet (RFC 9293 §3.8.4)"
     near = [
         e
         for e in before + after
@@ -828,6 +863,14 @@ def _why_moved(
     if _plain(event) and any(moved.seq in (e.seq, _space(e)) for e in near):
         return _OVERTOOK
     return None
+
+
+def _filled(event: SegmentSeen, after: _Segments) -> bool:
+    """Whether the octet that would have been skipped is sent so late that it may be again."""
+    return any(
+        e.src == event.src and e.length and e.seq == event.seq and e.t - event.t >= PROBE_AFTER
+        for e in after
+    )
 
 
 def _why_less(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
@@ -857,19 +900,42 @@ def _why_fin(mutant: Mutant, event: SegmentSeen, before: _Segments, after: _Segm
         )
     if event.length and any(e.src == event.src and _space(e) == _space(added) for e in after):
         return _PROBE
+    if _sent_again(event, after):
+        return _IN_PART
     if all(e.flags & RST for e in after if e.src == event.src):
         return "its user may have closed then: nothing that follows shows that it had not"
     return None
 
 
 def _why_no_fin(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
+    if _only_resets(after):
+        return "a reset ended it: its FIN need not have been sent by then"
     if not any(
         e.src == event.src and e.flags & FIN and _space(e) == _space(event) for e in before + after
     ):
         return None
-    if event.length:
-        return "sent again in part: a retransmission need not be what was sent (RFC 9293 §3.8.1)"
-    return _ONE_MORE
+    return _IN_PART if event.length else _ONE_MORE
+
+
+def _only_resets(after: _Segments) -> bool:
+    mine = [e for e in after if e.flags & (SYN | ACK) != SYN]
+    return bool(mine) and all(e.flags & RST for e in mine)
+
+
+def _why_reset_too(
+    _: Mutant, event: SegmentSeen, before: _Segments, after: _Segments
+) -> str | None:
+    return _ABORT if _only_resets(after) else None
+
+
+def _why_sent(mutant: Mutant, event: SegmentSeen, before: _Segments, _: _Segments) -> str | None:
+    changed = mutant.events[mutant.at]
+    assert isinstance(changed, SegmentSeen)
+    if any(
+        e.src == event.dst and e.length and seq_diff(_space(e), changed.ack) >= 0 for e in before
+    ):
+        return "it had been sent by then: a part of a segment may be acknowledged"
+    return None
 
 
 def _why_unanswered(
@@ -887,7 +953,7 @@ def _why_reset(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segment
     mine = [e for e in after if e.src == event.src]
     if event.flags & SYN or not all(e.flags & RST for e in mine):
         return None
-    return "its user may abort at any time (SO_LINGER 0, or text unread): nothing but a RST follows"
+    return _ABORT
 
 
 def _why_syn(_: Mutant, event: SegmentSeen, before: _Segments, after: _Segments) -> str | None:
@@ -928,6 +994,18 @@ _LATE_OR_TWICE: Final = (
 )
 _CUMULATIVE: Final = "acknowledgments of text are cumulative: one may be missing, or be of less"
 _PROBE: Final = "text was on its way with it: a probe may follow at once (RFC 8985 §7)"
+_IN_PART: Final = "sent again in part: a retransmission need not be what was sent (RFC 9293 §3.8.1)"
+_ORPHAN: Final = (
+    "an orphan's FIN_WAIT_2 may be over at any time (TCP_LINGER2), and what comes then is reset"
+)
+_ANEW: Final = (
+    "between hosts, one that has lost its connection may begin anew from the same port (RFC 9293 "
+    "§3.5.1)"
+)
+_ABORT: Final = (
+    "its user may abort at any time (SO_LINGER 0, or text unread): nothing but a RST follows"
+)
+_FILLED: Final = "it may have been lost before: what is missing is sent later, as if again"
 _ONE_MORE: Final = (
     "an acknowledgment more: an open socket may send one at any time (RFC 9293 §3.8.6)"
 )
@@ -948,6 +1026,8 @@ _CLASSES: Final[dict[str, Callable[[Mutant, SegmentSeen, _Segments, _Segments], 
     "fin-removed": _why_no_fin,
     "ack-of-fin-dropped": _why_unanswered,
     "rst-invented": _why_reset,
+    "rst-for-fin": _why_reset_too,
+    "ack-of-unsent": _why_sent,
     "syn-again": _why_syn,
     "fin-again-too-soon": _why_soon,
     "acknowledged-too-late": _why_late,
