@@ -15,6 +15,7 @@ import pytest
 from attrs import evolve
 
 from timewait import Scenario, ScenarioError, State, StepHung, events, hold_port
+from timewait.check import check
 from timewait.events import Called, Event, Lost, Note, Snapshot, Transition
 from timewait.kernel.namespace import Namespace
 from timewait.kernel.sock_diag import sockets
@@ -347,6 +348,16 @@ def test_a_backend_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "trio", None)
     with pytest.raises(ScenarioError, match=r"trio is not installed: pip install 'timewait\[trio"):
         Scenario.built_in("server-first").run_sync(backend="trio")
+
+
+def test_a_backend_or_a_role_that_is_none_is_named() -> None:
+    story = Scenario.built_in("server-first")
+    with pytest.raises(ScenarioError, match="no backend is called 'curio'"):
+        story.run_sync(backend="curio")
+    with pytest.raises(ScenarioError, match="who is 'peer'"):
+        story.run_sync(on="model", profiles={"peer": "linux"})
+    with pytest.raises(ValueError, match="who is 'peer'"):
+        check([], profiles={"peer": "linux"})
 
 
 def test_too_few_descriptors_for_a_loop_are_one_line() -> None:

@@ -283,6 +283,8 @@ def _stack(
     if on not in scenario.stacks:
         where = " and ".join(f"{stack!r}" for stack in scenario.stacks)
         raise ScenarioError(f"{scenario.name} does not run on {on!r}; it runs on {where}")
+    if unknown := sorted({*(profiles or ())} - {"server", "client"}):
+        raise ScenarioError(f"profiles: who is {unknown[0]!r}? server or client is expected")
     if on == "kernel" and not ip_address(scenario.host).is_loopback and not allow_network:
         raise ScenarioError(
             f"{scenario.host} is beyond loopback: allow it with --allow-network "

@@ -95,6 +95,8 @@ class KernelStack:
 
         Raises `ScenarioError` where trio is not installed, or no descriptors are left.
         """
+        if backend not in ("asyncio", "trio"):
+            raise ScenarioError(f"no backend is called {backend!r}; there are asyncio, trio")
         try:
             import_module(backend)
         except ImportError:

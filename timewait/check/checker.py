@@ -93,6 +93,8 @@ class Checker:
         self._unended = False  # and so it was in this run, or in one before
         self._misses = False  # the capture has been shown to lack segments
         self._given = dict(profiles or {})
+        if unknown := sorted(self._given.keys() - {"server", "client"}):
+            raise ValueError(f"profiles: who is {unknown[0]!r}? server or client is expected")
         self._on_end = on_end
         self._ends: dict[tuple[Address, Address], tuple[Connection, int]] = {}
         self._listening: set[Address] = set()
