@@ -54,6 +54,10 @@ class Record:
         """Have the kernel's buffers emptied into this record and all others."""
         self._recorder.read()
 
+    def hear(self) -> None:
+        """Have each socket heard of that was destroyed before, as `read` and more."""
+        self._recorder.read(all_so_far=True)
+
     def take(self, known: set[Key]) -> list[Transition]:
         """The transitions, not taken yet, of connections of this namespace; times are monotonic.
 
@@ -84,7 +88,7 @@ class _Recorder:
     def lost(self) -> int:
         return self._tracepoint.lost
 
-    def read(self) -> None:
+    def read(self, *, all_so_far: bool = False) -> None:
         with self._lock:
             events = [
                 event
@@ -92,7 +96,9 @@ class _Recorder:
                 if isinstance(event, Transition) and event.remote[1]
             ]
             now = time.monotonic()
-            gone = {(row.local, row.remote): now for row in self._notices.read().values()}
+            here = _namespace() == self.namespace
+            notices = self._notices.all_so_far() if all_so_far and here else self._notices.read()
+            gone = {(row.local, row.remote): now for row in notices.values()}
             for reader in self.readers:
                 reader.waiting += events
                 reader.destroyed |= gone

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["Witness", "descendants", "looking_on", "table"]
 
 _PERIOD: Final = 0.02  # seconds between looks at the children's sockets
-_NOTICE: Final = 0.005  # seconds: the kernel tells of a destroyed socket from a work queue, later
 _BEGINNINGS: Final = {State.CLOSED, State.LISTEN}
 _BACKLOG: Final = {State.SYN_RECEIVED, State.ESTABLISHED, State.CLOSE_WAIT}
 
@@ -129,7 +128,7 @@ class Witness(Connections):
             self._not_ours.clear()
             self._look()
             if self._record is not None and self._record.waiting:
-                time.sleep(_NOTICE)
+                self._record.hear()
                 self._look()
 
     def _look(self) -> None:

@@ -275,6 +275,22 @@ def test_the_destroyed_are_told_by_their_port(pair: tuple[socket.socket, ...]) -
         assert told.lost == 0
 
 
+def test_all_that_were_destroyed_before_are_heard_of_without_a_wait() -> None:
+    processors = os.sched_getaffinity(0)
+    with contextlib.closing(Destroyed()) as told:
+        for _ in range(150):
+            with (
+                socket.create_server(("127.0.0.1", 0)) as listener,
+                socket.create_connection(listener.getsockname()) as client,
+            ):
+                ports = [end(listener)[1]] * 2 + [end(client)[1]]
+                listener.accept()[0].close()
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            dead = [row.local[1] for row in told.all_so_far().values()]
+            assert sorted(dead) == sorted(ports)
+    assert os.sched_getaffinity(0) == processors
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a namespace")
 def test_notices_that_nobody_read_are_counted_as_lost() -> None:
     with (

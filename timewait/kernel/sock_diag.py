@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
+import sys
+import time
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from itertools import accumulate
 from types import TracebackType
@@ -58,6 +62,8 @@ _BC_JMP: Final = 1
 _BC_S_EQ: Final = 11
 _BC_D_EQ: Final = 12
 _DESTROY_GROUPS: Final = 1 << 0 | 1 << 2  # SKNLGRP_INET_TCP_DESTROY and _INET6_TCP_DESTROY
+_SO_COOKIE: Final = 57
+_LATE: Final = 1.0  # seconds, far more than a notice takes
 _NO_COOKIE: Final = b"\xff" * 8
 _TIME_WAIT, _TIME_WAIT_TIMER = 6, 3
 _HOSTS_KEPT: Final = 1 << 16
@@ -543,6 +549,33 @@ class Destroyed:
             if sender[0] == 0 and len(data) >= _MESSAGE.size:
                 message = _MESSAGE.unpack_from(data)
                 rows[message[_COOKIE]] = _row(message)
+
+    def all_so_far(self) -> dict[int, Row]:
+        """As `read`, and of all sockets that were destroyed before this call.
+
+        The kernel sends notices a little later, from a work queue of each processor's: those
+        of before have come when that of a socket has which is destroyed there now. The thread
+        is to be in the network namespace that this began in.
+        """
+        own: set[int] = set()
+        rows, lost = self.read(), self.lost
+        processors = os.sched_getaffinity(0)
+        try:
+            for each in processors:
+                with suppress(OSError):  # it has been taken away
+                    os.sched_setaffinity(0, {each})
+                # (The class below socket.socket, which nobody watches.)
+                last = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM)
+                cookie = last.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+                own.add(int.from_bytes(cookie, sys.byteorder))
+                last.close()
+        finally:
+            os.sched_setaffinity(0, processors)
+        late = time.monotonic() + _LATE
+        while not own <= rows.keys() and self.lost == lost and time.monotonic() < late:
+            select.select([self], [], [], _LATE)
+            rows |= self.read()
+        return {cookie: row for cookie, row in rows.items() if cookie not in own}
 
     def _dropped(self) -> int:
         """As the kernel counts it: the last but one of a netlink socket's columns in /proc."""
