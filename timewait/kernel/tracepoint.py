@@ -596,7 +596,8 @@ def _tracefs(resources: ExitStack) -> Path:
             root = Path(left.split()[4].encode().decode("unicode_escape"))
             if os.access(root / "instances", os.W_OK):
                 return root
-    raise PermissionError(errno.EPERM, "tracepoints need root (tracefs is closed to this user)")
+    who = "root" if os.geteuid() else "root's own rights, CAP_SYS_ADMIN outside of containers"
+    raise PermissionError(errno.EPERM, f"tracepoints need {who} (tracefs is closed to this user)")
 
 
 def _mount() -> int:
