@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -349,6 +350,11 @@ input()
 """
 
 
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/ns/pid")
+    or os.stat("/proc/self/ns/pid").st_ino != tracepoint._FIRST_PID_NAMESPACE,
+    reason="the kernel knows processes by other numbers than are seen in this PID namespace",
+)
 @pytest.mark.parametrize("who", ["itself", "thread", "child"])
 def test_what_happens_in_process_1_is_recorded_where_programs_do_not_run(
     who: str, port: int, monkeypatch: pytest.MonkeyPatch
@@ -419,6 +425,27 @@ def test_nothing_is_left_and_the_leavings_of_the_killed_are_removed(port: int) -
             assert {first.home.name, second.home.name} <= instances(first)
         name = second.home.name
         assert name not in instances(first)
+
+
+def test_nobody_of_another_pid_namespace_is_taken_for_killed(port: int) -> None:
+    """Instances that are still being made are as safe as those in use, which cannot be removed."""
+    program = (
+        "from pathlib import Path\n"
+        "from timewait.kernel.tracepoint import Tracepoint\n"
+        f"with Tracepoint([{port}]) as seen: print(*Path(seen.home.parent).iterdir())\n"
+    )
+    with ExitStack() as opened:
+        root = tracepoint._tracefs(opened)
+        made = root / "instances" / f"timewait-{os.getpid()}-999999"
+        made.mkdir()
+        opened.callback(made.rmdir)
+        lock = tracepoint._lock(made)
+        assert lock is not None
+        opened.callback(os.close, lock)
+        inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        there = subprocess.check_output([*inside, sys.executable, "-c", program], text=True)
+        assert made.name in there
+        assert made.exists()
 
 
 def test_a_kernel_without_tracefs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

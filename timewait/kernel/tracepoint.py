@@ -15,7 +15,8 @@ socket of another kind: the kernel reports the full socket's end
 connect() is reported before it has a port: the socket's next event tells.
 
 What is recorded belongs to a tracefs instance that carries its owner's process
-id; one whose owner was killed is removed by the next to start.
+id and is locked while it is in use, in whichever PID namespace; one whose owner
+was killed is removed by the next to start.
 Source: Documentation/trace/{ftrace,events,ring-buffer-map}.rst, kernel/trace/ring_buffer.c.
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import heapq
 import itertools
 import os
@@ -61,6 +63,7 @@ _HOSTS: Final = "saddr_v6 daddr_v6"
 _STATE_EVENT: Final = "events/sock/inet_sock_set_state"
 _STATE_FIELDS: Final = f"skaddr oldstate newstate {_PORTS} protocol {_HOSTS}"
 _INIT: Final = Path("/proc/1/task")
+_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO in include/linux/proc_ns.h
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _UNCONNECTED: Final = frozenset((7, 10))  # CLOSE, LISTEN
@@ -79,7 +82,7 @@ _SIZE: Final = (1 << 30) - 1
 _FIELD: Final = re.compile(r"field:[^;]*?(\w+)(?:\[\d*\])?;\s*offset:(\d+);\s*size:(\d+)")
 _REASONS: Final = re.compile(r"REC->reason,\s*((?:\{[^}]*\},?\s*)+)")
 _PAIR: Final = re.compile(r'\{\s*(\d+),\s*"(\w+)"')
-_OWNER: Final = re.compile(r"timewait-(\d+)-(\d+)-\d+")
+_OURS: Final = re.compile(r"timewait-[\d-]+")
 _CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 Unpack: TypeAlias = Callable[[bytes, int], tuple[Any, ...]]
@@ -266,9 +269,13 @@ class Tracepoint:
             enable.write_text("1")
 
     def _instance(self, root: Path) -> Path:
-        pid = os.getpid()
-        home = root / "instances" / f"timewait-{pid}-{_started(pid)}-{next(_serial)}"
-        home.mkdir()
+        pid, lock = os.getpid(), None
+        while lock is None:  # else there was one of this name, or the sweep of another had it
+            home = root / "instances" / f"timewait-{pid}-{next(_serial)}"
+            with suppress(FileExistsError):
+                home.mkdir()
+                lock = _lock(home)
+        self._resources.callback(os.close, lock)
         self._resources.callback(_remove, home, pid)
         (home / "trace_clock").write_text("mono")
         (home / "trace_options").write_text("norecord-cmd")  # which is noted at each switch
@@ -284,7 +291,7 @@ class Tracepoint:
         self.blind += ("of what happens while process 1 has the processor, in which namespace",)
         (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
         (home / "trace_options").write_text("event-fork")  # new threads too; and children
-        while new := {int(thread.name) for thread in _INIT.iterdir()} - self._of_init.keys():
+        while new := _threads_of_init() - self._of_init.keys():
             with (home / "set_event_pid").open("r+b", buffering=0) as followed:
                 followed.write(" ".join(map(str, new)).encode())
             self._of_init.update(dict.fromkeys(new, True))
@@ -365,7 +372,7 @@ class Tracepoint:
     ) -> None:
         (thread,) = _THREAD.unpack_from(page, offset)
         if thread not in self._of_init:
-            self._of_init[thread] = (_INIT / str(thread)).exists()
+            self._of_init[thread] = thread in _threads_of_init()
         if self._of_init[thread]:  # and no child's, of which the program told
             self._on_state(unpack, at, page, offset, events)
 
@@ -618,22 +625,36 @@ def _syscall(number: int, *arguments: object) -> int:
     return result
 
 
-def _started(pid: int) -> int:
-    """When a process started, in the kernel's ticks: with its id, its name for ever."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+def _threads_of_init() -> set[int]:
+    """The threads of process 1, by the numbers that the kernel itself knows them by."""
+    if os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE:
+        return {1}  # another is called so here, and only this number is known
+    return {int(thread.name) for thread in _INIT.iterdir()}
 
 
 def _sweep(instances: Path) -> None:
-    """Remove what processes left that are no more; the kernel refuses what is in use."""
+    """Remove what processes left that are no more."""
     for left in instances.iterdir():
-        if owner := _OWNER.fullmatch(left.name):
-            try:
-                alive = _started(int(owner[1])) == int(owner[2])
-            except (OSError, ValueError):
-                alive = False
-            if not alive:
-                with suppress(OSError):
-                    left.rmdir()
+        if _OURS.fullmatch(left.name) and (lock := _lock(left)) is not None:
+            with suppress(OSError):
+                left.rmdir()
+            os.close(lock)
+
+
+def _lock(instance: Path) -> int | None:
+    """A descriptor that locks it until its process ends; None where another has it, or it goes."""
+    try:
+        lock = os.open(instance, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(instance), os.fstat(lock)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock)
+    return None
 
 
 def _remove(instance: Path, owner: int) -> None:
