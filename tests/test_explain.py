@@ -1001,11 +1001,17 @@ def test_a_suspended_holder_is_to_be_killed() -> None:
 
 
 def test_a_holder_that_waits_uninterruptibly_is_told() -> None:
-    vfork = "import ctypes, platform; n = {'x86_64': 56, 'aarch64': 220}[platform.machine()]; "
-    vfork += (
-        "c = ctypes.CDLL(None).syscall(n, 0x4000 | 17, 0, 0, 0, 0); c or (s.close(), time.sleep(3))"
+    vfork = (
+        "import ctypes, os, platform; me = os.getpid()\n"
+        "n = {'x86_64': 56, 'aarch64': 220}[platform.machine()]\n"
+        "if not ctypes.CDLL(None).syscall(n, 0x4000 | 17, 0, 0, 0, 0):\n"
+        "    s.close()\n"
+        "    while os.getppid() == me: time.sleep(0.05)\n"
     )
     with elsewhere(vfork) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text():  # (to read a file it waits so too, for a moment)
+            time.sleep(0.01)
         in_state(process, "D")
         assert "state D" in explained().advice[0]
 
