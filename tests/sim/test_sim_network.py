@@ -96,6 +96,8 @@ def test_addresses_and_names_are_checked():
             network.host(name, address)
     with pytest.raises(ValueError, match="no host 'c'"):
         network.connect("a", "c", delay=1)
+    with pytest.raises(ValueError, match="lowest first"):
+        network.host("d", ephemeral=(60999, 32768))
     with pytest.raises(ValueError, match="probability"):
         sim.Link(loss=1.5)
     with pytest.raises(ValueError, match="not a kind of segment"):

@@ -174,6 +174,7 @@ class Host:
     are `net.ipv4.tcp_tw_reuse` and its delay, `max_tw_buckets` bounds
     TIME_WAIT, `timestamps` is `net.ipv4.tcp_timestamps`, `mtu` that of its links.
     What of these is None is as the profile has it (else as Linux has it).
+    Raises `ValueError` where `ephemeral` is no range of ports.
     """
 
     def __init__(
@@ -192,6 +193,8 @@ class Host:
         timestamps: bool | None = None,
         mtu: int = 1500,
     ) -> None:
+        if not 1 <= ephemeral[0] <= ephemeral[1] <= 65535:
+            raise ValueError(f"ephemeral ports are from 1 to 65535, the lowest first: {ephemeral}")
         self.network = network
         self.name = name
         self.addresses = tuple(addresses)
@@ -218,6 +221,9 @@ class Host:
         """`value`, or the profile's setting of that name, or Linux's."""
         known = self.profile.settings.get(name) or PROFILES["linux"].settings[name]
         return known.value if value is None else value
+
+    def __repr__(self) -> str:
+        return f"<Host {self.name} {' '.join(self.addresses)}>"
 
     def _boot(self) -> None:
         self.boots += 1
