@@ -73,6 +73,18 @@ def test_a_weaker_watch_sees_what_stays() -> None:
     )
 
 
+def test_the_watched_port_is_a_servers_where_no_listener_was_seen() -> None:
+    with socket.create_server(("127.0.0.1", PORT)) as listener:
+        client = socket.create_connection(("127.0.0.1", PORT))
+        server, _ = listener.accept()
+    with watch(PORT, observer="sock_diag") as seen:
+        server.close()
+        client.close()
+    seen.assert_closed_by("server", PORT)
+    (connection,) = seen.connections
+    assert connection.time_wait == "server"
+
+
 def test_a_watch_is_entered_once() -> None:
     with watch(PORT) as seen:
         pass
@@ -168,6 +180,8 @@ def test_what_is_no_port_is_refused_by_all_alike(port: int) -> None:
     for ask in (watch, timewait.explain_bind, wait_until_bindable_sync, timewait.explain.can_bind):
         with pytest.raises(ValueError, match="not a port: "):
             ask(port)
+    with pytest.raises(ValueError, match="port 0 is nobody's"):
+        watch(0)
 
 
 def test_a_wait_is_for_the_options_that_the_server_sets() -> None:

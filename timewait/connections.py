@@ -473,7 +473,13 @@ class Connections(ABC):
             if mirror.entry.side == "server":
                 return "client"
         here, there = seen.local[1] in self._listening, seen.remote[1] in self._listening
-        return "server" if here and not there else "client"
+        if here != there:
+            return "server" if here else "client"
+        return self._likely_side(seen)
+
+    def _likely_side(self, seen: Seen) -> Side:
+        """Which side it is where no listener was seen that would tell."""
+        return "client"
 
     def _endpoint(self, seen: Seen) -> Endpoint:
         in_time_wait = seen.state is State.TIME_WAIT and seen.row is not None

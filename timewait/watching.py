@@ -19,7 +19,7 @@ import anyio
 import anyio.lowlevel
 
 from timewait.bind import addresses, can_bind_all, port_number
-from timewait.connections import CLOSED_FIRST, LEFT_OPEN, Connections, Key, Seen
+from timewait.connections import CLOSED_FIRST, LEFT_OPEN, Connections, Key, Seen, Side
 from timewait.events import Event, Row, RunStarted, SegmentSeen, Transition
 from timewait.explain import Explanation, explain_bind
 from timewait.kernel.observers import Observer, observe
@@ -63,6 +63,8 @@ class Watch(Connections):
     def __init__(self, port: int | None, observer: str) -> None:
         super().__init__()
         self.port = None if port is None else port_number(port)
+        if self.port == 0:
+            raise ValueError("port 0 is nobody's: bind() and connect() take it for any")
         self.events: list[Event] = []
         self._before: set[Key] = set()
         self._last: tuple[list[Row], float] = [], 0.0
@@ -212,6 +214,13 @@ class Watch(Connections):
 
     def _ours(self, seen: Seen) -> bool:
         return True
+
+    def _likely_side(self, seen: Seen) -> Side:
+        """As a rule it is a server's port that is watched."""
+        mirror = self._seen.get((seen.remote, seen.local), seen)
+        if State.SYN_SENT in seen.states | mirror.states:
+            return "client" if State.SYN_SENT in seen.states else "server"
+        return "server" if seen.local[1] == self.port else "client"
 
     def _held(self, seen: Seen) -> bool:
         return seen.state in LEFT_OPEN and seen.row is not None and bool(seen.row.inode)
