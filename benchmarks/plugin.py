@@ -1,11 +1,11 @@
 """The pytest plugin where nobody uses it: a suite takes no longer for having it installed.
 
-Installed as pip leaves it, beside pytest and nothing else: found by its entry point, its
-list of files read. The tests are empty, which is the worst case: any real test makes the
-share smaller. One per cent is far less than what two runs' times differ by on a machine
-that others use, so it is the instructions that are held to it, as valgrind counts them:
-alike in every run, but for when the garbage collector happens to come. The times are told
-beside them, runs with and without taking turns and the order swapped each time: the median
+Installed as its wheel lists it, beside pytest and nothing else: found by its entry point, its
+list of files read (to which pip adds the byte code). The tests are empty, which is the worst
+case: any real test makes the share smaller. One per cent is far less than what two runs' times
+differ by on a machine that others use, so it is the instructions that are held to it, as valgrind
+counts them: alike in every run, but for when the garbage collector happens to come. The times are
+told beside them, runs with and without taking turns and the order swapped each time: the median
 of the pairs' ratios, with the interval that holds it in 19 of 20 cases.
 """
 
