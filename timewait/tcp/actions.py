@@ -987,7 +987,9 @@ def _with_sack(c: Connection, options: Options | None) -> Options:
     blocks, repeated = c._sacking
     options = Options() if options is None else options
     options.sack = blocks[: 3 if c.timestamps else 4]
-    if repeated:
+    if c.fin_received:
+        c._sacking = None
+    elif repeated:
         blocks = blocks[1:]  # what came twice is told once (RFC 2883 §4)
         c._sacking = (blocks, False) if blocks else None
     return options

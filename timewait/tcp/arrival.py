@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["LOOKS"]
 
 _CONTROL: Final = SYN | RST | ACK
+# Where tcp_fin acknowledges before it forgets what came early, and so tells of that once more.
+_ACKS_FIN: Final = (FIN_WAIT_1, FIN_WAIT_2)
 
 # Plain ints and module globals: this runs for every segment.
 _RST_EXACT, _RST_TO_PASSIVE = int(Event.RST_EXACT), int(Event.RST_TO_PASSIVE)
@@ -610,7 +612,8 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool) -> bool:
                 _accept(c, data[past:])
             if fin:
                 c._out_of_order = ()
-                c._sacking = None
+                if c.state not in _ACKS_FIN or not c.profile.parameters.linux_checks:
+                    c._sacking = None
                 c.rcv_nxt = (c.rcv_nxt + 1) & MASK
                 c._fin_apart = not data and seq != arrived
                 return True
