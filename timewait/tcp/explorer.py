@@ -106,8 +106,25 @@ WORLDS: Final = (
     World("text-both-ways", ("send", "shutdown"), ("send", "shutdown"), losses=0, duplicates=0),
     World("half-close", ("shutdown", "close"), ("send", "close"), losses=1, duplicates=0),
     World("abort", ("abort",), ("close",), losses=1, duplicates=1),
+    World(
+        "abort-text",
+        ("send", "abort"),
+        ("send", "close"),
+        duplicates=0,
+        in_flight=3,
+        reading=False,
+    ),
     World("unread", ("send", "close"), ("close",), reading=False, losses=1, duplicates=0),
     World("both-open", ("close",), ("close",), both_open=True, losses=1, duplicates=0),
+    World(
+        "both-open-text",
+        ("send", "close"),
+        ("send", "close"),
+        both_open=True,
+        losses=0,
+        duplicates=0,
+        in_flight=3,
+    ),
     World("again", ("send", "close"), ("close",), reopens=True, losses=0, duplicates=1),
 )
 
@@ -149,6 +166,7 @@ _LOST, _DOUBLED = 16, 19  # 3 bits each
 
 _CALL, _TIMER, _REOPEN, _NEW = 0, 8, 16, 24  # a step's input, below the segments' numbers
 _CALLS: Final = ("send", "shutdown", "close", "abort")
+_LEAVES: Final = ("close", "abort")  # whoever has called that reads no more
 _ISS: Final = (100, 300)
 # Of the second incarnation. The client's: the same again, or above all that was used.
 # The server's: others while the client is not done, or the same again.
@@ -281,6 +299,8 @@ class _Endpoints:
             inconsistency = _inconsistency(connection, self.sends[side], self.sends[1 - side])
             if connection.state is State.CLOSED and what >= _TIMER and not inconsistency:
                 inconsistency = _silent_end(connection, old)
+            if what < _TIMER and _CALLS[what] in _LEAVES and not connection.orphaned:
+                inconsistency = "its user has gone, which it does not know"
             if inconsistency:
                 wrong = f"inconsistent: {old} -> {connection.state}: {inconsistency}"
         return (self.intern(connection), tuple(sent), bits, read, wrong)
@@ -780,11 +800,6 @@ _EXCUSES: Final[tuple[tuple[frozenset[Event] | None, tuple[str, ...], str], ...]
         "it would only tell the peer of a window that was nearly full",
     ),
     (
-        frozenset((Event.CLOSE, Event.CLOSE_UNREAD, Event.ABORT)),
-        ("without orphan", "ignored"),
-        "that the user is gone shows only to text that nobody sends here",
-    ),
-    (
         frozenset((Event.RST_TO_PASSIVE,)),
         ("to CLOSED",),
         "it is what stacks do: the listener is another socket",
@@ -800,15 +815,11 @@ _EXCUSES: Final[tuple[tuple[frozenset[Event] | None, tuple[str, ...], str], ...]
         "its own next segment, or its user's close, is answered by another RST",
     ),
     (None, ("without report",), "the user has closed: there is nobody to tell"),
+    (None, ("without forget",), "no timer runs and no text waits there in these worlds"),
     (
         None,
         ("without send_rst", "without reset_reply"),
         "the peer's next segment is answered by a RST",
-    ),
-    (
-        None,
-        ("without forget",),
-        "no timer runs then in these worlds: nobody aborts with text under way",
     ),
 )
 
