@@ -87,6 +87,18 @@ def test_what_cannot_be_reached_fails_as_on_linux():
     two_hosts(main)
 
 
+def test_hosts_are_found_by_name_and_by_address():
+    async def main():
+        assert socket.gethostname() == socket.getfqdn() == "client"
+        assert socket.gethostbyname("web") == "10.0.0.2"
+        assert socket.gethostbyaddr("10.0.0.2") == ("web", [], ["10.0.0.2"])
+        assert [socket.getfqdn(name) for name in ("10.0.0.2", "::1", "x.y")] == [
+            *("web", "localhost", "x.y")
+        ]
+
+    sim.run(main, hosts=["client", "web"])
+
+
 def test_addresses_and_names_are_checked():
     network = sim.Network()
     network.host("a", "192.0.2.1", "2001:DB8::1")

@@ -135,7 +135,7 @@ def inside(network: Network, seed: int | str) -> Iterator[None]:
         (socket, "gethostbyname_ex", _gethostbyname),
         (socket, "gethostbyaddr", _gethostbyaddr),
         (socket, "gethostname", lambda: current_host().name),
-        (socket, "getfqdn", lambda name="": name or current_host().name),
+        (socket, "getfqdn", _getfqdn),
         (socket, "socketpair", lambda *a, **k: leaves("a socket pair")),
         (socket, "fromfd", _fromfd),
         (select, "select", polling.select),
@@ -341,6 +341,15 @@ def _gethostbyaddr(address: str) -> tuple[str, list[str], list[str]]:
     if name is None:
         raise socket.herror(1, "Unknown host")
     return name, [], [first]
+
+
+def _getfqdn(name: str = "") -> str:
+    """socket.getfqdn: the name of an address' host; what is unknown stays as it is."""
+    name = name or current_host().name
+    try:
+        return _gethostbyaddr(name)[0]
+    except OSError:
+        return name
 
 
 def _fromfd(fd: int, family: int, type: int, proto: int = 0) -> SimSocket:
