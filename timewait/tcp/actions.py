@@ -130,9 +130,9 @@ def _note_syn(c: Connection, seg: Segment) -> None:
     if options is None:
         options = _NO_OPTIONS
     parameters = c.profile.parameters
-    theirs = max(options.mss or c.default_mss, parameters.least_mss)
+    theirs = options.mss or c.default_mss
     if theirs < c.mss:
-        c.mss = theirs
+        c.mss = max(theirs, parameters.least_mss)
     c.sack = options.sack_permitted and parameters.sack
     scale = options.window_scale
     if scale is None:
