@@ -509,8 +509,11 @@ class Checker:
         if event.call in ("connect", "accept") and event.errno is None:
             actor = event.actor if event.call == "connect" else None
             connection.options[end] = self._binds.options_of(event.local, actor)
+        if wrong := self._impossible(connection, end, event):
+            connection.diverge(event, *wrong)
+            return
         what = 0
-        if event.errno in ("ECONNRESET", "ETIMEDOUT"):
+        if event.errno in ("ECONNREFUSED", "ECONNRESET", "ETIMEDOUT"):
             what = ex.RESET_READ
         elif event.errno is None:
             what = _TELLS.get(event.call, 0)
@@ -527,6 +530,26 @@ class Checker:
             if what == ex.CONNECTED and event.began is not None:
                 connection.mode |= ex.CALLS_A << end  # from its return on, not a moment later
             connection.advance(ex.told(end, what), event)
+
+    def _impossible(
+        self, connection: Connection, end: int, event: Called
+    ) -> tuple[str, str] | None:
+        """What no call can do, whatever the connection's state: why not, and the rule."""
+        if event.errno is not None or connection.divergence is not None:
+            return None
+        if event.socket is not None and event.socket == connection.closed[end]:
+            return f"{event.call}() succeeded on a socket that was closed", "close(2): EBADF"
+        if event.call == "close":
+            connection.closed[end] = event.socket
+        sent, read = connection.sent[1 - end], connection.read[end]
+        if event.call in ("recv", "read") and type(event.result) is int:
+            known = connection.mode & ex.CALLS_A << 1 - end and not connection.lossy
+            if known and read + event.result > sent:
+                return (
+                    f"{read + event.result} octets were read, and {sent} sent",
+                    "RFC 9293 §3.10.3: RECEIVE returns what was sent",
+                )
+        return None
 
     def _called_without_peer(self, event: Called) -> None:
         if event.local is not None and event.remote is None and event.call in ("listen", "close"):

@@ -77,6 +77,7 @@ class Connection:
     presumed: bool = False  # that nothing went before the first segment, a SYN
     sent: list[int] = field(factory=lambda: [0, 0])
     read: list[int] = field(factory=lambda: [0, 0])
+    closed: list[str | None] = field(factory=lambda: [None, None])  # by name, once close() is done
     # What was seen since a quiet moment, after which set; and what is not explained yet.
     base: int = 0
     untangled: bool = False  # the last observation was put into another order

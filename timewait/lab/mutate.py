@@ -426,6 +426,30 @@ def _error_invented(events: Events, at: int, _: random.Random) -> Iterator[Any]:
 
 
 @_operator
+def _connect_refused(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Called) and event.call == "connect" and event.errno is None:
+        yield "and no RST", _replaced(events, at, evolve(event, errno="ECONNREFUSED"))
+
+
+@_operator
+def _call_after_close(events: Events, at: int, rng: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Called) and event.call == "close" and event.remote and event.socket:
+        call = rng.choice(("close", "recv", "send", "shutdown"))
+        result = 5 if call in ("recv", "send") else None
+        extra = evolve(event, call=call, result=result, t=event.t + 1e-6, began=event.t)
+        yield call, _replaced(events, at, event, extra)
+
+
+@_operator
+def _read_more_than_sent(events: Events, at: int, _: random.Random) -> Iterator[Any]:
+    event = events[at]
+    if isinstance(event, Called) and event.call == "recv" and event.result:
+        yield "by 1", _replaced(events, at, evolve(event, result=event.result + 1))
+
+
+@_operator
 def _linger_changed(events: Events, at: int, _: random.Random) -> Iterator[Any]:
     event = events[at]
     if not isinstance(event, Called) or not event.remote or event.began is None:
