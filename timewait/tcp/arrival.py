@@ -291,7 +291,9 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
             _note_timestamp(c, seg, now)
         c.heard = now
         if c.t_probe != inf:
-            probe_answered(c, now)
+            # tcp_rcv_established looks at no ACK of nothing that comes with predicted text.
+            if acked or not (data and (c._rx or c._tx) and _predicted(c, seg, flags)):
+                probe_answered(c, now)
         elif c.retransmits and c.t_keepalive != inf:
             c.retransmits = 0
 
