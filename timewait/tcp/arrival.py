@@ -272,7 +272,8 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         # SND.WND, unless the segment is older than the last that told it. (SND.WL2 would add
         # nothing: what it acknowledged is never beyond SND.UNA.)
         window = seg.window << c.snd_scale
-        if window != c.snd_wnd or seg.seq != c.snd_wl1 or window > c.max_wnd:
+        news = window != c.snd_wnd
+        if news or seg.seq != c.snd_wl1 or window > c.max_wnd:
             later = (seg.seq - c.snd_wl1) & MASK
             linux = c.profile.parameters.linux_checks
             if (
@@ -292,7 +293,7 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
         c.heard = now
         if c.t_probe != inf:
             # tcp_rcv_established looks at no ACK of nothing that comes with predicted text.
-            if acked or not (data and (c._rx or c._tx) and _predicted(c, seg, flags)):
+            if acked or news or not (data and (c._rx or c._tx) and _predicted(c, seg, flags)):
                 probe_answered(c, now)
         elif c.retransmits and c.t_keepalive != inf:
             c.retransmits = 0
@@ -614,10 +615,11 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool) -> bool:
                 _accept(c, data[past:])
             if fin:
                 c._out_of_order = ()
-                if c.state not in _ACKS_FIN or not c.profile.parameters.linux_checks:
+                linux = c.profile.parameters.linux_checks
+                if not linux or c.state not in _ACKS_FIN:
                     c._sacking = None
                 c.rcv_nxt = (c.rcv_nxt + 1) & MASK
-                c._fin_apart = not data and seq != arrived
+                c._fin_apart = linux and not data and seq != arrived
                 return True
     c._out_of_order = tuple(pieces)
     if c._sacking is not None:
