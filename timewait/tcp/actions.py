@@ -56,11 +56,7 @@ def _start_retransmitting(c: Connection, now: float) -> None:
     c.first_sent = now
     c.t_retransmit = now + c.rto
     if c._probed is False and c.sack and c.snd_una != c.iss:
-        srtt = c.srtt
-        # tcp_schedule_loss_probe; else the timeout proper is due first.
-        after = 1.0 if srtt is None else 2 * srtt + (0.002 if c._ends else 0.2)
-        if after < c.rto and (srtt is None or srtt > 0.2 or c._backoff):
-            c.t_retransmit = now + after
+        c.t_retransmit = now + min(c.rto, _until_probe(c))
     if c.options.user_timeout is None:
         return
     c.t_user = now + c.options.user_timeout
@@ -68,6 +64,14 @@ def _start_retransmitting(c: Connection, now: float) -> None:
         # retransmits_timed_out asks once a retransmission was sent, and counts from it; from
         # the first SYN, though.
         c.t_user = max(c.t_user, c.t_retransmit) if c.snd_una == c.iss else inf
+
+
+def _until_probe(c: Connection) -> float:
+    """Two round trips, and where one segment is in flight the wait for a delayed ACK.
+
+    (tcp_schedule_loss_probe; the timeout proper may be due before.)
+    """
+    return 1.0 if c.srtt is None else 2 * c.srtt + (0.002 if c._ends else 0.2)
 
 
 def _emit_syn(c: Connection, flags: int, now: float) -> None:
@@ -334,13 +338,13 @@ def _send_new(
                 break
         if fin:
             c._fin = 2
-            return
+            break
     if c._cuts and queued:
         _first_piece(c, left, 2 * mss)
-    if sent > mss and c.snd_nxt != first and c.srtt is not None and c._probed is False and c.sack:
+    if c._ends and c.snd_nxt != first and c.srtt is not None and c._probed is False and c.sack:
         # tcp_schedule_loss_probe: anew from each that is sent, but by the timeout of the oldest.
         due = c.t_retransmit if c._rtt_seq is None else c._rtt_at + c.rto
-        c.t_retransmit = min(due if due > now else inf, now + 2 * c.srtt + 0.008)
+        c.t_retransmit = min(due if due > now else inf, now + _until_probe(c))
     if (left or c._fin == 1) and c.snd_una == c.snd_nxt and c.t_probe == inf:
         c.t_probe = now + c.rto
 
@@ -424,7 +428,7 @@ def queue_fin(c: Connection, _seg: None, now: float) -> None:
         _start_retransmitting(c, now)
     elif c.snd_una == c.iss and c.sack and c._probed is False:
         # tcp_schedule_loss_probe: the timeout counts from the SYN,ACK.
-        after = 1.0 if c.srtt is None else 2 * c.srtt + 0.002
+        after = _until_probe(c)
         left = c._rtt_at + c.rto - now
         c.t_retransmit = now + (min(after, left) if left > 0 else after)
     emit(c, ACK | FIN, now, seq)
@@ -745,11 +749,11 @@ def _probe_tail(c: Connection, now: float) -> None:
         emit(c, ACK | PSH, now, seq, c._tx[text : text + n])
     else:
         c._rtt_seq = None
-        start = max(0, text - 1) // mss * mss
+        start = (c._ends[-1][0] - c.snd_una - syn) & MASK if c._ends else 0
         fin = FIN if c._fin == 2 else 0
         emit(
             c,
-            ACK | fin | (PSH if text else 0),
+            ACK | fin | (PSH if text > start else 0),
             now,
             (c.snd_una + start + syn) & MASK,
             c._tx[start:text],
