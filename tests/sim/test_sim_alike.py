@@ -348,12 +348,14 @@ async def order_of_readiness():
     server = await loop.create_server(lambda: Peer(next(names)), "127.0.0.1", PORT)
     clients = []
     for name in ("client 0", "client 1"):
-        clients += [(await loop.create_connection(lambda: Peer(name), "127.0.0.1", PORT))[0]]  # noqa: B023
-        await asyncio.sleep(0.01)
+        clients += [(await loop.create_connection(partial(Peer, name), "127.0.0.1", PORT))[0]]
+        while len(transports) < 2 * len(clients):
+            await asyncio.sleep(0.01)
     servers = [transport for transport in transports if transport not in clients]
     for number, transport in enumerate((servers[0], servers[1], clients[1], clients[0])):
         transport.write(b"%d" % number)
-    await asyncio.sleep(0.01)
+    while len(seen) < 4:
+        await asyncio.sleep(0.01)
     for transport in transports:
         transport.abort()
     server.close()
