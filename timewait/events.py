@@ -31,6 +31,7 @@ from timewait.tcp.states import State
 __all__ = [
     "REST",
     "SCHEMA",
+    "USED_AGAIN",
     "Address",
     "Called",
     "Event",
@@ -54,6 +55,8 @@ __all__ = [
 
 SCHEMA: Final = 2
 REST: Final = "rest of the file"  # the observer that has lost what was never written
+# Why a TIME_WAIT is over that nobody saw end: a cause of its transition.
+USED_AGAIN: Final = "the connection's addresses are used again"
 
 Address: TypeAlias = tuple[str, int]
 

@@ -11,8 +11,16 @@ from attrs import evolve
 
 from timewait.check import Answers, Checker, Connection, Verdict, answers, check
 from timewait.check.evidence import read
-from timewait.events import Address, Called, Event, Restart, SegmentSeen, Snapshot, Transition
-from timewait.kernel.tracepoint import USED_AGAIN
+from timewait.events import (
+    USED_AGAIN,
+    Address,
+    Called,
+    Event,
+    Restart,
+    SegmentSeen,
+    Snapshot,
+    Transition,
+)
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
 from timewait.tcp.states import State
 

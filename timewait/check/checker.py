@@ -39,6 +39,7 @@ from timewait.check.verdict import (
 )
 from timewait.events import (
     REST,
+    USED_AGAIN,
     Address,
     Called,
     Event,
@@ -49,7 +50,6 @@ from timewait.events import (
     Snapshot,
     Transition,
 )
-from timewait.kernel.tracepoint import USED_AGAIN
 from timewait.tcp.profiles import Profile, profile
 from timewait.tcp.segment import ACK, FIN, RST, SYN, flags_text, seq_diff
 from timewait.tcp.states import Event as Tcp

@@ -43,13 +43,13 @@ from typing import Any, Final, Self, TypeAlias
 
 from attrs import evolve
 
-from timewait.events import Address, Event, Lost, Note, Row, Transition
+from timewait.events import USED_AGAIN, Address, Event, Lost, Note, Row, Transition
 from timewait.kernel import recorder
 from timewait.kernel.recorder import Recorder, keeps_init_apart
 from timewait.kernel.sock_diag import SockDiag, address_text, host_text
 from timewait.tcp.states import State
 
-__all__ = ["USED_AGAIN", "Tracepoint"]
+__all__ = ["Tracepoint"]
 
 # include/uapi/linux/mount.h; these numbers are the same on every architecture.
 _FSOPEN: Final = 430
@@ -67,8 +67,6 @@ _FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO in include/linux/p
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _UNCONNECTED: Final = frozenset((7, 10))  # CLOSE, LISTEN
-# Why a TIME_WAIT is over that nobody saw end: a cause of its transition.
-USED_AGAIN: Final = "the connection's addresses are used again"
 _BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
 _LOOKS_FOR_NAMES: Final = 50
 _RECORDED: Final = 0  # the kind of our own records; the kernel's numbers begin above

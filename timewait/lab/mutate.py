@@ -16,6 +16,7 @@ from attrs import define, evolve, field, frozen
 from timewait.check import Checker, Verdict, check
 from timewait.check.sequence import PROBE_AFTER
 from timewait.events import (
+    USED_AGAIN,
     Called,
     Event,
     Restart,
@@ -24,7 +25,6 @@ from timewait.events import (
     Snapshot,
     Transition,
 )
-from timewait.kernel.tracepoint import USED_AGAIN
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, seq_diff
 from timewait.tcp.states import State
 
