@@ -84,6 +84,20 @@ def modules() -> list[Path]:
     return sorted(Path(timewait.__file__).parent.glob("**/*.py"))
 
 
+@pytest.mark.parametrize(
+    ("room", "above"), [("tcp", "sim kernel check"), ("sim", "kernel check"), ("check", "kernel")]
+)
+def test_a_room_stands_without_those_it_does_not_build_on(room: str, above: str) -> None:
+    """The check reads events on systems where no observer of Linux's can be imported."""
+    code = f"import pkgutil, sys, importlib, timewait.{room} as room\n"
+    code += "for m in pkgutil.iter_modules(room.__path__, room.__name__ + '.'):\n"
+    code += "    importlib.import_module(m.name)\nprint(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    rooms = {name.split(".")[1] for name in loaded if name.startswith("timewait.")}
+    assert room in rooms
+    assert not rooms & set(above.split())
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
 def test_every_module_says_why_it_exists(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text())), path
