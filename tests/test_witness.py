@@ -20,6 +20,7 @@ from contextlib import ExitStack
 import pytest
 
 import timewait.record
+from timewait import explain_bind
 from timewait.connections import UnusedPort
 from timewait.kernel.namespace import Namespace
 from timewait.kernel.tracepoint import Tracepoint
@@ -693,6 +694,15 @@ def test_a_port_that_something_else_holds_is_explained(seen: Witness, port: Held
         seen.assert_bindable(port.number)
     assert "EADDRINUSE\n  held by LISTEN" in str(failure.value)
     assert "\n  why: " in str(failure.value)
+
+
+def test_trying_a_port_opens_none_of_the_codes_sockets(seen: Witness, port: HeldPort) -> None:
+    Pair(port).close("server", "client", "listener")
+    with pytest.raises(AssertionError):
+        seen.assert_bindable(port)
+    seen.assert_bindable(port, host="127.0.0.2")
+    assert not explain_bind(port.number)
+    assert seen.opened == 3  # a listener, a client and what was accepted
 
 
 def test_refused_by_time_wait_tells_the_rule_and_when(seen: Witness, port: HeldPort) -> None:

@@ -41,6 +41,7 @@ _LIBRARIES: Final = tuple(
     | {os.path.join(os.path.dirname(os.path.abspath(__file__)), ""), "<frozen "}
 )
 _RUNNER: Final = f"{os.sep}_pytest{os.sep}"
+_ONLY_TRY: Final = {"timewait.bind", "timewait.connections"}  # whether a port can be had
 _WRAPPED: Final = (
     *("__init__", "accept", "connect", "connect_ex", "listen"),
     *("shutdown", "detach", "_real_close"),
@@ -296,7 +297,7 @@ def _wrap() -> None:
         fileno: int | None = None,
     ) -> None:
         plain["__init__"](self, family, type, proto, fileno)
-        if _is_tcp(self):
+        if _is_tcp(self) and sys._getframe(1).f_globals.get("__name__") not in _ONLY_TRY:
             for ledger in _open:
                 ledger.created(self, fileno)
 
