@@ -133,7 +133,7 @@ def test_markers_hold_for_the_cases_of_unittest(suite: Run) -> None:
             def test_unwatched(self): pass
     """
     result = suite(code.format(limits="no_leaks=True"))
-    result.assert_outcomes(passed=2, errors=1)
+    result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["tcp(no_leaks=True): 2 sockets left open", "1 test watched: *"])
     result = suite(code.format(limits="no_leeks=True"))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -156,10 +156,8 @@ def test_markers_hold_for_one_parameter_and_where_a_conftest_adds_them(
         def test_it(n, tcp_port):
             leak(tcp_port)
     """)
-    result.assert_outcomes(passed=3, errors=2)
-    result.stdout.fnmatch_lines(
-        ["*ERROR at teardown of test_it[[]0]*", "*ERROR at teardown of test_it[[]2]*"]
-    )
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["*_ test_it[[]0] _*", "*_ test_it[[]2] _*"])
 
 
 def test_the_fixture_tells_who_closed_first(suite: Run) -> None:
@@ -238,8 +236,8 @@ def test_the_marker_sets_limits(suite: Run, limits: str, story: str, verdict: st
     if verdict is None:
         result.assert_outcomes(passed=1)
     else:
-        result.assert_outcomes(passed=1, errors=1)
-        result.stdout.fnmatch_lines(["*ERROR at teardown of test_it*", verdict.replace("(", "(")])
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines(["*_ test_it _*", verdict])
 
 
 def test_limits_are_checked_after_the_tests_own_fixtures_are_gone(suite: Run) -> None:
@@ -267,6 +265,73 @@ def test_limits_are_checked_after_the_tests_own_fixtures_are_gone(suite: Run) ->
             assert len(tcp.leaks) == 2
     """)
     result.assert_outcomes(passed=2)
+
+
+def test_a_test_whose_limits_do_not_hold_fails_like_any_other(suite: Run) -> None:
+    code = """
+        @pytest.fixture
+        def torn_down_badly():
+            yield
+            raise RuntimeError("theirs")
+
+        @pytest.mark.tcp(no_leaks=True)
+        def test_a_body_that_fails(tcp_port):
+            leak(tcp_port)
+            raise RuntimeError("in the body")
+
+        @pytest.mark.xfail(strict=True)
+        @pytest.mark.tcp(no_leaks=True)
+        def test_expected(tcp_port): leak(tcp_port)
+
+        @pytest.mark.xfail(strict=True)
+        @pytest.mark.tcp(no_leaks=True)
+        def test_not_expected(): pass
+
+        @pytest.mark.tcp(no_leaks=True)
+        def test_whose_fixture_fails(torn_down_badly): pass
+
+        @pytest.mark.tcp(no_leaks=True)
+        def test_leak(tcp_port): leak(tcp_port)
+
+        def test_more(): pass
+    """
+    result = suite(code)
+    # (what failed in its body has been told when the limits are looked at: an error as well)
+    result.assert_outcomes(failed=3, xfailed=1, errors=2, passed=2)
+    result = suite(code, "-x", "-k", "leak or more")
+    result.assert_outcomes(failed=1, deselected=4)
+    result.stdout.fnmatch_lines(["FAILED *::test_leak - Failed: tcp(no_leaks=True): 1 socket *"])
+
+
+@pytest.mark.parametrize(
+    ("log", "outcomes"), [("False", {"passed": 1}), ("True", {"passed": 2, "errors": 1})]
+)
+def test_another_plugin_may_run_the_tests(
+    suite: Run, pytester: pytest.Pytester, log: str, outcomes: dict[str, int]
+) -> None:
+    """As plugins do that try again: most withhold what they tell, which can be put right."""
+    pytester.makeconftest(f"""
+        from _pytest.runner import runtestprotocol
+
+        def pytest_runtest_protocol(item, nextitem):
+            reports = ()
+            while not reports or any(report.failed for report in reports):
+                reports = runtestprotocol(item, log={log}, nextitem=nextitem)
+            for report in () if {log} else reports:
+                item.ihook.pytest_runtest_logreport(report=report)
+            return True
+    """)
+    result = suite("""
+        tries = []
+        @pytest.mark.tcp(no_leaks=True)
+        def test_better_at_the_second_try(tcp_port):
+            tries.append(tcp_port)
+            if len(tries) == 1:
+                leak(tcp_port)
+            else:
+                assert len(tries) == 2
+    """)
+    result.assert_outcomes(**outcomes)
 
 
 def test_what_wider_fixtures_open_is_not_the_tests(suite: Run) -> None:
@@ -352,11 +417,11 @@ def test_limits_for_a_whole_suite(suite: Run) -> None:
         """,
         ini="tcp_no_leaks = true\ntcp_closed_by = client",
     )
-    result.assert_outcomes(passed=5, errors=2)
+    result.assert_outcomes(passed=3, failed=2)
     result.stdout.fnmatch_lines(
         [
-            "*ERROR at teardown of test_wrong_way*",
-            "*ERROR at teardown of TestOld.test_leak*",
+            "*_ test_wrong_way _*",
+            "*_ TestOld.test_leak _*",
             "*= tcp =*",
             "5 tests watched: 12 sockets opened, 3 left in TIME_WAIT, 1 leak, 0 resets",
             "  test_suite.py::TestOld::test_leak: 3 sockets opened, 0 left in TIME_WAIT, 1 leak*",
@@ -681,5 +746,5 @@ def test_an_ordinary_user_sees_as_much(importable: Path, nobody: tuple[str, ...]
         capture_output=True,
         text=True,
     )  # fmt: skip
-    assert "2 passed, 1 error" in done.stdout, done.stdout
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
     assert "tcp(no_leaks=True): 1 socket left open" in done.stdout

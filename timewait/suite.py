@@ -10,12 +10,21 @@ import functools
 import inspect
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from _pytest import runner
 
 from timewait.pytest_plugin import FOUND
 
@@ -32,6 +41,9 @@ _ARGUMENTS: Final = {
 }
 _WORST: Final = 5
 _LOOKING_ON: Final = pytest.StashKey[ExitStack]()
+_LIMITED: Final = pytest.StashKey[bool]()
+_BROKEN: Final = pytest.StashKey[BaseException]()  # what told that a limit does not hold
+_PASSED: Final = pytest.StashKey[pytest.TestReport | None]()
 
 
 # --- what is the suite's own --------------------------------------------------------------
@@ -164,12 +176,12 @@ def set_up_first(item: pytest.Item) -> None:
             f"{item.nodeid}: tcp_sim runs functions and methods of plain classes only, "
             "and all of them: it is no marker of one parameter"
         )
-    if marks := _ours(item.config, item.iter_markers("tcp")):
-        try:
-            _limits(item.config, marks)
-        except pytest.UsageError as wrong:
-            raise pytest.UsageError(f"{item.nodeid}: {wrong}") from None
-    elif "tcp" not in names and not _everywhere(item.config):
+    marks = _ours(item.config, item.iter_markers("tcp"))
+    try:
+        limits = _limits(item.config, marks)
+    except pytest.UsageError as wrong:
+        raise pytest.UsageError(f"{item.nodeid}: {wrong}") from None
+    if not marks and "tcp" not in names and not _everywhere(item.config):
         return
     fixtures = item.session._fixturemanager
     if not _is_our_fixture("tcp", fixtures.getfixturedefs("tcp", item)):
@@ -179,6 +191,10 @@ def set_up_first(item: pytest.Item) -> None:
         names.remove("tcp")
     scopes = [defined[name][-1].scope if name in defined else "function" for name in names]
     names.insert(scopes.index("function") if "function" in scopes else len(names), "tcp")
+    if limits:
+        item.stash[_LIMITED] = True
+        if not item.config.pluginmanager.has_plugin(_Judgement.__name__):
+            item.config.pluginmanager.register(_Judgement(), _Judgement.__name__)
 
 
 # --- watching -----------------------------------------------------------------------------
@@ -209,7 +225,11 @@ def watch(request: pytest.FixtureRequest) -> Iterator[Witness | None]:
         witness.__exit__(None, None, None)
         item.user_properties.append((FOUND, _figures(witness)))
     if wrong:
-        pytest.fail("\n".join(wrong), pytrace=False)
+        try:
+            pytest.fail("\n".join(wrong), pytrace=False)
+        except pytest.fail.Exception as broken:
+            item.stash[_BROKEN] = broken
+            raise
 
 
 def _look_on(config: pytest.Config) -> None:
@@ -242,6 +262,78 @@ def _broken(witness: Witness, limits: dict[str, Any], strict: bool) -> Iterator[
             check()
         except (AssertionError, LookupError) as broken:
             yield f"tcp({name}={limits[name]!r}): {broken}"
+
+
+class _Judgement:
+    """Has a test fail whose limits do not hold, which is known only when it is torn down.
+
+    So it is told of a body that passed after that. Where another plugin runs the test
+    and has told already, it is an error at teardown.
+    """
+
+    def __init__(self) -> None:
+        self._run: pytest.Item | None = None  # by us, as pytest does
+        self._told: pytest.TestReport | None = None  # the last one
+
+    @pytest.hookimpl
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> object:
+        """In place of pytest's own, and after all other plugins' like that."""
+        if _LIMITED not in item.stash:
+            return None
+        hooks = item.config.hook.pytest_runtest_protocol.get_hookimpls()
+        given = {"item": item, "nextitem": nextitem}
+        for hook in reversed(hooks[: [hook.plugin for hook in hooks].index(self)]):
+            if hook.plugin is not runner and not (hook.wrapper or hook.hookwrapper):
+                done: object = hook.function(*(given[name] for name in hook.argnames))
+                if done is not None:
+                    return done
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        self._run = item
+        try:
+            runner.runtestprotocol(item, log=False, nextitem=nextitem)
+        finally:
+            self._run = None
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note what has been told."""
+        self._told = report
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Have a limit that does not hold be the failure of a body that passed."""
+        report = yield
+        error = call.excinfo.value if call.excinfo is not None else None
+        broken = error is not None and error is item.stash.get(_BROKEN, None)
+        if call.when == "call" and broken:
+            return report  # wanted by `_fail`
+        passed = item.stash.get(_PASSED, None) if call.when == "teardown" else None
+        item.stash[_PASSED] = report if call.when == "call" and error is None else None
+        if passed is not None and passed is not self._told and broken:
+            _fail(item, passed, item.stash[_BROKEN])
+            report.outcome, report.longrepr = "passed", None
+            vars(report).pop("wasxfail", None)
+        for each in (passed, report) if item is self._run and not item.stash[_PASSED] else ():
+            if each is not None:
+                item.ihook.pytest_runtest_logreport(report=each)
+        return report
+
+
+def _fail(item: pytest.Item, passed: pytest.TestReport, broken: BaseException) -> None:
+    """Make it the report of a body that failed so, if that was not expected of it (xfail)."""
+
+    def body() -> None:
+        raise broken
+
+    call = pytest.CallInfo.from_call(body, "call")
+    failed: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
+    times = {name: getattr(passed, name) for name in ("start", "stop", "duration")}
+    vars(passed).pop("wasxfail", None)
+    vars(passed).update(vars(failed) | times)
 
 
 def _figures(witness: Witness) -> dict[str, int]:
