@@ -435,6 +435,28 @@ def test_an_ipv6_only_wildcard_does_not_refuse_ipv4_but_is_treacherous(opened: E
     assert explained("::").situation == "live-listener"
 
 
+def test_the_ipv6_wildcard_may_be_for_ipv6_alone_by_default(server: Server) -> None:
+    sysctl("net.ipv6.bindv6only", 1)
+    server("0.0.0.0")
+    server("::")
+    assert [holder.local for holder in explained("::").holders] == [("::", PORT)]
+
+
+def test_a_request_that_outlives_its_listener_holds_nothing(
+    server: Server, connect: Connect, opened: ExitStack
+) -> None:
+    listener = server()
+    for sock in connect(listener):
+        sock.close()
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)  # waits for text
+    opened.enter_context(socket.create_connection(listener.getsockname()))
+    listener.close()
+    assert {row.state for row in sockets(PORT)} >= {State.SYN_RECEIVED, State.TIME_WAIT}
+    found = explained()
+    assert kinds(found) == ["time-wait"]
+    assert found.free_after is not None
+
+
 @pytest.mark.usefixtures("either_family")
 def test_bound_but_not_listening(bound: Server) -> None:
     bound()
@@ -968,6 +990,25 @@ def test_ipv6_only_is_advised_where_it_helps(
     if not beside:
         only6.bind(("::", PORT))  # so it does help
     assert any("set IPV6_V6ONLY" in text for text in found.advice) == (not beside)
+
+
+def test_a_server_started_in_the_background_is_not_an_heir_of_its_shell() -> None:
+    serve = (
+        f"import os, socket, time; s = socket.create_server(('127.0.0.1', {PORT})); "
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        ["sh", "-c", '"$0" -c "$1" &', sys.executable, serve],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as shell:
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        try:
+            shell.wait()
+            assert explained().situation == "live-listener"
+        finally:
+            os.kill(pid, signal.SIGKILL)
 
 
 LISTEN = "import socket, time; s = socket.create_server(('0.0.0.0', 9090)); "

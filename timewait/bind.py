@@ -160,7 +160,7 @@ def look(port: int, host: str) -> Found:
         listening = any(one.row.state is _S.LISTEN for one in found)
         trials = {options: _try(host, port, *options, listen=not listening) for options in _OPTIONS}
         # What does not refuse a server that sets nothing holds nothing.
-        mine = shown_as(host), _interface(host)
+        mine = shown_as(host), _interface(host), _v6only()
         there = [one for one in found if trials[False, False] and _overlapping(*mine, one)]
         holders = list(_holders(there, looked))
         gone = False
@@ -317,7 +317,12 @@ def _sockets(port: int) -> list[Details]:
             Details(row, socket.AF_INET6 if ":" in row.local[0] else socket.AF_INET, 0)
             for row, _ in psutil_rows()
         ]
-    return [one for one in found if one.row.local[1] == port]
+    # A request that no connection has come of has no port of its own, and outlives its listener.
+    return [
+        one
+        for one in found
+        if one.row.local[1] == port and (one.row.state is not _S.SYN_RECEIVED or one.row.inode != 0)
+    ]
 
 
 def _try(
@@ -352,20 +357,28 @@ def shown_as(host: str) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def _overlapping(host: str, interface: int, one: Details) -> bool:
+def _overlapping(host: str, interface: int, v6only: bool, one: Details) -> bool:
     """Whether a socket's own address and one on `interface` are or contain each other."""
     theirs = one.row.local[0]
     if interface and one.interface and interface != one.interface:
         return False
     if theirs == host:
         return True
-    if host == "::":  # as a server that does not set IPV6_V6ONLY
-        return True
+    if host == "::":
+        return ":" in theirs or not v6only
     if theirs == "::":
         return ":" in host or one.v6only is not True
     if "0.0.0.0" in (host, theirs):
         return ":" not in host + theirs
     return False
+
+
+def _v6only() -> bool:
+    """Whether a server that sets nothing has IPV6_V6ONLY."""
+    try:
+        return sysctl("net.ipv6.bindv6only") == "1"
+    except OSError:
+        return False
 
 
 def _cannot_listen(holders: list[tuple[Details, Holder]], trials: _Trials) -> bool:
@@ -386,9 +399,7 @@ def _cannot_listen(holders: list[tuple[Details, Holder]], trials: _Trials) -> bo
 
 def _meet(one: Details, other: Details) -> bool:
     """Whether two sockets' own addresses overlap."""
-    mine, theirs = one.row.local[0], other.row.local[0]
-    apart = one.v6only and mine == "::" and ":" not in theirs
-    return _overlapping(mine, one.interface, other) and not apart
+    return _overlapping(one.row.local[0], one.interface, one.v6only is True, other)
 
 
 def _holders(found: list[Details], looked: int) -> Iterator[Holder]:

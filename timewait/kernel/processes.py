@@ -21,6 +21,7 @@ __all__ = ["Process", "owners", "reuse_options", "user_name"]
 
 _PIDFD_GETFD: Final = 438  # since Linux 5.6, the same on every architecture
 _FORKED: Final = 0x40  # PF_FORKNOEXEC: forked, and has not called execve(2)
+_FLAGS: Final = re.compile(r"^flags:\s*([0-7]+)$", re.MULTILINE)
 _LINK: Final = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -31,7 +32,8 @@ class Process:
     `inherited` says that it looks like the heir of one that has ended: its
     parent is not of the session or the group that it was born in, or runs
     another program although it was forked and has run none itself, so
-    somebody has adopted it.
+    somebody has adopted it. One that has run a program since it was born and
+    has a socket that this would have closed made that itself.
     `state` is its letter in proc_pid_stat(5).
     """
 
@@ -73,8 +75,10 @@ def _descriptors(process: str) -> Iterator[str]:
 
 def _process(pid: int, fd: int) -> Process:
     name, state, parent, group, session = _family(pid)
-    heir = pid not in (group, session) and (
-        _adopted(parent, group, session) or _forked_by_another(pid, parent)
+    heir = (
+        pid not in (group, session)
+        and (_adopted(parent, group, session) or _forked_by_another(pid, parent))
+        and not _made_it(pid, fd)
     )
     return Process(pid, name, fd, heir, state)
 
@@ -106,6 +110,14 @@ def _forked_by_another(pid: int, parent: int) -> bool:
         return False
     _, theirs = _stat(parent)
     return 0 not in (int(mine[25]), int(theirs[25])) and mine[25] != theirs[25]
+
+
+def _made_it(pid: int, fd: int) -> bool:
+    """Whether it has opened the descriptor since it began its program: execve(2) would close it."""
+    if int(_stat(pid)[1][6]) & _FORKED:
+        return False
+    flags = _FLAGS.search(Path(f"/proc/{pid}/fdinfo/{fd}").read_text())
+    return flags is not None and bool(int(flags[1], 8) & os.O_CLOEXEC)
 
 
 def _family(pid: int) -> tuple[str, str, int, int, int]:
