@@ -206,6 +206,33 @@ def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
         assert "wait" in found.advice[0]
 
 
+@pytest.mark.parametrize("peer_closes", [False, True])
+def test_what_a_timer_ends_goes_at_once_as_advised(
+    server: Server, connect: Connect, peer_closes: bool
+) -> None:
+    listener = server()
+    accepted, client = connect(listener)
+    listener.close()
+    accepted.close()
+    if peer_closes:
+        client.close()
+    wait_for(PORT, State.TIME_WAIT if peer_closes else State.FIN_WAIT_2)
+    command = explained().advice[1].split("root: ")[1].split(" (")[0]
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    assert explained("0.0.0.0").situation == "free"
+
+
+def test_what_is_left_when_the_holder_stops_is_told(server: Server, connect: Connect) -> None:
+    listener = server(reuse=True)
+    sockets_of_it = [listener, *connect(listener)]
+    then = explained().advice[1]
+    assert then.startswith("Then: start the server with SO_REUSEADDR, or wait")
+    for sock in sockets_of_it:
+        sock.close()
+    found = explained()
+    assert (found.situation, found.bindable.reuse_address) == ("time-wait-with-reuse", True)
+
+
 @pytest.mark.usefixtures("either_family")
 def test_orphaned_fin_wait_2(server: Server, connect: Connect) -> None:
     listener = server()
@@ -315,7 +342,7 @@ def test_outbound_established(server: Server, connect: Connect) -> None:
     assert [(h.kind, h.remote, h.pid) for h in found.holders] == [
         ("outbound-connection", (HERE, 80), os.getpid())
     ]
-    assert "ip_local_reserved_ports" in found.advice[1]
+    assert "ip_local_reserved_ports" in found.advice[-1]
 
 
 @pytest.mark.usefixtures("either_family")
@@ -538,13 +565,14 @@ def test_an_ordinary_user_is_told_of_a_holder_whose_process_is_hidden(
     assert "It is root's" in found["rule"]
 
 
-@pytest.fixture
-def other_users_server() -> Iterator[int]:
+@pytest.fixture(params=["s.listen()", "s"])
+def other_users_server(request: pytest.FixtureRequest) -> Iterator[int]:
     program = (
         "import os, socket, sys\n"
         "os.setgid(65534); os.setuid(65534)\n"
         "s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)\n"
-        f"s.bind(('127.0.0.1', {PORT})); s.listen(); print('up', flush=True); sys.stdin.read()\n"
+        f"s.bind(('127.0.0.1', {PORT})); {request.param}; print('up', flush=True)\n"
+        "sys.stdin.read()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -557,10 +585,12 @@ def other_users_server() -> Iterator[int]:
 
 def test_another_users_reuse_port(other_users_server: int) -> None:
     found = explained()
-    assert found.situation == "other-users-listener"
     (holder,) = found.holders
+    name = {"listener": "other-users-listener", "bound": "bound-not-listening"}[holder.kind]
+    assert found.situation == name
     assert (holder.pid, holder.user, holder.reuse_port) == (other_users_server, "nobody", True)
-    assert "shares only with servers of the same user (nobody)" in found.rule
+    assert "shares only with" in found.rule
+    assert "of the same user (nobody)" in found.rule
 
 
 def test_address_not_local() -> None:
@@ -677,6 +707,16 @@ def test_live_connection(server: Server, connect: Connect) -> None:
     found = explained()
     assert found.situation == "live-connection"
     assert "with SO_REUSEADDR" in found.advice[0]
+
+
+def test_a_process_that_not_even_root_sees_is_sought_elsewhere(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server()
+    monkeypatch.setattr("timewait.bind.owners", lambda inodes: {})
+    found = explained()
+    assert "in a container, or outside this one" in found.title
+    assert "outside this container, or in another" in found.advice[0]
 
 
 def test_what_nobody_can_see_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 _TIMED: Final = ("fin-wait-2-orphan", "time-wait", "outbound-time-wait")
+_LEAVES_TIME_WAIT: Final = ("connection", "outbound-connection", "self-connect", "fin-wait-2")
 _MANY: Final = 12  # holders that are listed one by one
 _RUN_LATE: Final = 0.01  # seconds by which the kernel may run a timer after its tick
 
@@ -191,6 +192,7 @@ def _explanation(found: Found) -> Explanation:
     free_after = _free_after(situation, found)
     case = _Case(found.address, found.bindable, found.holders, found.sockets, free_after)
     title, rule, advice = getattr(case, situation.replace("-", "_"))()
+    advice[1:1] = case.then()
     return Explanation(
         address=found.address,
         situation=situation,
@@ -329,6 +331,8 @@ class _Case:
         how, note = "stop that process", ""
         if first.pid is None and os.geteuid() != 0:
             how = "ask as root which process it is (sudo timewait explain) and stop it"
+        elif first.pid is None:
+            how = "find that process outside this container, or in another, and stop it"
         elif first.process == "systemd":
             how = "stop the socket unit (`systemctl list-sockets` names it)"
             note = " To stop its service alone leaves the port taken."
@@ -356,6 +360,9 @@ class _Case:
         count = sum(holder.kind == kind for holder in self.holders)
         return "one connection" if count == 1 else f"{count} connections"
 
+    def _hold(self, kind: str) -> str:
+        return "holds it" if self._count(kind) == "one connection" else "hold it"
+
     def _reuse_rule(self, holder: str, owner: str = "the holder") -> str:
         """SO_REUSEADDR's rule for anything but a listener, and what it means here."""
         rule = f"A port is shared with {holder} only if both sides set SO_REUSEADDR"
@@ -369,10 +376,14 @@ class _Case:
                 f"{rule}, or both SO_REUSEPORT. Here {owner} has set SO_REUSEPORT alone, so only "
                 "a server that sets that may bind now."
             )
-        return (
+        said = (
             f"{rule} (or both SO_REUSEPORT), the holder when it was made. Here {owner} did not "
             "set SO_REUSEADDR, so setting it now does not help."
         )
+        theirs = {each.user for each in self.holders if each.reuse_port and each.user is not None}
+        for user in sorted(theirs - {user_name(os.geteuid())}):
+            said += f" It set SO_REUSEPORT, but shares only with sockets of the same user ({user})."
+        return said
 
     def _reuse_now(self, otherwise: str) -> str:
         if self.bindable.reuse_address:
@@ -387,6 +398,27 @@ class _Case:
         return (
             f"Now: wait; it is free in {self.free_after:.1f} s{condition}. Or choose another port."
         )
+
+    def then(self) -> Iterator[str]:
+        """What comes after the first advice, which may not be all that it takes."""
+        if self.free_after and not (self.bindable.reuse_address or self.bindable.reuse_port):
+            states = {holder.state.name.lower().replace("_", "-") for holder in self.holders}
+            which = " ".join(f"state {state}" for state in sorted(states))
+            yield (
+                f"Or: end it at once, as root: ss -K {which} 'sport = :{self.address[1]}' (Linux "
+                "6.0, CONFIG_INET_DIAG_DESTROY). What protects the next connections from the "
+                "last ones' late segments is lost."
+            )
+        ended = [holder for holder in self.holders if holder.kind in _LEAVES_TIME_WAIT]
+        ended = [holder for holder in ended if holder.state is not State.TIME_WAIT]
+        if ended and not self.bindable.reuse_address:
+            how = f"wait (timewait wait {self.address[1]})"
+            if all(holder.reuse_address for holder in ended):
+                how = "start the server with SO_REUSEADDR, or wait"
+            yield (
+                f"Then: {how}: connections that this side ends first keep the port for a "
+                "minute more (TIME_WAIT), or two (FIN_WAIT_2 before it)."
+            )
 
     # The situations
 
@@ -598,7 +630,8 @@ class _Case:
     def close_wait_leak(self) -> _Said:
         first = self.holders[0]
         return (
-            f"{self._count('close-wait')} in CLOSE_WAIT hold it: {self._who(first)}",
+            f"{self._count('close-wait')} in CLOSE_WAIT {self._hold('close-wait')}: "
+            f"{self._who(first)}",
             "The peer has closed and this side's application has not: CLOSE_WAIT has no timer and "
             "lasts until it calls close(). " + self._reuse_rule("a connection"),
             [
@@ -609,7 +642,8 @@ class _Case:
 
     def fin_wait_2_owned(self) -> _Said:
         return (
-            f"{self._count('fin-wait-2')} half closed by {self._who(self.holders[0])} hold it",
+            f"{self._count('fin-wait-2')} half closed by {self._who(self.holders[0])} "
+            f"{self._hold('fin-wait-2')}",
             "It shut down its sending side and keeps the socket to read on: FIN_WAIT_2 with an "
             "owner has no timer (net.ipv4.tcp_fin_timeout is for orphans alone). "
             + self._reuse_rule("a connection"),
@@ -657,7 +691,7 @@ class _Case:
     def fin_wait_2_orphan(self) -> _Said:
         return (
             f"{self._count('fin-wait-2-orphan')} that the peer has not closed: FIN_WAIT_2",
-            "The server closed and nobody owns the socket any more; the kernel waits for the "
+            "Its process closed and nobody owns the socket any more; the kernel waits for the "
             "peer's FIN as long as net.ipv4.tcp_fin_timeout says, and if it comes, 60 s of "
             "TIME_WAIT begin. " + self._reuse_rule("an orphan"),
             [self._reuse_now(self._wait(", if the peer says nothing")), _REUSE],
