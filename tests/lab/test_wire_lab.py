@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeGuard
@@ -18,6 +19,7 @@ import pytest
 
 import timewait
 from timewait.events import Called, Event, SegmentSeen, Transition
+from timewait.kernel.tracepoint import Tracepoint, _tracefs
 from timewait.kernel.wire import WireError
 from timewait.lab.wire import FAR, KERNEL, WireStack
 from timewait.scenario import BUILT_IN, WITH_FAULTS, Scenario, ScenarioError
@@ -209,6 +211,20 @@ def test_the_kernels_transitions_are_seen_where_permitted() -> None:
     assert scenario.run_sync(on="wire", observer="sock_diag").observer == "model+sock_diag"
     with pytest.raises(ScenarioError, match="no observer 'psutil'"):
         scenario.run_sync(on="wire", observer="psutil")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a tracepoint needs root")
+def test_a_lab_that_sees_transitions_has_no_tracefs_instance_which_would_outlive_it() -> None:
+    scenario = Scenario.built_in("server-first")
+    with ExitStack() as opened:
+        instances, ours = _tracefs(opened) / "instances", f"timewait-{os.getpid()}-*"
+        before = {*instances.glob(ours)}
+        with closing(WireStack(scenario, tracepoint=True)) as lab:
+            lab.prepare(scenario)
+            assert lab.observer == "model+sock_diag+tracepoint"
+            assert {*instances.glob(ours)} == before
+            with Tracepoint([1]):  # as has who watches resets
+                assert {*instances.glob(ours)} > before
 
 
 def test_what_cannot_be_forged_is_refused() -> None:
