@@ -268,6 +268,22 @@ def test_orphaned_fin_wait_2_that_is_to_last_over_a_minute(
     assert found.free_after - 0.1 <= wait_until_bindable_sync(PORT, timeout=20)
 
 
+def test_the_second_time_of_an_orphan_is_as_long_as_the_first(
+    server: Server, connect: Connect
+) -> None:
+    listener = server()
+    sysctl("net.ipv4.tcp_fin_timeout", 10)
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.close()
+    wait_for(PORT, State.FIN_WAIT_2)
+    sysctl("net.ipv4.tcp_fin_timeout", 70)  # then it would now be in the last 10 s
+    (holder,) = explained().holders
+    assert holder.gone_after is not None
+    assert holder.seconds_left is not None
+    assert holder.gone_after - holder.seconds_left <= wheel_step(10)
+
+
 @pytest.mark.parametrize("seconds", [1, 2, 3])
 def test_the_port_is_free_when_it_was_said_to_be(
     server: Server, connect: Connect, seconds: int

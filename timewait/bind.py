@@ -451,11 +451,11 @@ def _gone_after(row: Row, looked: int) -> float | None:
     if row.state is _S.TIME_WAIT:
         return fires_in(left, 60.0, looked)
     whole = float(sysctl("net.ipv4.tcp_fin_timeout"))
-    if row.timer == "keepalive":  # it is timed twice, see ends_in()
-        whole -= 60.0
-        first = fires_in(left - max(whole, 0.0), whole, looked)
-        return first + fires_in(whole, whole, looked + round(first / tick()))
-    return fires_in(left, max(whole, left), looked)
+    twice = max(whole - 60.0, 0.0)  # for which it is timed then, see ends_in()
+    if row.timer == "keepalive":
+        first = fires_in(left - twice, twice, looked)
+        return first + fires_in(twice, twice, looked + round(first / tick()))
+    return fires_in(left, max(twice or whole, left), looked)
 
 
 def first_unprivileged() -> int:
