@@ -206,6 +206,18 @@ def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
         assert "wait" in found.advice[0]
 
 
+def test_a_look_leaves_the_kernel_s_answer_as_it_was(
+    server: Server, bound: Server, connect: Connect
+) -> None:
+    listener = server(reuse=True)
+    for sock in (*connect(listener), listener):
+        sock.close()
+    for _ in range(2):
+        with pytest.raises(OSError):
+            bound(share=True)
+        assert not explain_bind(PORT, HERE).bindable.reuse_port
+
+
 @pytest.mark.parametrize("peer_closes", [False, True])
 def test_what_a_timer_ends_goes_at_once_as_advised(
     server: Server, connect: Connect, peer_closes: bool

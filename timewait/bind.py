@@ -176,7 +176,12 @@ def look(port: int, host: str) -> Found:
     return Found(
         address=(host, port),
         failed=trials[False, False],
-        bindable=Bindable(*(trials[options] is None for options in _OPTIONS)),
+        bindable=Bindable(
+            plain=trials[False, False] is None,
+            reuse_address=trials[True, False] is None,
+            reuse_port=trials[False, True] is None,
+            both=trials[True, True] is None,
+        ),
         holders=tuple(holders),
         sockets=tuple(found),
         cannot_listen=cannot_listen,
@@ -291,7 +296,10 @@ def end_text(end: Address, interface: str | None = None) -> str:
     return text if port else f"{text[:-1]}*"
 
 
-_OPTIONS: Final = ((False, False), (True, False), (False, True), (True, True))
+# SO_REUSEADDR and SO_REUSEPORT, in the order they are tried. A bind with both beside holders with
+# the first has the kernel let in those with the second alone from then on
+# (inet_csk_update_fastreuse: FASTREUSEPORT_STRICT), until one with the first alone takes it back.
+_OPTIONS: Final = ((False, False), (False, True), (True, True), (True, False))
 _FOR_GOOD: Final = {
     errno.EACCES: "a privileged port",
     errno.EADDRNOTAVAIL: "not an address of this machine",
