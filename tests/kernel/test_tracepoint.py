@@ -20,7 +20,7 @@ import pytest
 
 from timewait import State
 from timewait.events import Event, Lost, Note, Transition
-from timewait.kernel import process_1, tracepoint
+from timewait.kernel import tracepoint
 from timewait.kernel.namespace import Namespace, sysctl
 from timewait.kernel.tracepoint import Tracepoint
 
@@ -352,7 +352,7 @@ input()
 
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/ns/pid")
-    or os.stat("/proc/self/ns/pid").st_ino != process_1._FIRST_PID_NAMESPACE,
+    or os.stat("/proc/self/ns/pid").st_ino != tracepoint._FIRST_PID_NAMESPACE,
     reason="the kernel knows processes by other numbers than are seen in this PID namespace",
 )
 @pytest.mark.parametrize("who", ["itself", "thread", "child"])
@@ -375,8 +375,8 @@ def test_what_happens_in_process_1_is_recorded_where_programs_do_not_run(
         assert process.stdout.readline() == "ready\n"
         program = tracepoint.Recorder
         monkeypatch.setattr(tracepoint, "Recorder", lambda _, size: program([1], size))
-        monkeypatch.setattr(process_1, "is_kept_apart", lambda: True)
-        monkeypatch.setattr(process_1, "_THREADS", Path(f"/proc/{process.pid}/task"))
+        monkeypatch.setattr(tracepoint, "keeps_init_apart", lambda: True)
+        monkeypatch.setattr(tracepoint, "_INIT", Path(f"/proc/{process.pid}/task"))
         with Tracepoint([port]) as seen:
             process.stdin.write("go\n")
             process.stdin.flush()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeGuard
@@ -19,7 +21,7 @@ import pytest
 
 import timewait
 from timewait.events import Called, Event, SegmentSeen, Transition
-from timewait.kernel.tracepoint import Tracepoint, _tracefs
+from timewait.kernel.tracepoint import _tracefs
 from timewait.kernel.wire import WireError
 from timewait.lab.wire import FAR, KERNEL, WireStack
 from timewait.scenario import BUILT_IN, WITH_FAULTS, Scenario, ScenarioError
@@ -214,17 +216,40 @@ def test_the_kernels_transitions_are_seen_where_permitted() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a tracepoint needs root")
-def test_a_lab_that_sees_transitions_has_no_tracefs_instance_which_would_outlive_it() -> None:
-    scenario = Scenario.built_in("server-first")
-    with ExitStack() as opened:
-        instances, ours = _tracefs(opened) / "instances", f"timewait-{os.getpid()}-*"
-        before = {*instances.glob(ours)}
-        with closing(WireStack(scenario, tracepoint=True)) as lab:
-            lab.prepare(scenario)
-            assert lab.observer == "model+sock_diag+tracepoint"
-            assert {*instances.glob(ours)} == before
-            with Tracepoint([1]):  # as has who watches resets
-                assert {*instances.glob(ours)} > before
+@pytest.mark.parametrize("how", ["closed", "killed"])
+def test_a_lab_that_sees_transitions_leaves_no_tracefs_instance(how: str) -> None:
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "from timewait import Scenario\n"
+        "from timewait.lab.wire import WireStack\n"
+        "scenario = Scenario.built_in('server-first')\n"
+        "lab = WireStack(scenario, tracepoint=True)\n"
+        "lab.prepare(scenario)\n"
+        "print(flush=True); input(); lab.close(); print(flush=True); input()"
+    )
+    with (
+        ExitStack() as opened,
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as lab,
+    ):
+        instances = _tracefs(opened) / "instances"
+        assert lab.stdin is not None
+        assert lab.stdout is not None
+        lab.stdout.readline()
+        assert [*instances.glob(f"timewait-{lab.pid}-*")]
+        if how == "killed":
+            os.kill(lab.pid, signal.SIGKILL)
+            while [*instances.glob(f"timewait-{lab.pid}-*")]:  # the test's own limit ends this
+                time.sleep(0.01)
+        else:
+            print(file=lab.stdin, flush=True)
+            lab.stdout.readline()
+            assert not [*instances.glob(f"timewait-{lab.pid}-*")]
+            lab.kill()
 
 
 def test_what_cannot_be_forged_is_refused() -> None:

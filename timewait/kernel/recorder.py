@@ -9,7 +9,10 @@ copy memory, and nobody is ever woken.
 The kernel describes its structures itself (BTF), which is how the program
 knows where their fields are. Where there is no BTF, no right to load a
 program, or a processor whose stores may be seen out of order, the caller has
-the kernel's own record to fall back on.
+the kernel's own record to fall back on. So has it for what some kernels keep
+from programs, and from perf events too: everything that happens while process 1
+has the processor, the timers of others that interrupt it included
+(`keeps_init_apart`).
 Sources: Documentation/bpf/{btf,map_array,standardization/instruction-set}.rst,
 include/uapi/linux/{bpf,btf}.h, trace_inet_sock_set_state in net/ipv4/af_inet.c.
 """
@@ -29,7 +32,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final, TypeAlias
 
-__all__ = ["RECORD", "STAMP", "Recorder"]
+__all__ = ["RECORD", "STAMP", "Recorder", "keeps_init_apart"]
 
 # A record: the time in ns, the socket, its old and new state, ports, protocol and addresses
 # (IPv4's mapped). What `RECORD` unpacks is what the kernel's own record is unpacked to.
@@ -260,11 +263,21 @@ _FIELDS: Final = {
     "net": "inum",
     "inet_sock": "inet_sport inet_saddr",
 }
+_INIT_OWNED: Final = b"\0init_owned\0"
 _TYPE: Final = struct.Struct("=III")
 _STRUCT, _UNION, _TYPEDEF = 4, 5, 8
 # By kind: the bytes that follow a type's three words, and those for each of its parts.
 _AFTER: Final = {1: 4, 3: 12, 14: 4, 17: 4}
 _EACH: Final = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
+
+
+def keeps_init_apart() -> bool:
+    """Whether this kernel runs programs of others' while process 1 does not run, and no other time.
+
+    Its `bpf_prog_aux` then tells whether a program is process 1's own. What is
+    missed so is not counted among the program's `recursion_misses`.
+    """
+    return _INIT_OWNED in _BTF.read_bytes()
 
 
 @cache

@@ -6,18 +6,18 @@ binary pages laid out as the kernel's own `format` files say. Nothing is
 missed, short of an overrun, which the kernel counts and so do we. Transitions,
 by far the most of it, are recorded by a program of ours on the same tracepoint
 (`timewait.kernel.recorder`) where the kernel takes it, at a third of the cost.
-Where the kernel keeps process 1 apart from such programs, a perf event records
-what happens while that process has the processor (`timewait.kernel.process_1`).
+Where the kernel keeps process 1 apart from such programs (and from perf events),
+an instance of its own records what happens while that process has the processor.
 
 Two things a tracepoint does not show are put right here. TIME_WAIT is a small
 socket of another kind: the kernel reports the full socket's end
 (`FIN_WAIT2 -> CLOSE`) and sock_diag is asked what took its place. And a
 connect() is reported before it has a port: the socket's next event tells.
 
-What the kernel itself records belongs to a tracefs instance that carries its
-owner's process id and is locked while it is in use, in whichever PID namespace;
-one whose owner was killed is removed by the next to start. Where our program
-records all that is asked for, there is no instance: nothing outlives us.
+What is recorded belongs to a tracefs instance that carries its owner's process
+id and is locked while it is in use, in whichever PID namespace; one whose owner
+was killed is removed by the next to start, or at once where a process was left
+to wait for that (`guarded`).
 Source: Documentation/trace/{ftrace,events,ring-buffer-map}.rst, kernel/trace/ring_buffer.c.
 """
 
@@ -33,21 +33,21 @@ import re
 import select
 import socket
 import struct
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import IO, Any, Final, Self, TypeAlias
 
 from attrs import evolve
 
 from timewait.events import USED_AGAIN, Address, Event, Lost, Note, Row, Transition
-from timewait.kernel import process_1, recorder
-from timewait.kernel.process_1 import Process1
-from timewait.kernel.recorder import Recorder
+from timewait.kernel import recorder
+from timewait.kernel.recorder import Recorder, keeps_init_apart
 from timewait.kernel.sock_diag import SockDiag, address_text, host_text
 from timewait.tcp.states import State
 
@@ -64,16 +64,18 @@ _PORTS: Final = "sport dport"
 _HOSTS: Final = "saddr_v6 daddr_v6"
 _STATE_EVENT: Final = "events/sock/inet_sock_set_state"
 _STATE_FIELDS: Final = f"skaddr oldstate newstate {_PORTS} protocol {_HOSTS}"
+_INIT: Final = Path("/proc/1/task")
+_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO in include/linux/proc_ns.h
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _UNCONNECTED: Final = frozenset((7, 10))  # CLOSE, LISTEN
 _BEFORE_TIME_WAIT: Final = frozenset((State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING))
 _LOOKS_FOR_NAMES: Final = 50
-_RECORDED, _SAMPLED = 0, -1  # the kinds of our own records; the kernel's numbers begin above
-_OVERRAN: Final = "processor {}'s buffer overran"
+_RECORDED: Final = 0  # the kind of our own records; the kernel's numbers begin above
 _LOOKS: Final = 64  # at most so many orphans are looked at in one read
 
 _PAGE: Final = struct.Struct("=QQ")
+_THREAD: Final = struct.Struct("=4xi")  # of any record: who had the processor
 _WORD: Final = struct.Struct("=I")
 _MISSED: Final = 1 << 31
 _SIZE: Final = (1 << 30) - 1
@@ -81,6 +83,11 @@ _FIELD: Final = re.compile(r"field:[^;]*?(\w+)(?:\[\d*\])?;\s*offset:(\d+);\s*si
 _REASONS: Final = re.compile(r"REC->reason,\s*((?:\{[^}]*\},?\s*)+)")
 _PAIR: Final = re.compile(r'\{\s*(\d+),\s*"(\w+)"')
 _OURS: Final = re.compile(r"timewait-[\d-]+")
+# They cannot be removed before the last descriptor of who was killed is closed.
+_REMOVE_THEM: Final = """
+while read -r each; do set -- "$@" "$each"; done
+for _ in 1 2 3 4 5 6 7 8 9; do rmdir "$@" && break; sleep 0.1; done
+"""
 _CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 Unpack: TypeAlias = Callable[[bytes, int], tuple[Any, ...]]
@@ -94,9 +101,8 @@ class Tracepoint:
     A context manager. Event times are seconds since `start`, a value of
     `time.monotonic()`. `buffer` is in bytes for each processor: some 80 bytes
     a transition. `resets` adds a note for each RST sent or received and each
-    retransmission. `home` is the tracefs instance, None where there is none:
-    without `resets`, where a program of ours records, until `fileno` is asked
-    for. Needs root.
+    retransmission. `guarded` has another process remove what is left if this
+    one is killed. Needs root.
 
     Transitions are those of the calling thread's network namespace; where
     `blind` says so, and with resets and retransmissions always, sockets of the
@@ -118,11 +124,11 @@ class Tracepoint:
         start: float | None = None,
         buffer: int = 4 << 20,
         resets: bool = True,
+        guarded: bool = False,
     ) -> None:
         self.start = time.monotonic() if start is None else start
         self.lost = 0
         self._ports = None if ports is None else frozenset(ports)
-        self._page = bytearray()
         self._pages: list[bytes] = []
         self._held: list[tuple[int, int, bytes, int]] = []
         self._unnamed: dict[int, int] = {}
@@ -134,20 +140,19 @@ class Tracepoint:
         self._causes: dict[int, str] = {}
         self._reasons: dict[int, str] = {}
         self._handlers: dict[int, Callable[[float, bytes, int, list[Event]], None]] = {}
-        self._unpack: dict[int, Unpack] = {}  # of transitions, by the kind of their record
         self._enable: list[Path] = []
         self._recorder: Recorder | None = None
-        self._process_1: Process1 | None = None
+        self._of_init: dict[int, bool] = {}
+        self._in_init: Path | None = None
         self._written: list[bytes] = []
-        self._in_process_1: list[process_1.Sample] = []
         self._missed: Counter[str] = Counter()
-        self.home: Path | None = None
         self._buffers: list[int] = []
         self._stats: dict[int, str] = {}
         self._epoll: select.epoll | None = None
+        self._guard: IO[bytes] | None = None
         self._resources = ExitStack()
         try:
-            self._open(buffer, resets)
+            self._open(buffer, resets, guarded)
         except BaseException:
             self._resources.close()
             raise
@@ -176,9 +181,10 @@ class Tracepoint:
         if self._epoll is None:
             self._epoll = self._resources.enter_context(select.epoll())
             if self._recorder is not None:  # its ring rings no bell; the kernel's record does
-                home = self.home or self._instance()
-                self._filter(home / _STATE_EVENT)
-                (home / _STATE_EVENT / "enable").write_text("1")
+                self._filter(self._states)
+                (self._states / "enable").write_text("1")
+                if self._in_init is not None:  # which is in it
+                    self._in_init.write_text("0")
             for fd in self._buffers:
                 self._epoll.register(fd, select.EPOLLIN)
         return self._epoll.fileno()
@@ -199,11 +205,7 @@ class Tracepoint:
         if self._recorder is not None:
             for processor, (records, lost) in self._recorder.read():
                 self._written.append(records)
-                self._missed[_OVERRAN.format(processor)] += lost
-        if self._process_1 is not None:
-            for processor, samples, lost in self._process_1.read():
-                self._in_process_1 += samples
-                self._missed[_OVERRAN.format(processor)] += lost
+                self._missed[f"processor {processor}'s buffer overran"] += lost
 
     def read(self) -> list[Event]:
         """Everything that happened before this call and was not read yet, in order of time."""
@@ -233,59 +235,55 @@ class Tracepoint:
             stamps = recorder.STAMP.iter_unpack(each)
             places = range(0, len(each), recorder.STAMP.size)
             records += [(ns, _RECORDED, each, at) for (ns,), at in zip(stamps, places, strict=True)]
-        samples, self._in_process_1 = self._in_process_1, []
-        records += [(ns, _SAMPLED, data, at) for ns, data, at in samples]
         records.sort(key=_when)
 
     # Setting up
 
-    def _open(self, buffer: int, resets: bool) -> None:
+    def _open(self, buffer: int, resets: bool, guarded: bool) -> None:
         self._diag = self._resources.enter_context(SockDiag())
-        self._root = _tracefs(self._resources)
-        self._buffer = buffer
-        _sweep(self._root / "instances")
+        root = _tracefs(self._resources)
+        _sweep(root / "instances")
+        if guarded:
+            self._guard = self._resources.enter_context(_guard(root))
+        self.home = home = self._instance(root)
+        self._page = bytearray(_subbuffer_size(home, root))
+        self._states = home / _STATE_EVENT
         try:
-            self._record(buffer)
+            self._recorder = Recorder(self._ports, buffer)
         except OSError:  # the kernel's own record will do
             self.blind += ("which network namespace a socket is in",)
-            home = self._instance()
-            kind, self._unpack[kind] = self._watch(
-                home / _STATE_EVENT, _STATE_FIELDS, self._on_state
+            self._state_kind, self._unpack_state = self._watch(
+                self._states, _STATE_FIELDS, self._on_state
             )
         else:
-            self._buffer >>= 2  # what is left to the kernel's is seldom
-        if resets:
-            self._watch_resets(self.home or self._instance())
+            self._resources.callback(self._recorder.close)
+            self._state_kind, self._unpack_state = _RECORDED, recorder.RECORD.unpack_from
+            self._handlers[_RECORDED] = partial(self._on_state, self._unpack_state)
+            buffer >>= 2  # what is left to the kernel's is seldom
+            if keeps_init_apart():
+                self._watch_init(root, buffer)
+        (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
+        for name, fields, handler in (
+            ("tcp_receive_reset", f"skaddr {_PORTS} {_HOSTS}", self._on_reset),
+            ("tcp_retransmit_skb", f"skaddr {_PORTS} {_HOSTS}", self._on_retransmit),
+            ("tcp_send_reset", "reason saddr daddr", self._on_sent_reset),
+        ):
+            if not resets:
+                break
+            try:
+                self._watch(home / "events/tcp" / name, fields, handler)
+            except FileNotFoundError:  # younger than this kernel
+                self.blind += (f"{name.removeprefix('tcp_')} (this kernel does not tell)",)
+        self._open_buffers(home)
         for enable in self._enable:
             enable.write_text("1")
 
-    def _record(self, buffer: int) -> None:
-        """Have transitions recorded by a program of ours, and beside it where it does not run."""
-        self._recorder = Recorder(self._ports, buffer)
-        self._resources.callback(self._recorder.close)
-        self._unpack[_RECORDED] = recorder.RECORD.unpack_from
-        if process_1.is_kept_apart():
-            number, layout, _, _ = _format(self._root / _STATE_EVENT / "format", _STATE_FIELDS)
-            try:
-                self._process_1 = Process1(number, self._condition)
-            except OSError as refused:
-                self.blind += (
-                    f"what happens while process 1 has the processor ({refused.strerror})",
-                )
-            else:
-                self._resources.callback(self._process_1.close)
-                self._unpack[_SAMPLED] = layout.unpack_from
-                self.blind += (
-                    "of what happens while process 1 has the processor, in which namespace",
-                )
-        for kind, unpack in self._unpack.items():
-            self._handlers[kind] = partial(self._on_state, unpack)
-
-    def _instance(self) -> Path:
-        """Make a tracefs instance, with its buffers open, that records nothing yet."""
+    def _instance(self, root: Path) -> Path:
         pid, lock = os.getpid(), None
         while lock is None:  # else there was one of this name, or the sweep of another had it
-            self.home = home = self._root / "instances" / f"timewait-{pid}-{next(_serial)}"
+            home = root / "instances" / f"timewait-{pid}-{next(_serial)}"
+            if self._guard is not None:
+                self._guard.write(b"%s\n" % bytes(home))
             with suppress(FileExistsError):
                 home.mkdir()
                 lock = _lock(home)
@@ -295,27 +293,21 @@ class Tracepoint:
         (home / "trace_options").write_text("norecord-cmd")  # which is noted at each switch
         with suppress(FileNotFoundError):  # since Linux 5.0
             (home / "buffer_percent").write_text("0")
-        (home / "buffer_size_kb").write_text(str(max(self._buffer >> 10, 8)))
-        self._page = bytearray(_subbuffer_size(home, self._root))
-        for cpu in sorted((home / "per_cpu").iterdir()):
-            fd = os.open(cpu / "trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            self._resources.callback(os.close, fd)
-            self._buffers.append(fd)
-            stats = os.open(cpu / "stats", os.O_RDONLY | os.O_CLOEXEC)
-            self._resources.callback(os.close, stats)
-            self._stats[stats] = cpu.name.removeprefix("cpu")
         return home
 
-    def _watch_resets(self, home: Path) -> None:
-        for name, fields, handler in (
-            ("tcp_receive_reset", f"skaddr {_PORTS} {_HOSTS}", self._on_reset),
-            ("tcp_retransmit_skb", f"skaddr {_PORTS} {_HOSTS}", self._on_retransmit),
-            ("tcp_send_reset", "reason saddr daddr", self._on_sent_reset),
-        ):
-            try:
-                self._watch(home / "events/tcp" / name, fields, handler)
-            except FileNotFoundError:  # younger than this kernel
-                self.blind += (f"{name.removeprefix('tcp_')} (this kernel does not tell)",)
+    def _watch_init(self, root: Path, buffer: int) -> None:
+        """Have the kernel record what happens while a thread of process 1 has the processor."""
+        home = self._instance(root)
+        self._watch(home / _STATE_EVENT, _STATE_FIELDS, self._on_state_in_init)
+        self._in_init = home / _STATE_EVENT / "enable"
+        self.blind += ("of what happens while process 1 has the processor, in which namespace",)
+        (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
+        (home / "trace_options").write_text("event-fork")  # new threads too; and children
+        while new := _threads_of_init() - self._of_init.keys():
+            with (home / "set_event_pid").open("r+b", buffering=0) as followed:
+                followed.write(" ".join(map(str, new)).encode())
+            self._of_init.update(dict.fromkeys(new, True))
+        self._open_buffers(home)
 
     def _watch(self, event: Path, fields: str, handler: Callable[..., None]) -> tuple[int, Unpack]:
         """Record this event and hand its fields to the handler; its number, and what unpacks it."""
@@ -328,22 +320,25 @@ class Tracepoint:
         return number, layout.unpack_from
 
     def _filter(self, event: Path) -> None:
-        if self._condition is not None:
-            (event / "filter").write_text(self._condition)
+        if self._ports is not None:
+            condition = " || ".join(f"sport == {p} || dport == {p}" for p in sorted(self._ports))
+            (event / "filter").write_text(condition or "sport == 0 && dport == 0")
 
-    @property
-    def _condition(self) -> str | None:
-        if self._ports is None:
-            return None
-        ports = " || ".join(f"sport == {p} || dport == {p}" for p in sorted(self._ports))
-        return ports or "sport == 0 && dport == 0"
+    def _open_buffers(self, home: Path) -> None:
+        for cpu in sorted((home / "per_cpu").iterdir()):
+            fd = os.open(cpu / "trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._resources.callback(os.close, fd)
+            self._buffers.append(fd)
+            stats = os.open(cpu / "stats", os.O_RDONLY | os.O_CLOEXEC)
+            self._resources.callback(os.close, stats)
+            self._stats[stats] = cpu.name.removeprefix("cpu")
 
     def _count_lost(self, events: list[Event]) -> None:
         for fd, cpu in self._stats.items():
             text = os.pread(fd, 1000, 0).decode()
             numbers = dict(line.split(": ") for line in text.splitlines() if ": " in line)
             total = sum(int(numbers[n]) for n in ("overrun", "commit overrun", "dropped events"))
-            self._missed[_OVERRAN.format(cpu)] += total - self._overruns[fd]
+            self._missed[f"processor {cpu}'s buffer overran"] += total - self._overruns[fd]
             self._overruns[fd] = total
         if self._recorder is not None:
             total = self._recorder.not_run()
@@ -383,6 +378,15 @@ class Tracepoint:
             if became is not State.CLOSED or old in _UNCONNECTED:
                 cause = None  # it was of a socket that had this address in memory before
             events.append(Transition(at, local, remote, was, became, self.name, cause=cause))
+
+    def _on_state_in_init(
+        self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
+    ) -> None:
+        (thread,) = _THREAD.unpack_from(page, offset)
+        if thread not in self._of_init:
+            self._of_init[thread] = thread in _threads_of_init()
+        if self._of_init[thread]:  # and no child's, of which the program told
+            self._on_state(unpack, at, page, offset, events)
 
     def _on_reset(
         self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
@@ -444,8 +448,8 @@ class Tracepoint:
         """The sockets of the events that are recorded and not read yet, with their own ends."""
         self._sort_out(self._held)
         for _, kind, page, at in self._held:
-            if kind in self._unpack:
-                sock, _, _, sport, _, _, source, _ = self._unpack[kind](page, at)
+            if kind == self._state_kind:
+                sock, _, _, sport, _, _, source, _ = self._unpack_state(page, at)
                 if sport:
                     yield sock, (host_text(source), sport)
 
@@ -633,6 +637,13 @@ def _syscall(number: int, *arguments: object) -> int:
     return result
 
 
+def _threads_of_init() -> set[int]:
+    """The threads of process 1, by the numbers that the kernel itself knows them by."""
+    if os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE:
+        return {1}  # another is called so here, and only this number is known
+    return {int(thread.name) for thread in _INIT.iterdir()}
+
+
 def _sweep(instances: Path) -> None:
     """Remove what processes left that are no more."""
     for left in instances.iterdir():
@@ -640,6 +651,25 @@ def _sweep(instances: Path) -> None:
             with suppress(OSError):
                 left.rmdir()
             os.close(lock)
+
+
+@contextmanager
+def _guard(root: Path) -> Iterator[IO[bytes]]:
+    """What is told here is removed when this process is no more, however it ended."""
+    with subprocess.Popen(
+        ["/bin/sh", "-c", _REMOVE_THEM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        pass_fds=[int(root.name)] if root.is_relative_to("/proc/self/fd") else [],
+        start_new_session=True,  # a signal to our group is not for it
+    ) as guard:
+        assert guard.stdin is not None
+        try:
+            yield guard.stdin
+        finally:
+            guard.kill()
 
 
 def _lock(instance: Path) -> int | None:

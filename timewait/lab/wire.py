@@ -325,17 +325,13 @@ class WireStack:
         from timewait.kernel.tracepoint import Tracepoint
 
         try:
-            tracepoint = self._lab.wire.namespace.call(
-                partial(Tracepoint, [port], start=self._lab.origin, resets=False)
+            self._transitions = self._lab.wire.namespace.call(
+                partial(Tracepoint, [port], start=self._lab.origin, resets=False, guarded=True)
             )
-            if tracepoint.home is not None:
-                tracepoint.close()
-                raise OSError("it would outlive a lab that is killed")
         except OSError as refused:
             if self._tracepoint is None:
                 return
             raise ScenarioError(f"no tracepoint here: {refused.strerror or refused}") from None
-        self._transitions = tracepoint
         self.observer += "+tracepoint"
         self.blind = self._transitions.blind
 
