@@ -38,14 +38,24 @@ _around: list[pytest.Mark] = []  # the markers of that module or class
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the command line and of the ini file, for a whole suite."""
     group = parser.getgroup("timewait", "TCP connections (timewait)")
-    group.addoption(
-        "--tcp", action="store_true", help="watch the TCP connections of every test, and sum up"
+    group.addoption(  # (unnamed, a destination is looked for among those of all other options)
+        "--tcp",
+        dest="tcp",
+        action="store_true",
+        help="watch the TCP connections of every test, and sum up",
     )
     group.addoption(
-        "--tcp-stacks", action="store_true", help="show the whole stack that created a socket"
+        "--tcp-stacks",
+        dest="tcp_stacks",
+        action="store_true",
+        help="show the whole stack that created a socket",
     )
     group.addoption(
-        "--tcp-sim-seed", type=int, metavar="N", help="run tests on the simulation with this seed"
+        "--tcp-sim-seed",
+        dest="tcp_sim_seed",
+        type=int,
+        metavar="N",
+        help="run tests on the simulation with this seed",
     )
     parser.addini("tcp_no_leaks", "no test may leave a connection open", type="bool")
     parser.addini("tcp_no_resets", "no connection of a test may be reset", type="bool")
