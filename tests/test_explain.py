@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from timewait import State
+from timewait import State, bind
 from timewait.explain import Explanation, can_bind, explain_bind, parse_address
 from timewait.kernel import processes, sock_diag
 from timewait.kernel.namespace import Namespace, sysctl
@@ -749,9 +749,26 @@ def test_a_process_that_not_even_root_sees_is_sought_elsewhere(
 
 def test_what_nobody_can_see_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server()
-    monkeypatch.setattr("timewait.bind._sockets", lambda port: [])
+    monkeypatch.setattr("timewait.bind._sockets", lambda port, states=(): [])
     found = explain_bind(PORT, "127.0.0.1")
     assert (found.situation, found.holders) == ("not-visible", ())
+
+
+def test_a_server_that_comes_while_it_is_looked_at_is_seen(
+    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = server(reuse=True)
+    for sock in (*connect(listener), listener):
+        sock.close()
+    really, came = bind._try, list[socket.socket]()
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        if not came:
+            came.append(server(reuse=True))
+        return really(*arguments, **options)
+
+    monkeypatch.setattr("timewait.bind._try", late)
+    assert explain_bind(PORT, HERE).situation == "live-listener"
 
 
 def test_without_sock_diag_psutil_shows_the_holders(

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cache
 from ipaddress import ip_address
 from operator import index
@@ -167,8 +167,10 @@ def look(port: int, host: str) -> Found:
         if any(holder.user and not holder.pids for holder in holders):
             # Its process cannot be seen, or closed it before it was looked for.
             gone = not {one.cookie for one in there} <= {one.cookie for one in _sockets(port)}
-        if (there and not gone) or trials[False, False] is None or port == 0:
-            break  # else what refused may have come just after the look
+        # A server that came or went after the look answered some of the trials, unseen.
+        gone = gone or _servers(found) != _servers(_sockets(port, _SERVING))
+        if port == 0 or (not gone and (there or trials[False, False] is None)):
+            break
     cannot_listen = _cannot_listen(list(zip(there, holders, strict=True)), trials)
     # The one that will stay longest decides, and is told of first; of several the nearest.
     holders.sort(key=lambda each: (*_weight(each), each.local[0] != mine[0]))
@@ -300,6 +302,7 @@ def end_text(end: Address, interface: str | None = None) -> str:
 # the first has the kernel let in those with the second alone from then on
 # (inet_csk_update_fastreuse: FASTREUSEPORT_STRICT), until one with the first alone takes it back.
 _OPTIONS: Final = ((False, False), (False, True), (True, True), (True, False))
+_SERVING: Final = (_S.LISTEN, _S.CLOSED)
 _FOR_GOOD: Final = {
     errno.EACCES: "a privileged port",
     errno.EADDRNOTAVAIL: "not an address of this machine",
@@ -314,12 +317,16 @@ _ORDER: Final = (
 )
 
 
-def _sockets(port: int) -> list[Details]:
-    """All sockets whose own end is on the port, bound ones included."""
+def _servers(found: list[Details]) -> set[int]:
+    return {one.cookie for one in found if one.row.state in _SERVING}
+
+
+def _sockets(port: int, states: Iterable[State] = State) -> list[Details]:
+    """The sockets in these states whose own end is on the port, bound ones as CLOSED."""
     if port == 0:
         return []
     try:
-        found = details(port, states=State, info=True)
+        found = details(port, states=states, info=True)
     except OSError:  # not Linux, or a kernel without sock_diag
         found = [
             Details(row, socket.AF_INET6 if ":" in row.local[0] else socket.AF_INET, 0)
