@@ -887,6 +887,11 @@ def test_the_command_answers_by_its_exit_status(server: Server) -> None:
         assert trouble.stderr.count("\n") == 1
 
 
+def test_an_empty_host_is_every_address(server: Server) -> None:
+    server()
+    assert explain_bind(PORT, "").address == ("0.0.0.0", PORT)
+
+
 @pytest.mark.parametrize("host", ["..", "x" * 300, "\udcff"])
 def test_a_host_that_idna_cannot_take_has_no_address(host: str) -> None:
     with pytest.raises(socket.gaierror, match="not a host name"):

@@ -257,9 +257,12 @@ def parse_address(text: str) -> Address:
 def addresses(host: str) -> list[str]:
     """The numeric addresses of a host, which may be one already, in the resolver's order.
 
+    An empty one means all of IPv4, as in bind().
+
     Raises `OSError` (`socket.gaierror`) that says so where it has none, or
     names an interface that is not there.
     """
+    host = host or "0.0.0.0"
     try:
         address = ip_address(host)
     except ValueError:
