@@ -148,6 +148,7 @@ class Seen:
     row: Row | None = None
     entry: Entry | None = None
     pid: int | None = None
+    own: bool = False  # a process of interest began it, whichever
     reset: str = ""  # how a RST of this side's was seen, in words
     history: list[tuple[float, State]] = field(factory=list)
     told: list[Transition] = field(factory=list)

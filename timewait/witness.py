@@ -135,11 +135,11 @@ class Witness(Connections):
         with self._lock:
             if not self._watching:
                 return
-            now = time.monotonic()
             self._owned = None
             if self._record is not None:
                 self._record.read()  # before the table, which is newer then
             rows = self._rows()
+            now = time.monotonic()  # the connections of these rows began before
             self._take_record({(row.local, row.remote) for row in rows})
             present: set[Key] = set()
             for row in rows:
@@ -170,13 +170,18 @@ class Witness(Connections):
         """Take in what the kernel has recorded of connections in this namespace."""
         if self._record is None:
             return
-        for event in self._record.take(table | {*self._seen}):
+        for event, own in self._record.take(table | {*self._seen}):
             key = event.local, event.remote
+            if event.new is State.LISTEN:
+                self._listening[event.local[1]] = True
+                continue
             if event.old in _BEGINNINGS:
                 self._before.pop(key, None)
             elif key in self._before and key not in self._seen:
                 continue  # it was there already
-            self._take_transition(event, event.t).told.append(event)
+            seen = self._take_transition(event, event.t)
+            seen.told.append(event)
+            seen.own |= own
 
     def _note(self, key: Key, row: Row, now: float) -> Seen:
         seen = self._seen.get(key)
@@ -285,7 +290,7 @@ class Witness(Connections):
     @property
     def opened(self) -> int:
         """How many TCP sockets this process tree was seen to open."""
-        own = [seen for seen in self._all() if seen.pid is not None]
+        own = [seen for seen in self._all() if seen.pid is not None or seen.own]
         listeners = [e for e in self._ledger.entries if e.side == "listener"]
         return len(own) + len(listeners)
 
@@ -298,10 +303,10 @@ class Witness(Connections):
             blind.append("states at the moment of a call, but for what the call itself tells")
             blind.append("sockets of other processes, and TIME_WAIT, where psutil lists only ours")
         if self._record is not None:
-            if len(self._children) > 1:
+            if len(self._children) > 1 and not self._record.tells_whose:
                 blind.append(
-                    "connections between child processes whose listener came and went between "
-                    f"two looks, {_PERIOD * 1000:.0f} ms apart"
+                    "whose a child process's connection is that came and went between two looks, "
+                    f"{_PERIOD * 1000:.0f} ms apart, if its listener did as well"
                 )
             if self._record.lost:
                 blind.append(f"{self._record.lost} transitions that the kernel had no room for")
@@ -355,13 +360,13 @@ class Witness(Connections):
 
     def _ours(self, seen: Seen) -> bool:
         """Whether this code had a part in the connection."""
-        if seen.pid is not None or self._listening.get(seen.local[1]):
+        if seen.pid is not None or seen.own or self._listening.get(seen.local[1]):
             return True
         if self._listening.get(seen.remote[1]) and seen.local[0] == seen.remote[0]:
             return True  # its other end, at a port listened on here, was never seen
         mirror = self._seen.get((seen.remote, seen.local))
         return mirror is not None and (
-            mirror.pid is not None or self._listening.get(mirror.local[1], False)
+            mirror.pid is not None or mirror.own or self._listening.get(mirror.local[1], False)
         )
 
     def _held(self, seen: Seen) -> bool:
@@ -385,7 +390,7 @@ def _record() -> Record | None:
     from timewait.record import record
 
     try:
-        return record()
+        return record(lambda: _tree(os.getpid()))
     except OSError:
         return None
 
