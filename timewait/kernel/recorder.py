@@ -54,7 +54,7 @@ _SET, _COPY, _SET_32 = 0xB7, 0xBF, 0xB4
 _ADD, _ADD_REGISTER, _TIMES, _AND = 0x07, 0x0F, 0x27, 0x57
 _EQUAL, _UNEQUAL_32, _ABOVE, _JUMP, _CALL, _EXIT = 0x15, 0x56, 0x25, 0x05, 0x85, 0x95
 _TO_BIG_ENDIAN, _WIDE, _MAP_VALUE = 0xDC, 0x18, 2
-_KTIME, _PROCESSOR, _AS_TCP = 5, 8, 137  # helper functions
+_KTIME, _PROCESSOR, _AS_TCP, _KERNEL_FUNCTION = 5, 8, 137, 2  # helper functions, and its own
 _Line: TypeAlias = str | tuple[int, int, int, int, int] | tuple[int, int, int, int, int, str]
 
 
@@ -146,7 +146,7 @@ class Recorder:
 def _program(
     kernel: dict[str, int], memory: int, slots: int, rings: int, ports: Iterable[int] | None
 ) -> Iterator[_Line]:
-    """Registers: 6 the socket, 7 and 8 its states, 9 it as tcp_sock; then 1 the slot."""
+    """Registers: 6 the socket, 7 and 8 its states, 9 it as inet_sock; then 1 the slot."""
     namespace = os.stat("/proc/thread-self/ns/net").st_ino
     yield from (
         (_LOAD[8], 6, 1, 0, 0),
@@ -155,9 +155,17 @@ def _program(
         (_LOAD[8], 2, 6, kernel["sock.skc_net"], 0),
         (_LOAD[4], 2, 2, kernel["net.inum"], 0),
         (_UNEQUAL_32, 2, 0, 0, ctypes.c_int32(namespace).value, "end"),
+        (_LOAD[2], 2, 6, kernel["sock.sk_protocol"], 0),
+        (_UNEQUAL_32, 2, 0, 0, socket.IPPROTO_TCP, "end"),
         (_COPY, 1, 6, 0, 0),
-        (_CALL, 0, 0, 0, _AS_TCP),
-        (_EQUAL, 0, 0, 0, 0, "end"),
+    )
+    if "bpf_rdonly_cast" in kernel:  # since Linux 6.2, and no call at all when it runs
+        yield (_SET, 2, 0, 0, kernel["inet_sock"])
+        yield (_CALL, 0, _KERNEL_FUNCTION, 0, kernel["bpf_rdonly_cast"])
+    else:
+        yield (_CALL, 0, 0, 0, _AS_TCP)
+        yield (_EQUAL, 0, 0, 0, 0, "end")
+    yield from (
         (_COPY, 9, 0, 0, 0),
         (_LOAD[2], 2, 9, kernel["inet_sock.inet_sport"], 0),
         (_TO_BIG_ENDIAN, 2, 0, 0, 16),
@@ -259,13 +267,13 @@ def _bpf(command: int, attributes: bytes) -> int:
 
 _BTF: Final = Path("/sys/kernel/btf/vmlinux")
 _FIELDS: Final = {
-    "sock": "skc_dport skc_family skc_daddr skc_v6_rcv_saddr skc_v6_daddr skc_net",
+    "sock": "skc_dport skc_family skc_daddr skc_v6_rcv_saddr skc_v6_daddr skc_net sk_protocol",
     "net": "inum",
     "inet_sock": "inet_sport inet_saddr",
 }
 _INIT_OWNED: Final = b"\0init_owned\0"
 _TYPE: Final = struct.Struct("=III")
-_STRUCT, _UNION, _TYPEDEF = 4, 5, 8
+_STRUCT, _UNION, _TYPEDEF, _FUNCTION = 4, 5, 8, 12
 # By kind: the bytes that follow a type's three words, and those for each of its parts.
 _AFTER: Final = {1: 4, 3: 12, 14: 4, 17: 4}
 _EACH: Final = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
@@ -282,19 +290,21 @@ def keeps_init_apart() -> bool:
 
 @cache
 def _structures() -> dict[str, int]:
-    """Offsets of `_FIELDS` as "struct.field", and the number of the tracepoint's type."""
+    """Offsets of `_FIELDS` as "struct.field", and the numbers of the types that are named."""
     data = _BTF.read_bytes()
     header, types_at, types_length, names_at, names_length = struct.unpack_from("=4xIIIII", data)
     names = data[header + names_at : header + names_at + names_length]
     tracepoint = "btf_trace_inet_sock_set_state"
-    wanted = {names.find(b"\0%s\0" % name.encode()) + 1: name for name in (*_FIELDS, tracepoint)}
+    named = *_FIELDS, tracepoint, "bpf_rdonly_cast"
+    wanted = {names.find(b"\0%s\0" % name.encode()) + 1: name for name in named}
+    wanted.pop(0, None)  # of one that is not there, and of what has no name
     start = header + types_at
     places, found = [0], {}
     at, end = start, start + types_length
     while at < end:
         name, info, _ = _TYPE.unpack_from(data, at)
         kind = info >> 24 & 31
-        if name in wanted and kind in (_STRUCT, _TYPEDEF):
+        if name in wanted and kind in (_STRUCT, _TYPEDEF, _FUNCTION):
             found[wanted[name]] = len(places)
         places.append(at)
         at += 12 + _AFTER.get(kind, 0) + _EACH.get(kind, 0) * (info & 0xFFFF)
@@ -311,9 +321,9 @@ def _structures() -> dict[str, int]:
             yield names[name : names.index(b"\0", name)].decode(), where
             yield from fields(inner, where)
 
-    if tracepoint not in found:
-        raise OSError(errno.ENOENT, "this kernel does not describe its tracepoints")
-    kernel = {tracepoint: found[tracepoint]}
+    if missing := {*_FIELDS, tracepoint} - set(found):
+        raise OSError(errno.ENOENT, f"this kernel does not describe {', '.join(sorted(missing))}")
+    kernel = dict(found)
     for name, of_it in _FIELDS.items():
         for field, where in fields(found[name], 0):
             if field in of_it.split():
