@@ -79,6 +79,17 @@ def test_killed_it_takes_the_program_along(watch: tuple[str, ...]) -> None:
         time.sleep(0.01)
 
 
+@APART
+@pytest.mark.parametrize("watch", [("exec",), ("watch", "--isolated")])
+def test_killed_it_takes_all_along_that_is_in_its_private_network(watch: tuple[str, ...]) -> None:
+    script = "(sleep 1000 & setsid sleep 1000 & echo ready $!; wait) & wait"
+    with begin(watch, "sh", "-c", script) as process:
+        until(process, "ready")
+        assert process.stdout is not None
+        process.kill()
+        assert process.stdout.read() == ""  # nobody has it any more
+
+
 def test_the_terminals_ctrl_c_is_not_passed_on_as_well() -> None:
     pid, terminal = pty.fork()
     if pid == 0:

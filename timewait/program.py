@@ -11,16 +11,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Final, TypeAlias
 
-__all__ = ["Start", "exit_status", "passing_signals_on"]
+__all__ = ["Start", "exit_status", "none_outlives_us", "passing_signals_on"]
 
 Start: TypeAlias = Callable[[Sequence[str], int | None], subprocess.Popen[bytes]]
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+_PATIENCE: Final = 10.0  # seconds for killed processes to be gone
+_STEP: Final = 0.01
 _TERMINAL_SENDS: Final = ("SIGINT", "SIGQUIT", "SIGHUP")  # Windows has not all of them
 _PASSED_ON: Final = tuple(
     getattr(signal, name) for name in ("SIGTERM", *_TERMINAL_SENDS) if hasattr(signal, name)
@@ -61,6 +64,49 @@ def passing_signals_on() -> Iterator[Start]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def none_outlives_us() -> Iterator[int]:
+    """If this process is killed inside, end all others in its network namespace, a private one.
+
+    Yields the process that sees to it, a child of this one. Linux only, and
+    before there are threads.
+    """
+    theirs, ours = os.pipe()
+    guard = os.fork()
+    if not guard:
+        try:
+            os.close(ours)
+            _guard(theirs)
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    try:
+        yield guard
+    finally:
+        os.write(ours, b"\n")
+        os.close(ours)
+        os.waitpid(guard, 0)
+
+
+def _guard(line: int) -> None:
+    os.setsid()  # what a terminal sends is not for it
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(nothing, standard)
+    if os.read(line, 1):
+        return  # it has ended, and not been killed
+    here, until = os.readlink("/proc/self/ns/net"), time.monotonic() + _PATIENCE
+    left = True
+    while left and time.monotonic() < until:
+        left = False
+        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+            with suppress(OSError):  # ended, or somebody else's
+                if pid != os.getpid() and os.readlink(f"/proc/{pid}/ns/net") == here:
+                    os.kill(pid, signal.SIGKILL)
+                    left = True
+        time.sleep(_STEP)
 
 
 def exit_status(program: subprocess.Popen[bytes]) -> int:

@@ -29,7 +29,7 @@ from timewait.events import Address, Event, Row, RunStarted, SegmentSeen, Snapsh
 from timewait.kernel.capture import Capture
 from timewait.kernel.namespace import isolate
 from timewait.kernel.sock_diag import SockDiag
-from timewait.program import exit_status, passing_signals_on
+from timewait.program import exit_status, none_outlives_us, passing_signals_on
 from timewait.tcp.states import State
 from timewait.witness import descendants
 
@@ -72,11 +72,12 @@ def command(argv: tuple[str, ...], as_root: bool, events: str | None, as_json: b
         try:
             writer = None if events is None else stack.enter_context(Writer(events))
             isolate(uid=0 if as_root else os.geteuid())
+            guard = stack.enter_context(none_outlives_us())
             watch = stack.enter_context(_Watch(checker, writer))
         except OSError as refused:
             where = "" if refused.filename is None else f"{refused.filename or repr('')}: "
             raise click.ClickException(f"{where}{refused.strerror or refused}") from None
-        status, outlived, left = _run(argv, watch, sys.stderr.fileno() if as_json else None)
+        status, outlived, left = _run(argv, watch, sys.stderr.fileno() if as_json else None, guard)
     verdict = checker.verdict()
     if as_json:
         click.echo(json.dumps(_document(argv, status, outlived, left, told, watch, verdict)))
@@ -152,10 +153,10 @@ class _Watch:
 
 
 def _run(
-    argv: tuple[str, ...], watch: _Watch, stdout: int | None
+    argv: tuple[str, ...], watch: _Watch, stdout: int | None, guard: int
 ) -> tuple[int, list[int], list[Row]]:
     """Run the program to its end; its exit status, and the processes and sockets it left."""
-    with passing_signals_on() as start, _no_survivors() as survivors:
+    with passing_signals_on() as start, _no_survivors(guard) as survivors:
         try:
             process = start(argv, stdout)
         except OSError as trouble:
@@ -174,14 +175,18 @@ def _run(
 
 
 @contextmanager
-def _no_survivors() -> Iterator[Callable[[], list[int]]]:
+def _no_survivors(guard: int) -> Iterator[Callable[[], list[int]]]:
     """End all processes that were started inside, also those whose parents have ended."""
+
+    def survivors() -> list[int]:
+        return [pid for pid in descendants(os.getpid()) if pid != guard]
+
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_SUBREAPER, 1, 0, 0, 0)
     try:
-        yield lambda: descendants(os.getpid())
+        yield survivors
     finally:
-        while left := descendants(os.getpid()):
+        while left := survivors():
             for pid in left:
                 with suppress(ProcessLookupError, ChildProcessError):
                     os.kill(pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
 from types import FrameType
 from typing import Final
@@ -37,7 +37,7 @@ from timewait.events import (
 )
 from timewait.kernel.namespace import isolate
 from timewait.kernel.observers import OBSERVERS
-from timewait.program import Start, exit_status, passing_signals_on
+from timewait.program import Start, exit_status, none_outlives_us, passing_signals_on
 from timewait.report import address as address_text
 from timewait.tcp.segment import flags_text
 from timewait.tcp.states import State
@@ -115,9 +115,11 @@ def command(
     if isolated and not program:
         raise click.UsageError("--isolated needs a command after --: nothing else is in there")
     told = _Told()
-    with passing_signals_on() if program else _telling(told) as start:
+    with ExitStack() as stack:
+        start = stack.enter_context(passing_signals_on() if program else _telling(told))
         if isolated:
             isolate()
+            stack.enter_context(none_outlives_us())
             if observer == "auto":
                 observer = "sock_diag"
                 why = "not tracepoint: it tells of every namespace's resets"
