@@ -212,10 +212,11 @@ def test_a_look_leaves_the_kernel_s_answer_as_it_was(
     listener = server(reuse=True)
     for sock in (*connect(listener), listener):
         sock.close()
+    bound(reuse=True, share=True).close()  # after which bound(share=True) is let in
     for _ in range(2):
+        assert not explain_bind(PORT, HERE).bindable.reuse_port
         with pytest.raises(OSError):
             bound(share=True)
-        assert not explain_bind(PORT, HERE).bindable.reuse_port
 
 
 @pytest.mark.parametrize("peer_closes", [False, True])
@@ -591,6 +592,8 @@ def test_an_ordinary_user_is_told_of_a_holder_whose_process_is_hidden(
     assert (holder["pid"], holder["user"], holder["reuse_port"]) == (None, "root", None)
     assert "cannot be seen from here" in found["title"]
     assert "It is root's" in found["rule"]
+    server("0.0.0.0", PORT + 1)
+    assert "It is root's" in explained_to_nobody(PORT + 1)["rule"]
 
 
 @pytest.fixture(params=["s.listen()", "s"])
@@ -625,6 +628,7 @@ def test_address_not_local() -> None:
     found = explained("192.0.2.1")
     assert (found.situation, found.errno) == ("address-not-local", "EADDRNOTAVAIL")
     assert "192.0.2.1 is none" in found.rule
+    assert not explained("192.0.2.1", port=0).holders
 
 
 def test_a_link_local_address_goes_with_an_interface(opened: ExitStack) -> None:
@@ -650,6 +654,31 @@ def test_exhausted_ephemeral_range(bound: Server) -> None:
     found = explained(port=0)
     assert (found.situation, found.errno) == ("ephemeral-range-exhausted", "EADDRINUSE")
     assert "50000 to 50009" in found.rule
+    assert kinds(found) == ["bound"] * 10
+
+
+def test_an_exhausted_range_has_a_port_when_the_first_timer_ends(
+    server: Server, bound: Server, connect: Connect
+) -> None:
+    sysctl("net.ipv4.ip_local_port_range", "50000 50002")
+    sysctl("net.ipv4.ip_local_reserved_ports", "50000,50002")
+    bound(port=50000)
+    sysctl("net.ipv4.tcp_fin_timeout", 20)
+    listener = server(port=50001)
+    accepted, _client = connect(listener, port=PORT)
+    for sock in (accepted, listener):
+        sock.close()
+    wait_for(50001, State.FIN_WAIT_2)
+    found = explained(port=0)
+    assert [(holder.kind, holder.local[1]) for holder in found.holders] == [
+        ("fin-wait-2-orphan", 50001)
+    ]
+    assert found.free_after is not None
+    sysctl("net.ipv4.ip_local_reserved_ports", "50002")
+    found = explained(port=0)
+    assert kinds(found) == ["bound", "fin-wait-2-orphan"]
+    assert found.free_after is not None
+    assert f"wait {found.free_after:.1f} s, when one is free" in found.advice[0]
 
 
 def test_old_process_still_alive_after_a_fork() -> None:

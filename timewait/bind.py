@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from functools import cache
 from ipaddress import ip_address
 from operator import index
@@ -150,7 +150,9 @@ class Found:
 def look(port: int, host: str) -> Found:
     """Try to bind a numeric address with each choice of options, and see who is in the way."""
     for _ in range(3):
-        found = _sockets(port)
+        failed = None if port else _try(host, port, False, False, listen=False)
+        some = port == 0 and failed != ("bind", errno.EADDRINUSE)  # are left to be dealt out
+        found = [] if some else _sockets(port)
         looked = 0
         if any(one.row.timer for one in found):
             began = time.monotonic()
@@ -169,7 +171,7 @@ def look(port: int, host: str) -> Found:
             gone = not {one.cookie for one in there} <= {one.cookie for one in _sockets(port)}
         # A server that came or went after the look answered some of the trials, unseen.
         gone = gone or _servers(found) != _servers(_sockets(port, _SERVING))
-        if port == 0 or (not gone and (there or trials[False, False] is None)):
+        if some or (not gone and (there or trials[False, False] is None)):
             break
     cannot_listen = _cannot_listen(list(zip(there, holders, strict=True)), trials)
     # The one that will stay longest decides, and is told of first; of several the nearest.
@@ -208,7 +210,7 @@ def can_bind_all(port: int, hosts: Sequence[str], reuse_address: bool, reuse_por
     trouble, can = None, False
     for each in hosts:
         failed = _try(each, port, reuse_address, reuse_port, listen=False)
-        if failed is None and not any(one.row.state is _S.LISTEN for one in _sockets(port)):
+        if failed is None and (port == 0 or not _sockets(port, [_S.LISTEN])):
             failed = _try(each, port, reuse_address, reuse_port, listen=True)
         if failed is None:
             can = True
@@ -303,8 +305,10 @@ def end_text(end: Address, interface: str | None = None) -> str:
 
 # SO_REUSEADDR and SO_REUSEPORT, in the order they are tried. A bind with both beside holders with
 # the first has the kernel let in those with the second alone from then on
-# (inet_csk_update_fastreuse: FASTREUSEPORT_STRICT), until one with the first alone takes it back.
-_OPTIONS: Final = ((False, False), (False, True), (True, True), (True, False))
+# (inet_csk_update_fastreuse: FASTREUSEPORT_STRICT), until one with the first alone takes it back:
+# this one is tried before, for what others did, and after.
+_OPTIONS: Final = ((False, False), (True, False), (False, True), (True, True), (True, False))
+_ALL: Final = tuple(State)
 _SERVING: Final = (_S.LISTEN, _S.CLOSED)
 _FOR_GOOD: Final = {
     errno.EACCES: "a privileged port",
@@ -324,22 +328,26 @@ def _servers(found: list[Details]) -> set[int]:
     return {one.cookie for one in found if one.row.state in _SERVING}
 
 
-def _sockets(port: int, states: Iterable[State] = State) -> list[Details]:
-    """The sockets in these states whose own end is on the port, bound ones as CLOSED."""
-    if port == 0:
-        return []
+def _sockets(port: int, states: Collection[State] = _ALL) -> list[Details]:
+    """The sockets in these states whose own end is on the port, bound ones as CLOSED.
+
+    On port 0, those on the ports that bind() to it is dealt.
+    """
     try:
-        found = details(port, states=states, info=True)
+        found = details(port or None, states=states, info=True)
     except OSError:  # not Linux, or a kernel without sock_diag
         found = [
             Details(row, socket.AF_INET6 if ":" in row.local[0] else socket.AF_INET, 0)
             for row, _ in psutil_rows()
+            if row.state in states
         ]
+    ports = {port} if port else {*dealt_out()} - _reserved()
     # A request that no connection has come of has no port of its own, and outlives its listener.
     return [
         one
         for one in found
-        if one.row.local[1] == port and (one.row.state is not _S.SYN_RECEIVED or one.row.inode != 0)
+        if one.row.local[1] in ports
+        and (one.row.state is not _S.SYN_RECEIVED or one.row.inode != 0)
     ]
 
 
@@ -423,15 +431,16 @@ def _meet(one: Details, other: Details) -> bool:
 def _holders(found: list[Details], looked: int) -> Iterator[Holder]:
     """Those who hold the port, of sockets that were shown at `looked`, in jiffies."""
     processes = owners(one.row.inode or 0 for one in found)
-    served = any(one.row.state is _S.LISTEN for one in found)
+    served = {one.row.local[1] for one in found if one.row.state is _S.LISTEN}
     ports = dealt_out()
-    listening = _listening() if found and not served else frozenset()
+    clients = {one.row.local[1] for one in found} - served
+    listening = _listening() if clients else frozenset()
     for one in found:
         row = one.row
         who = processes.get(row.inode or 0, [])
         options = reuse_options(who[0]) if who else None
         yield Holder(
-            kind=_kind(one, served, ports, listening),
+            kind=_kind(one, row.local[1] in served, ports, listening),
             state=row.state,
             local=row.local,
             remote=row.remote,
@@ -491,6 +500,16 @@ def dealt_out() -> range:
     except OSError:
         low, high = 49152, 65535  # RFC 6335 §6, as most systems but Linux have it
     return range(low, high + 1)
+
+
+def _reserved() -> set[int]:
+    """Those of them that it does not (net.ipv4.ip_local_reserved_ports)."""
+    try:
+        spans = sysctl("net.ipv4.ip_local_reserved_ports").split(",")
+    except OSError:
+        return set()
+    ends = [each.partition("-") for each in spans if each]
+    return {port for low, _, high in ends for port in range(int(low), int(high or low) + 1)}
 
 
 def _kind(one: Details, served: bool, ports: range, listening: Container[Address]) -> str:

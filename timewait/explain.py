@@ -18,6 +18,7 @@ import errno
 import os
 import textwrap
 from collections.abc import Iterator
+from math import inf
 from typing import Any, Final, TypeAlias
 
 from attrs import define, frozen
@@ -120,7 +121,10 @@ class Explanation:
             if self.situation in _FREED_BY:
                 free = _FREED_BY[self.situation]
             elif self.free_after is not None:
-                free = f"in {self.free_after:.1f} s, when the kernel looks at its last timer"
+                which = "last" if self.address[1] else "first"
+                free = f"in {self.free_after:.1f} s, when the kernel looks at its {which} timer"
+            elif self.address[1] == 0:
+                free = "when a socket in that range ends"
             elif not self.holders:
                 free = "when what holds it lets go"
             elif {holder.kind for holder in self.holders} <= {"last-ack", "closing", *_TIMED}:
@@ -212,10 +216,14 @@ def _free_after(situation: str, found: Found) -> float | None:
     """In seconds from now."""
     if found.bindable.plain:
         return 0.0
-    left = [holder.gone_after for holder in found.holders if holder.gone_after is not None]
-    if situation in _FREED_BY or not left or len(left) < len(found.holders):
+    if situation in _FREED_BY or not found.holders:
         return None
-    return round(max(max(left) - found.age, 0.0) + _RUN_LATE, 3)
+    ports: dict[int, float] = {}  # when its last socket will have gone
+    for holder in found.holders:
+        left = inf if holder.gone_after is None else holder.gone_after
+        ports[holder.local[1]] = max(left, ports.get(holder.local[1], 0.0))
+    first = min(ports.values())
+    return None if first == inf else round(max(first - found.age, 0.0) + _RUN_LATE, 3)
 
 
 def _situation(found: Found) -> str:
@@ -284,7 +292,6 @@ _FREED_BY: Final = {
     "forbidden": "not for this process, whatever the time",
     "address-not-local": "when the address is one of this machine's",
     "link-local-without-interface": "not without an interface",
-    "ephemeral-range-exhausted": "when a socket in that range ends",
 }
 _ONE_ADDRESS: Final = "For good: have each server bind the one address it serves."
 _REUSE: Final = (
@@ -348,12 +355,18 @@ class _Case:
             note = " It waits uninterruptibly (state D), and ends when that wait does."
         return f"{when}: {how}, or choose another port.{note}"
 
-    def _bound_to(self, holder: Holder) -> str:
+    def _apart(self, holder: Holder) -> str:
+        """What of a listener decides too, besides its address."""
+        said = ""
+        if holder.user not in (None, user_name(os.geteuid())):
+            said = (
+                f" It is {holder.user}'s: SO_REUSEPORT, shared by one user's servers, is no help."
+            )
         if holder.interface is None or "%" in self.address[0]:
-            return ""
+            return said
         return (
-            f" It is bound to interface {holder.interface} (SO_BINDTODEVICE); a server that names "
-            "no interface overlaps it, one that names another does not."
+            f"{said} It is bound to interface {holder.interface} (SO_BINDTODEVICE); a server that "
+            "names no interface overlaps it, one that names another does not."
         )
 
     def _count(self, kind: str) -> str:
@@ -401,6 +414,8 @@ class _Case:
 
     def then(self) -> Iterator[str]:
         """What comes after the first advice, which may not be all that it takes."""
+        if self.address[1] == 0:
+            return
         if self.free_after and not (self.bindable.reuse_address or self.bindable.reuse_port):
             states = {holder.state.name.lower().replace("_", "-") for holder in self.holders}
             which = " ".join(f"state {state}" for state in sorted(states))
@@ -478,13 +493,16 @@ class _Case:
 
     def ephemeral_range_exhausted(self) -> _Said:
         ports = dealt_out()
+        wait = "for a socket in it to end"
+        if self.free_after is not None:
+            wait = f"{self.free_after:.1f} s, when one is free"
         return (
             "the kernel has no port left to deal out",
             f"bind() to port 0 takes a port of net.ipv4.ip_local_port_range ({ports[0]} to "
             f"{ports[-1]}), and each of them is held by a socket that does not share it, "
-            "TIME_WAIT included.",
+            "TIME_WAIT included, or reserved.",
             [
-                "Now: bind a port outside the range by number; or wait for TIME_WAIT to end.",
+                f"Now: bind a port outside the range by number; or wait {wait}.",
                 "For good: widen net.ipv4.ip_local_port_range; let clients connect() without "
                 "bind(), or with IP_BIND_ADDRESS_NO_PORT, so that a port serves once for each "
                 "destination.",
@@ -505,9 +523,7 @@ class _Case:
             "A listener shares its port only with servers that set SO_REUSEPORT as it did itself, "
             "and of the same user; SO_REUSEADDR does not help."
         )
-        if first.user not in (None, user_name(os.geteuid())):
-            rule += f" It is {first.user}'s, so not even that helps here."
-        return f"{self._who(first)} listens on it", rule + self._bound_to(first), [self._stop()]
+        return f"{self._who(first)} listens on it", rule + self._apart(first), [self._stop()]
 
     def shared_listener(self) -> _Said:
         listeners = [holder for holder in self.holders if holder.kind == "listener"]
@@ -551,7 +567,7 @@ class _Case:
         return (
             f"{self._who(self.holders[0])} listens on [::], which takes IPv4 as well",
             "A listener on the IPv6 wildcard that did not set IPV6_V6ONLY overlaps every address "
-            "of both families.",
+            "of both families." + self._apart(self.holders[0]),
             [self._stop(), "For good: set IPV6_V6ONLY on it, if it is to serve IPv6 alone."],
         )
 
@@ -560,7 +576,7 @@ class _Case:
         return (
             f"{self._who(first)} listens on {first.where}, and [::] takes IPv4 too",
             "The IPv6 wildcard overlaps every address of both families, unless the server that "
-            "binds it sets IPV6_V6ONLY." + self._bound_to(first),
+            "binds it sets IPV6_V6ONLY." + self._apart(first),
             [self._stop()]
             if any(":" in holder.local[0] for holder in self.holders)
             else [
@@ -574,7 +590,7 @@ class _Case:
         return (
             f"{self._who(first)} listens on {first.where}, which includes it",
             "A wildcard overlaps every address of its family; being more specific does not help."
-            + self._bound_to(first),
+            + self._apart(first),
             [self._stop(), _ONE_ADDRESS],
         )
 
@@ -583,7 +599,7 @@ class _Case:
         return (
             f"{self._who(first)} listens on {first.where}, a part of it",
             "A wildcard overlaps every address of its family: one that is taken refuses them all."
-            + self._bound_to(first),
+            + self._apart(first),
             [self._stop(), _ONE_ADDRESS],
         )
 
@@ -729,7 +745,7 @@ class _Case:
     def warnings(self) -> Iterator[str]:
         """What goes wrong although a bind succeeds."""
         listeners = [holder for holder in self.holders if holder.kind == "listener"]
-        if listeners and (self.bindable.reuse_port or self.bindable.both):
+        if self.address[1] and listeners and (self.bindable.reuse_port or self.bindable.both):
             beside = "A server that sets SO_REUSEPORT would bind, and "
             asked = shown_as(self.address[0])
             for theirs, where in sorted({(each.local[0], each.where) for each in listeners}):
@@ -747,7 +763,7 @@ class _Case:
                     )
                 yield beside + outcome
         bound = [holder for holder in self.holders if holder.kind == "bound"]
-        if bound and not listeners and self.bindable.reuse_address:
+        if self.address[1] and bound and not listeners and self.bindable.reuse_address:
             yield (
                 "A server that sets SO_REUSEADDR would bind beside a socket that is only bound; "
                 "whichever listens first has the port, and the other's listen() fails."
