@@ -28,7 +28,10 @@ def bound(port: HeldPort, host: str = "127.0.0.1", *, reuse_address: bool = Fals
 def test_it_is_a_number_wherever_a_number_is_asked_for() -> None:
     with hold_port() as port:
         assert int(port) == port.number
-        assert f"--port={port}" == f"--port={port.number}"
+        assert f"--port={port}" == f"--port={port.number:d}" == f"--port={port:d}"
+        assert port == port.number == port
+        assert port != port.number + 1
+        assert {port.number: "a server"}[port] == "a server"  # type: ignore[index]
         assert repr(port) == f"<HeldPort {port.number} held>"
     assert not port.held
 

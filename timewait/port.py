@@ -35,9 +35,9 @@ _TRIES: Final = 1_000
 class HeldPort:
     """A TCP port that is held bound until it is handed over or released.
 
-    `number` is the port; `str()`, `int()` and formatting give it too. (It is
-    not itself an `int`: `getaddrinfo` takes no subclass of it.) As a context
-    manager it releases at the end.
+    `number` is the port; `str()`, `int()` and formatting give it too, and it
+    equals that number. (It is not itself an `int`: `getaddrinfo` takes no
+    subclass of it.) As a context manager it releases at the end.
     """
 
     def __init__(self, holder: Socket) -> None:
@@ -117,8 +117,17 @@ class HeldPort:
     def __str__(self) -> str:
         return str(self.number)
 
+    def __format__(self, spec: str) -> str:
+        return format(self.number, spec)
+
     def __index__(self) -> int:
         return self.number
+
+    def __eq__(self, other: object) -> bool:
+        return self.number == other
+
+    def __hash__(self) -> int:
+        return hash(self.number)
 
 
 def hold_port() -> HeldPort:
