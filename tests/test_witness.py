@@ -383,6 +383,7 @@ def test_what_children_do_is_known_to_be_theirs_where_it_is_permitted(
             converse(child)
             child.communicate()
     assert [(each.closed_by, each.how) for each in seen.connections] == [("server", "RST")] * 3
+    assert seen.opened == 7  # a listener, three clients and what was accepted
     assert seen.blind == ()
     seen.assert_no_leak()
     verdict = seen.check()

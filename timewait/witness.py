@@ -290,9 +290,16 @@ class Witness(Connections):
     @property
     def opened(self) -> int:
         """How many TCP sockets this process tree was seen to open."""
-        own = [seen for seen in self._all() if seen.pid is not None or seen.own]
-        listeners = [e for e in self._ledger.entries if e.side == "listener"]
-        return len(own) + len(listeners)
+        ends = [
+            seen
+            for seen in self._all()
+            if seen.pid is not None or seen.own or self._listening.get(seen.local[1])
+        ]
+        noted = [entry for entry in self._ledger.entries if entry.side == "listener"]
+        known = {entry.local[1] for entry in noted if entry.local is not None}
+        known |= {row.local[1] for row in self._before.values() if row.state is State.LISTEN}
+        childrens = [port for port, own in self._listening.items() if own and port not in known]
+        return len(ends) + len(noted) + len(childrens)
 
     @property
     def blind(self) -> tuple[str, ...]:
