@@ -1145,6 +1145,24 @@ def elsewhere(program: str) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
+def test_a_holder_whose_parent_is_hidden_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = processes._stat
+
+    def hidden(pid: int) -> tuple[str, list[str]]:  # as hidepid= hides other users' processes
+        if pid != holder.pid:
+            raise FileNotFoundError
+        return stat(pid)
+
+    with subprocess.Popen([sys.executable, "-c", LISTEN + "time.sleep(60)"]) as holder:
+        try:
+            while not sockets(PORT):
+                time.sleep(0.01)
+            monkeypatch.setattr("timewait.kernel.processes._stat", hidden)
+            assert explained().holders[0].pid == holder.pid
+        finally:
+            holder.kill()
+
+
 def in_state(process: subprocess.Popen[bytes], letter: str) -> None:
     while Path(f"/proc/{process.pid}/stat").read_text().split(")")[1].split()[0] != letter:
         time.sleep(0.01)

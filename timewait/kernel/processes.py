@@ -75,11 +75,13 @@ def _descriptors(process: str) -> Iterator[str]:
 
 def _process(pid: int, fd: int) -> Process:
     name, state, parent, group, session = _family(pid)
-    heir = (
-        pid not in (group, session)
-        and (_adopted(parent, group, session) or _forked_by_another(pid, parent))
-        and not _made_it(pid, fd)
-    )
+    heir = False
+    with suppress(OSError):  # its family may be hidden (hidepid= in proc(5)), or have ended
+        heir = (
+            pid not in (group, session)
+            and (_adopted(parent, group, session) or _forked_by_another(pid, parent))
+            and not _made_it(pid, fd)
+        )
     return Process(pid, name, fd, heir, state)
 
 
