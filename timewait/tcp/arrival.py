@@ -415,9 +415,11 @@ def _completes_simultaneous_open(c: Connection, seg: Segment, flags: int) -> boo
         and seg.seq == c.irs
         and seg.ack == c.snd_nxt
         and not seg.data
+        and not (flags & FIN and c.profile.parameters.linux_checks)
     )
     if completes:
         c._ack_due = 2  # its SYN is a repetition, to be acknowledged at once
+        tell_repeated(c, seg.seq, c.rcv_nxt)
     return completes
 
 
