@@ -437,7 +437,7 @@ class Sock:
         """Have text that fills no segment wait, or not any more, as the last send(2) said."""
         assert self._conn is not None
         self.more = more
-        self._conn.options = evolve(self._conn.options, cork=more or self.cork)
+        self._conn.options = evolve(self._conn.options, cork=more or self.cork, more=more)
 
     def pass_text(self, data: bytes) -> bool:
         """Send all of `data` to the other end on this host the short way, if that may be."""
@@ -813,6 +813,7 @@ class Sock:
                 self.user_timeout / 1000 or None,
                 None if self.linger2 is None else float(self.linger2),
                 self.keep if self.keepalive else None,
+                self.more,
             )
         else:
             conn.options = _NO_OPTIONS

@@ -232,10 +232,20 @@ def reopen(c: Connection, _seg: Segment, now: float) -> None:
 
 def take_text(c: Connection, data: bytes, now: float) -> None:
     data = data[: max(0, c.snd_buf - len(c._tx))]
-    size = len(c._tx) + len(data)
+    have = len(c._tx)
+    size = have + len(data)
+    if c._cuts and c._cuts[-1][0] == _number_of(c, have):
+        c._cuts = c._cuts[:-1]  # the end that was not pushed is none any more
     if (size > c.max_wnd >> 2 or size > 32_000) and c.profile.parameters.linux_checks:
-        _cut(c, len(c._tx), len(data))
+        _cut(c, have, len(data))
+    if c.options.more and c.profile.parameters.linux_checks:
+        c._cuts += ((_number_of(c, size), False),)  # tcp_push
     c._tx += data
+
+
+def _number_of(c: Connection, at: int) -> int:
+    """The sequence number of what stands `at` so many octets in the queue."""
+    return (c.snd_una + (c.snd_una == c.iss) + at) & MASK
 
 
 def _cut(c: Connection, have: int, n: int) -> None:
@@ -359,7 +369,7 @@ def _first_piece(c: Connection, left: int, most: int) -> tuple[int, bool]:
         return left, True
     (cut, push), *others = c._cuts
     n = (cut - c.snd_nxt) & MASK
-    if n < most:
+    if n < most and n < left:
         end, pushed = others[0] if others else ((c.snd_nxt + left) & MASK, True)
         end = (end - c.snd_nxt) & MASK
         if most < end:
@@ -368,7 +378,7 @@ def _first_piece(c: Connection, left: int, most: int) -> tuple[int, bool]:
             n, push, others = end, push or pushed, others[1:]
             if end == left:
                 c._cuts = ()
-                return left, True
+                return left, push
         c._cuts = (((c.snd_nxt + n) & MASK, push), *others)
     return n, push
 

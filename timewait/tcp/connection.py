@@ -95,7 +95,8 @@ class SocketOptions:
     `keepalive` is (idle, interval, probes); `linger2` bounds FIN_WAIT_2 for an
     orphan (TCP_LINGER2); `user_timeout` bounds how long text or a FIN may stay
     unacknowledged (RFC 9293 §3.10.8). `nodelay` sends small segments at once;
-    `cork` holds what does not fill one (TCP_CORK, MSG_MORE), for a timeout at most.
+    `cork` holds what does not fill one (TCP_CORK, MSG_MORE), for a timeout at most;
+    with `more` what is sent is not pushed either (MSG_MORE).
     """
 
     nodelay: bool = False
@@ -103,6 +104,7 @@ class SocketOptions:
     user_timeout: float | None = None
     linger2: float | None = None
     keepalive: tuple[float, float, int] | None = None
+    more: bool = False
 
 
 _DEFAULT: Final = SocketOptions()
