@@ -139,13 +139,13 @@ def _note_syn(c: Connection, seg: Segment) -> None:
         c.mss = max(theirs, parameters.least_mss)
     c.sack = options.sack_permitted and parameters.sack
     scale = options.window_scale
-    if scale is None:
+    if scale is None or c.offers_scale is None:
         c.snd_scale = c.rcv_scale = 0
         if c.passive or not parameters.linux_checks:
             c.offers_scale = None
     else:
         c.snd_scale = scale if scale < 14 else 14
-        c.rcv_scale = c.offers_scale or 0
+        c.rcv_scale = c.offers_scale
     if not c.rcv_scale:
         c.exact_window = True
     if options.ts_val is None:

@@ -70,7 +70,7 @@ class Parameters:
     paws_zero: bool = True  # TS.Recent is valid though it is 0
     paws_silent: bool = False  # of what is too old only text is answered
     sack: bool = True
-    window_scale: int = 7
+    window_scale: int | None = 7  # None: it is not offered
     least_mss: int = 1  # whatever the peer says
     tail_loss_probe: bool = False  # the first timeout repeats the last segment, undoubled
     drop_synfin: bool = False  # a SYN with a FIN opens nothing
