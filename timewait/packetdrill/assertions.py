@@ -18,7 +18,7 @@ from typing import Final
 from timewait.packetdrill.calls import CONSTANTS
 from timewait.packetdrill.script import Unsupported
 
-__all__ = ["check", "tcp_info"]
+__all__ = ["check", "mem_info", "tcp_info"]
 
 # struct tcp_info (include/uapi/linux/tcp.h): names in order, with their format.
 _FIELDS: Final = (
@@ -56,6 +56,18 @@ def tcp_info(octets: bytes) -> dict[str, int]:
     return found
 
 
+_MEMORY: Final = (
+    "RMEM_ALLOC", "RCVBUF", "WMEM_ALLOC", "SNDBUF", "FWD_ALLOC", "WMEM_QUEUED", "OPTMEM",
+    "BACKLOG", "DROPS",
+)  # fmt: skip
+
+
+def mem_info(octets: bytes) -> dict[str, int]:
+    """The numbers of SO_MEMINFO by their names (include/uapi/linux/sock_diag.h)."""
+    numbers = struct.unpack(f"<{len(octets) // 4}I", octets)
+    return {f"SK_MEMINFO_{name}": number for name, number in zip(_MEMORY, numbers, strict=False)}
+
+
 # The language's own examples are of Python 2, where print is a statement.
 _PRINT: Final = re.compile(r"(?m)^([ \t]*)print[ \t]+(?![(=]).*$")
 
@@ -76,6 +88,7 @@ _BINARY: Final[dict[type, Callable[[int, int], int | float]]] = {
     ast.RShift: operator.rshift,
     ast.LShift: lambda a, b: a << b if 0 <= b < 64 else a // 0,
 }  # fmt: skip
+_MOST: Final = 1 << 128
 _COMPARE: Final[dict[type, Callable[[object, object], bool]]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt,  # type: ignore[dict-item]
     ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,  # type: ignore[dict-item]
@@ -83,7 +96,7 @@ _COMPARE: Final[dict[type, Callable[[object, object], bool]]] = {
 }  # fmt: skip
 
 
-def check(code: str, info: Mapping[str, int], names: dict[str, int], line: int) -> str | None:
+def check(code: str, info: Mapping[str, int], names: dict[str, float], line: int) -> str | None:
     """Carry out a snippet: None, or the words of the assertion that does not hold.
 
     `names` keeps what assignments made, from one snippet to the next. Raises
@@ -103,7 +116,7 @@ def check(code: str, info: Mapping[str, int], names: dict[str, int], line: int) 
 
 
 def _statement(
-    statement: ast.stmt, info: Mapping[str, int], names: dict[str, int], line: int
+    statement: ast.stmt, info: Mapping[str, int], names: dict[str, float], line: int
 ) -> str | None:
     def value(node: ast.expr) -> object:
         return _value(node, info, names, line)
@@ -114,12 +127,17 @@ def _statement(
         used = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
         values = ", ".join(f"{name} is {info[name]}" for name in sorted(used) if name in info)
         return f"assert {ast.unparse(statement.test)}" + (f": {values}" if values else "")
-    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        target = statement.targets[0]
-        if isinstance(target, ast.Name):
-            got = value(statement.value)
-            if isinstance(got, int):
-                names[target.id] = got
+    if isinstance(statement, (ast.Assign, ast.AugAssign)):
+        if isinstance(statement, ast.Assign):
+            targets, given = statement.targets, statement.value
+        else:
+            targets = [statement.target]
+            given = ast.BinOp(statement.target, statement.op, statement.value)
+        wanted = [target.id for target in targets if isinstance(target, ast.Name)]
+        if len(wanted) == len(targets):
+            got = value(given)
+            if isinstance(got, (int, float)):
+                names.update(dict.fromkeys(wanted, got))
                 return None
     if isinstance(statement, ast.Pass):
         return None
@@ -143,7 +161,9 @@ def _statement(
     raise Unsupported(f"code: {ast.unparse(statement)[:60]}", line)
 
 
-def _value(node: ast.expr, info: Mapping[str, int], names: Mapping[str, int], line: int) -> object:
+def _value(
+    node: ast.expr, info: Mapping[str, int], names: Mapping[str, float], line: int
+) -> object:
     def value(inner: ast.expr) -> object:
         return _value(inner, info, names, line)
 
@@ -170,7 +190,12 @@ def _value(node: ast.expr, info: Mapping[str, int], names: Mapping[str, int], li
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         left, right = value(node.left), value(node.right)
         if isinstance(left, (int, float)) and isinstance(right, (int, float)):
-            return _BINARY[type(node.op)](left, right)  # type: ignore[arg-type]
+            got = _BINARY[type(node.op)](left, right)  # type: ignore[arg-type]
+            if abs(got) < _MOST:  # numbers that grow without end would have no end of time
+                return got
+            raise ValueError("a number without measure")
+    if isinstance(node, ast.IfExp):
+        return value(node.body if value(node.test) else node.orelse)
     if isinstance(node, ast.Compare):
         left = value(node.left)
         for op, right_node in zip(node.ops, node.comparators, strict=True):

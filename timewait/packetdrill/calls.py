@@ -317,7 +317,8 @@ class Calls:
         if family not in (socket.AF_INET, socket.AF_INET6):
             raise Unsupported(f"socket domain {family}", self.line)
         if plain not in (socket.SOCK_STREAM, socket.SOCK_DGRAM) or protocol not in (0, 6, 17):
-            raise Unsupported(f"socket type {plain}, protocol {protocol}", self.line)
+            words = (word.name for word in call.arguments[1:3] if isinstance(word, Word))
+            raise Unsupported(f"a socket of {', '.join(words) or kind}", self.line)
         return lambda: Result(0, new=self.make(family, kind, protocol))
 
     def _accept(self, call: Call, flags: int = 0) -> Callable[[], Result]:

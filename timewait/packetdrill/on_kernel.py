@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import gc
 import os
@@ -19,8 +20,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from timewait.kernel.wire import Wire
-from timewait.packetdrill.assertions import tcp_info
-from timewait.packetdrill.calls import Calls, Interests, Result, Stream
+from timewait.packetdrill.assertions import mem_info, tcp_info
+from timewait.packetdrill.calls import CONSTANTS, Calls, Interests, Result, Stream
 from timewait.packetdrill.frames import Frame, decode, encode
 from timewait.packetdrill.runner import Pending
 from timewait.packetdrill.script import Unsupported
@@ -162,6 +163,7 @@ class KernelStack:
         )
         self.calls.tolerance = settings.tolerance
         self.beyond: set[str] = set()
+        self._congestion = b""  # control that the namespace may not have for its default
         self._arrived: deque[Frame] = deque()
         self._started = 0.0
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -189,6 +191,8 @@ class KernelStack:
 
     def _socket(self, family: int, kind: int, protocol: int) -> socket.socket:
         made = self.wire.socket(family, kind, protocol)
+        if self._congestion and made.type == socket.SOCK_STREAM:
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._congestion)
         return _KernelSocket(fileno=made.detach())
 
     # -- calls, each made by a thread of its own so that any of them may block
@@ -256,7 +260,13 @@ class KernelStack:
 
     def inject(self, frame: Frame) -> None:
         """Put a packet on the wire."""
-        self.wire.send(encode(frame))
+        octets = encode(frame)
+        try:
+            self.wire.send(octets)
+        except OSError as trouble:
+            if trouble.errno != errno.EMSGSIZE:
+                raise
+            raise Unsupported(f"a packet of {len(octets)} octets over a veth pair") from None
 
     def receive(self, deadline: float) -> Frame | None:
         """The next packet of the kernel's, None at `deadline`."""
@@ -271,7 +281,8 @@ class KernelStack:
 
     def sysctl(self, name: str, value: str, line: int, required: bool) -> None:
         """Change a setting of the namespace."""
-        if name == "net.ipv4.tcp_congestion_control":
+        congestion = name == "net.ipv4.tcp_congestion_control"
+        if congestion:
             with open("/proc/sys/net/ipv4/tcp_available_congestion_control") as listed:
                 if value not in listed.read().split():
                     # Setting it would make the kernel look for a module, for the whole machine.
@@ -280,13 +291,23 @@ class KernelStack:
                     return
         try:
             self.wire.sysctl(name, value)
+            if congestion:
+                self._congestion = b""
         except OSError as trouble:
-            if required:
+            if congestion and trouble.errno == errno.EPERM:
+                # Outside of the first namespace no default but tcp_allowed_congestion_control's
+                # may be chosen; whoever has CAP_NET_ADMIN there may choose for each socket.
+                self._congestion = value.encode()
+            elif required:
                 raise Unsupported(f"sysctl {name}={value}: {trouble.strerror}", line) from None
 
     def tcp_info(self, fd: int) -> Mapping[str, int]:
-        """What getsockopt(TCP_INFO) says."""
-        return tcp_info(self.calls.fds[fd].getsockopt(socket.IPPROTO_TCP, 11, 512))
+        """What getsockopt() says of TCP_INFO and of SO_MEMINFO."""
+        live = self.calls.fds[fd]
+        return {
+            **tcp_info(live.getsockopt(socket.IPPROTO_TCP, 11, 512)),
+            **mem_info(live.getsockopt(socket.SOL_SOCKET, CONSTANTS["SO_MEMINFO"], 64)),
+        }
 
 
 _quiet = threading.Lock()

@@ -39,9 +39,23 @@ _WITHOUT_EFFECT: Final = (
     "tcp_slow_start_after_idle tcp_pacing_ss_ratio tcp_pacing_ca_ratio tcp_notsent_lowat "
     "tcp_no_metrics_save tcp_no_ssthresh_metrics_save tcp_limit_output_bytes tcp_autocorking "
     "tcp_tso_rtt_log tcp_min_rtt_wlen tcp_syncookies tcp_fastopen_key tcp_adv_win_scale "
-    "tcp_ecn_fallback tcp_shrink_window tcp_moderate_rcvbuf "
-    "ip_no_pmtu_disc"
+    "tcp_ecn_fallback tcp_ecn_option tcp_ecn_option_beacon tcp_shrink_window tcp_moderate_rcvbuf "
+    "tcp_comp_sack_nr tcp_comp_sack_delay_ns tcp_comp_sack_slack_ns tcp_backlog_ack_defer "
+    "tcp_base_mss tcp_mtu_probe_floor tcp_probe_interval tcp_probe_threshold tcp_app_win "
+    "tcp_plb_enabled tcp_plb_cong_thresh tcp_plb_idle_rehash_rounds tcp_plb_rehash_rounds "
+    "tcp_plb_suspend_rto_sec tcp_retries1 tcp_fastopen_blackhole_timeout_sec tcp_early_demux "
+    "tcp_max_syn_backlog tcp_child_ehash_entries "
+    "ip_no_pmtu_disc ip_forward ip_forward_use_pmtu ip_early_demux route.min_pmtu "
+    "conf.all.rp_filter conf.default.rp_filter"
 )
+# Of these the model has what is the default, and nothing else.
+_ONLY: Final = {
+    "tcp_abort_on_overflow": 0, "tcp_pingpong_thresh": 1, "tcp_thin_linear_timeouts": 0,
+    "tcp_retrans_collapse": 1, "tcp_stdurg": 0, "tcp_reflect_tos": 0, "tcp_mtu_probing": 0,
+    "tcp_migrate_req": 0, "tcp_workaround_signed_windows": 0, "ip_nonlocal_bind": 0,
+    "ip_default_ttl": 64, "ip_autobind_reuse": 0,
+}  # fmt: skip
+_KEEPALIVE: Final = ("tcp_keepalive_time", "tcp_keepalive_intvl", "tcp_keepalive_probes")
 
 
 class _Wait(Exception):
@@ -512,6 +526,9 @@ class ModelStack:
         self._pending: list[Pending] = []
         self._due: dict[int, float] = {}  # when the calls that wait give up
         self.beyond: set[str] = set()
+        self._asks_for_ecn = False
+        self._keep = [7200, 75, 9]  # seconds, seconds, probes
+        self._scales, self._scale = True, self.host.profile.parameters.window_scale
         self.offloads = self.host.profile.parameters.linux_checks
 
     def __enter__(self) -> ModelStack:
@@ -532,6 +549,8 @@ class ModelStack:
             made = SimSocket(family, socket.SOCK_STREAM)
         finally:
             HERE.reset(token)
+        idle, interval, probes = self._keep
+        made._open().keep = float(idle), float(interval), probes
         return ModelSocket(made, not kind & socket.SOCK_NONBLOCK)
 
     # -- time
@@ -601,7 +620,7 @@ class ModelStack:
             self.beyond.add("recovery by SACK")
         if any(option.kind in (34, 254) for option in frame.options):
             self.beyond.add("TCP Fast Open")
-        if frame.tos & 3 or frame.flags & (ECE | CWR):
+        if frame.flags & (ECE | CWR):
             self.beyond.add("ECN")
         segment = Segment(
             frame.seq,
@@ -661,6 +680,8 @@ class ModelStack:
         local: Key = (key[2], key[3], key[0], key[1])
         tally = self._tallies.setdefault(local, _Tally())
         again = tally.sent(segment, self.now())
+        if self._asks_for_ecn and segment.flags & (SYN | ACK) == SYN:
+            self.beyond.add("ECN")
         if again and len(tally.flight) > 1:
             self.beyond.add("loss recovery")
         mss = max(536, max((end - seq) & MASK for seq, end in (*tally.flight.items(), (0, 0))))
@@ -738,7 +759,8 @@ class ModelStack:
                     self._set(sack=value != "0")
                 case "tcp_rmem":
                     _, usual, largest = map(int, value.split())
-                    self._set(window_scale=window_scale(max(largest, RMEM_MAX)))
+                    self._scale = window_scale(max(largest, RMEM_MAX))
+                    self._set(window_scale=self._scale if self._scales else None)
                     host.rcv_buf = usual // 2  # the rest is for overhead
                 case "tcp_fin_timeout":
                     self._set(tcp_fin_timeout=float(value))
@@ -746,16 +768,22 @@ class ModelStack:
                     self._set(challenge_interval=int(value) / 1000)
                 case "tcp_rfc1337":
                     self._set(tcp_rfc1337=value != "0")
-                case "tcp_ecn" if value in ("0", "2"):
-                    pass  # the model never asks for ECN
-                case "tcp_window_scaling" if value == "1":
-                    pass
-                case "tcp_fastopen" if not required or value == "0":
-                    pass
+                case "tcp_ecn":
+                    # The model never asks for ECN; 0 and 2 do not have it ask.
+                    self._asks_for_ecn = int(value, 0) not in (0, 2)
+                case "tcp_window_scaling":
+                    self._scales = int(value, 0) != 0
+                    self._set(window_scale=self._scale if self._scales else None)
+                case "tcp_fastopen":
+                    int(value, 0)  # what uses it is told from the segments and the calls
+                case _ if short in _KEEPALIVE:
+                    self._keep[_KEEPALIVE.index(short)] = int(value, 0)
                 case _ if short in _WITHOUT_EFFECT.split():
                     pass
+                case _ if short in _ONLY and int(value, 0) == _ONLY[short]:
+                    pass
                 case _:
-                    self._set(**{short: int(value)})
+                    self._set(**{short: int(value, 0)})
         except (ValueError, IndexError, TypeError):
             if required:
                 raise Unsupported(f"sysctl {name}={value} on the model", line) from None

@@ -566,7 +566,9 @@ class _Parser:
         flags, ace = self.flags()
         seq, length = self.sequence()
         ack = self.integer("an acknowledgment number") if self.has("ack") else 0
-        window = self.integer("a window", 0xFFFF) if self.has("win") else None
+        window = None
+        if self.has("win") and (inbound or not self.has("...")):
+            window = self.integer("a window", 0xFFFF)
         urgent = self.integer("an urgent pointer", 0xFFFF) if self.has("urg") else 0
         options = self.tcp_options()
         if options is None and inbound:

@@ -19,7 +19,7 @@ from attrs import define, evolve, frozen
 
 from timewait.packetdrill.script import Script, Unsupported
 
-__all__ = ["OPTIONS", "File", "Pause", "Setting", "Settings", "meaning"]
+__all__ = ["OPTIONS", "File", "Pause", "Setting", "Settings", "is_one_for", "meaning"]
 
 # packetdrill's own options, of its command line and of a script's first lines.
 OPTIONS: Final = frozenset(
@@ -62,8 +62,6 @@ class Settings:
         made = cls()
         given = dict(script.options)
         made.ip_version = given.get("ip_version") or "ipv4"
-        if made.ip_version not in ("ipv4", "ipv4-mapped-ipv6", "ipv6"):
-            raise Unsupported(f"--ip_version={made.ip_version}", 1)
         if made.ip_version == "ipv6":
             made.local, made.remote = "fd3d:fa7b:d17d::1", "2001:db8::1"
             made.local_prefix = 48
@@ -72,6 +70,8 @@ class Settings:
                 made._set(name, value or "")
             except ValueError:
                 raise Unsupported(f"--{name}={value}", 1) from None
+        if made.ip_version == "ipv6" and made.mtu < 1280:
+            raise Unsupported(f"--mtu={made.mtu} with IPv6", 1)
         for address in (made.local, made.remote):
             if (":" in address) is not (made.ip_version == "ipv6"):
                 raise Unsupported(f"the address {address} with --ip_version={made.ip_version}", 1)
@@ -79,29 +79,32 @@ class Settings:
 
     def _set(self, name: str, value: str) -> None:
         match name:
+            case "ip_version" if value not in ("ipv4", "ipv4-mapped-ipv6", "ipv6"):
+                raise ValueError(value)
             case "tolerance_usecs":
-                self.tolerance = int(value) / 1e6
+                self.tolerance = _number(value, 0, 1 << 40) / 1e6
             case "tolerance_percent":
-                self.tolerance_share = float(value) / 100
+                self.tolerance_share = _number(value, 0, 1 << 20) / 100
             case "bind_port":
-                self.bind_port = int(value)
+                self.bind_port = int(_number(value, 1, 0xFFFF))
             case "connect_port":
-                self.connect_port = int(value)
+                self.connect_port = int(_number(value, 1, 0xFFFF))
             case "mtu":
-                self.mtu = int(value)
+                self.mtu = int(_number(value, 68, 0xFFFF))
             case "local_ip":
                 self.local = str(ip_address(value.partition("/")[0]))
             case "remote_ip":
                 self.remote = str(ip_address(value.partition("/")[0]))
             case "tcp_ts_tick_usecs":
-                self.ts_tick = int(value) / 1e6
+                self.ts_tick = _number(value, 0, 1 << 40) / 1e6
             case "tcp_ts_ecr_scaled":
                 self.ecr_scaled = True
             case "strict_segments":
                 self.strict_segments = True
             case ("ip_version" | "mss" | "send_omit_free" | "define" | "netmask_ip" | "gateway_ip"
                   | "speed" | "verbose" | "debug" | "code_sockopt" | "is_anyip" | "code_command"
-                  | "code_format" | "dry_run" | "tun_dev" | "persistent_tun_dev"):  # fmt: skip
+                  | "code_format" | "dry_run" | "tun_dev" | "persistent_tun_dev"
+                  | "init_scripts"):  # fmt: skip
                 pass  # says nothing about what a stack must do here
             case "non_fatal":
                 self.non_fatal = frozenset(value.split(","))
@@ -109,6 +112,24 @@ class Settings:
                     raise ValueError(value)
             case _:
                 raise Unsupported(f"--{name}", 1)
+
+
+def _number(value: str, least: float, most: float) -> float:
+    number = float(value)
+    if not least <= number <= most:
+        raise ValueError(value)
+    return number
+
+
+def is_one_for(name: str, value: str) -> bool:
+    """Whether an option of packetdrill's takes that value."""
+    try:
+        Settings()._set(name, value)
+    except ValueError:
+        return False
+    except Unsupported:
+        pass  # whatever it takes, no script is played with it
+    return True
 
 
 # What `defaults.sh` of the public suites sets, as far as a stack still knows it.
@@ -215,7 +236,7 @@ def _defaults(path: str, folder: Path | None) -> Iterator[Setting]:
 
 
 def _one(command: str, line: int, folder: Path | None) -> Iterator[Setting | File | Pause]:
-    unknown = Unsupported(f"command {command.split()[0]!r}", line)
+    unknown = Unsupported(f"command {command[:80]!r}", line)
     try:
         words = shlex.split(command)
     except ValueError:
@@ -256,12 +277,13 @@ def _one(command: str, line: int, folder: Path | None) -> Iterator[Setting | Fil
         return  # a namespace that has just been made has none
     elif program in ("true", ":", "sync", "nstat") or (program == "echo" and ">" not in command):
         return
-    elif words[0] == "tc" and "root" in words and words[-1] in ("pfifo", "pfifo_fast"):
-        return  # the device's queue is a plain one here in any case
+    elif words[:2] == ["tc", "qdisc"] and "root" in words and words[-1] in _QUEUES:
+        return  # a plain queue is there in any case, and TCP itself paces where none does
     else:
         raise unknown
 
 
+_QUEUES: Final = frozenset({"pfifo", "pfifo_fast", "fq", "fq_codel", "noqueue"})
 _SIZE: Final = re.compile(r"(\d{1,12})([kKMG]?)i?B?")
 _MULTIPLES: Final = {"": 1, "k": 1 << 10, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _MOST_OCTETS: Final = 1 << 26
