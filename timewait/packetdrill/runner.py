@@ -138,6 +138,8 @@ class _Connection:
     flow_label: tuple[int, int] | None = None
     fd: int | None = None
     protocol: str = "tcp"
+    mss: int = 536  # of the script's end
+    text_came: bool = False
 
 
 _ICMP4: Final = {
@@ -242,7 +244,7 @@ class _Runner:
         self.connecting: int | None = None
         self.next_port = settings.first_port
         self.pending: tuple[Event, Pending] | None = None
-        self.names: dict[str, int] = {}
+        self.names: dict[str, float] = {}
         self.log = _Log()
         self.line = 0
         # What relative times count from, and the time tolerances are a share of.
@@ -250,8 +252,12 @@ class _Runner:
         self.last_inbound: float | None = None
 
     def run(self) -> None:
-        for line, command in self.script.before:
-            self.command(command, line)
+        for name, value in self.script.options:
+            if name == "init_scripts":
+                for command in (value or "").split(","):
+                    self.command(Command(command), 1)
+        for line, before in self.script.before:
+            self.command(before, line)
         for event in self.script.events:
             if isinstance(event.action, Command):
                 meaning(event.action.text, event.line, self.folder)  # say at once what is not known
@@ -461,6 +467,10 @@ class _Runner:
     def inject(self, event: Event, packet: Packet) -> None:
         connection = self.script_connection(event, packet)
         frame = self.live(event, packet, connection)
+        connection.text_came = connection.text_came or packet.length > 0
+        for option in packet.options or ():
+            if option.kind == 2 and packet.flags & SYN:
+                connection.mss = int.from_bytes(option.data, "big")
         self.log.add(self.stack.now(), True, show(packet))
         self.stack.inject(frame)
 
@@ -658,7 +668,7 @@ class _Runner:
     ) -> None:
         differences = list(self.differences(want, came, connection))
         if not self.stack.real:
-            self.stack.beyond |= _beyond(want, came, differences)
+            self.stack.beyond |= _beyond(want, came, differences, connection)
         if differences:
             raise Failure(
                 f"expected {show(want)}, came {show(came)}: " + "; ".join(differences), event.line
@@ -719,8 +729,8 @@ class _Runner:
         return found
 
     def comparable(self, option: Option) -> bytes:
-        # packetdrill takes any timestamp that is there: the kernel's clock is its own.
-        return b"" if option.kind == 8 else option.data
+        # A timestamp is of the kernel's own clock, its echo is the script's.
+        return option.data[4:] if option.kind == 8 else option.data
 
 
 def _is_error(frame: Frame) -> bool:
@@ -729,13 +739,14 @@ def _is_error(frame: Frame) -> bool:
     return kind < 128 if ":" in frame.src else kind in (3, 4, 5, 11, 12)
 
 
-def _beyond(want: Packet, came: Frame, differences: list[str]) -> set[str]:
+def _beyond(want: Packet, came: Frame, differences: list[str], connection: _Connection) -> set[str]:
     """What no model here claims to have, where that alone explains the differences."""
     found = set()
     kinds = {difference.partition(" ")[0] for difference in differences}
-    if kinds == {"flags"} and (want.flags ^ came.flags) == PSH and came.body:
+    full = len(came.body) >= connection.mss - 12 * any(o.kind == 8 for o in came.options)
+    if kinds == {"flags"} and want.flags == came.flags | PSH and full:
         found.add("the push flag of text in several segments")
-    if kinds == {"window"} and not came.flags & SYN:
+    if kinds == {"window"} and connection.text_came:
         found.add("the receive window's growth")
     return found
 
