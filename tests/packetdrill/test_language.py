@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -116,6 +117,7 @@ def test_a_segment_in_full() -> None:
 def test_what_is_left_out_of_an_outbound_segment_is_not_looked_at() -> None:
     read = packet("> . 1:1(0) ack 1 <...>")
     assert (read.window, read.options, read.ecn) == (None, None, None)
+    assert packet("> . 1:1(0) ack 1 win ... <...>") == read
     assert packet("> . 1:1(0) ack 1").options == ()
 
 
@@ -245,6 +247,7 @@ def test_no_text_is_a_crash(text: str) -> None:
         ("sysctl -q net.ipv4.tcp_sack=0\nsysctl -q net.ipv4.tcp_ecn=0", {
             "net.ipv4.tcp_sack": "0", "net.ipv4.tcp_ecn": "0"}),
         ("/tmp/sysctl_restore_${PPID}.sh", {}),
+        ("tc qdisc replace dev tun0 root fq", {}),
     ],
 )  # fmt: skip
 def test_known_commands_are_settings(command: str, settings: dict[str, str]) -> None:
@@ -263,6 +266,7 @@ def test_known_commands_are_settings(command: str, settings: dict[str, str]) -> 
         "sysctl -q net.ipv4.tcp_sack=0; curl example.com",
         "set_sysctls.py /proc/sys/kernel/panic=1",
         "sysctl -p /etc/evil",
+        "tc qdisc add dev tun0 root netem delay 10ms",
     ],
 )
 def test_every_other_command_is_refused(command: str) -> None:
@@ -271,7 +275,7 @@ def test_every_other_command_is_refused(command: str) -> None:
 
 
 def test_code_is_arithmetic_and_nothing_else() -> None:
-    names: dict[str, int] = {}
+    names: dict[str, float] = {}
     info = {"tcpi_snd_cwnd": 10, "tcpi_state": 1}
     assert check("assert tcpi_snd_cwnd == 10, tcpi_snd_cwnd", info, names, 1) is None
     assert check("assert tcpi_state == TCP_ESTABLISHED", info, names, 1) is None
@@ -280,11 +284,12 @@ def test_code_is_arithmetic_and_nothing_else() -> None:
         is None
     )
     assert check("assert x == 20\nprint(x)", info, names, 1) is None
+    assert check("x += 5; y = z = x / 2\nassert z == 12.5 if x else y", info, names, 1) is None
     wrong = check("assert tcpi_snd_cwnd == 11, 'no'", info, names, 1)
     assert wrong == "assert tcpi_snd_cwnd == 11: tcpi_snd_cwnd is 10"
     for code in ("import os", "assert open('/etc/passwd')", "assert (1).__class__", "9 ** 9 ** 9",
                  "assert unknown", "assert [x for x in (1,)]", "assert 'a' * 10 ** 9", "(" * 300,
-                 "assert 1 << 10 ** 9"):  # fmt: skip
+                 "assert 1 << 10 ** 9", "x = 1 << 63\n" + "x *= x\n" * 40):  # fmt: skip
         with pytest.raises(Unsupported):
             check(code, info, {}, 1)
 
@@ -482,10 +487,45 @@ def test_packetdrills_own_options_come_from_the_command_line_too(tmp_path: Path)
     assert subprocess.run([*command, script], capture_output=True, check=False).returncode == 1
     six = [*command, "--ip_version=ipv6", "--tolerance_usecs=10000", script]
     assert subprocess.run(six, capture_output=True, check=False).returncode == 0
-    for wrong in (["--ip_versoin=ipv6", script], ["-x", script], ["--mtu=1500"], [tmp_path / "no"]):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for wrong in (
+        ["--ip_versoin=ipv6", script],
+        ["--ip_version=ipv5", script],
+        ["--mtu=1", script],
+        ["-x", script],
+        ["--mtu=1500"],
+        [tmp_path / "no"],
+        [fifo],  # nobody writes to it, and nobody waits for that
+    ):
         ran = subprocess.run([*command, *wrong], capture_output=True, text=True, check=False)
         assert (ran.returncode, ran.stdout) == (2, "")
         assert ran.stderr.count("\n") == 1
+
+
+def test_a_pipe_is_read_once_for_all_its_runs() -> None:
+    command = [sys.executable, "-m", "timewait", "packetdrill", "/dev/stdin", "/dev/stdin"]
+    text = "--init_scripts=../common/defaults.sh\n" + OPENED
+    ran = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    assert ran.stdout.endswith("2 passed, 0 failed, 0 unsupported\n")
+
+
+def test_a_packet_too_long_for_the_device_is_no_failure_of_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a veth pair has it, whose packets are no longer than its MTU."""
+
+    def refuse(_: object, packet: bytes) -> None:
+        raise OSError(errno.EMSGSIZE, "too long")
+
+    monkeypatch.setattr("timewait.kernel.wire.Wire.send", refuse)
+    (tmp_path / "long.pkt").write_text(OPENED)
+    try:
+        outcome = play(tmp_path / "long.pkt", on="kernel")
+    except WireError as why:
+        pytest.skip(str(why))
+    assert (outcome.outcome, outcome.line) == ("unsupported", 4)
+    assert outcome.why == "a packet of 52 octets over a veth pair"
 
 
 def test_what_fails_beside_others_is_played_again_alone(
@@ -508,6 +548,61 @@ def test_what_fails_beside_others_is_played_again_alone(
     played.clear()
     CliRunner().invoke(command, ["--on", "kernel", "-j", "1", str(tmp_path)])
     assert played == ["a", "b", "c"]
+
+
+def test_the_kernel_is_not_kept_waiting_by_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --on both: all on the model first, and told script by script all the same."""
+    for name in "ab":
+        (tmp_path / f"{name}.pkt").write_text("0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3\n")
+    played: list[str] = []
+
+    def noted(path: Path, *, on: str, **_: object) -> Outcome:
+        played.append(on)
+        return Outcome(str(path), "passed")
+
+    monkeypatch.setattr("timewait.packetdrill.play", noted)
+    ran = CliRunner().invoke(command, ["--on", "both", str(tmp_path)])
+    assert played == ["model", "model", "kernel", "kernel"]
+    assert [line.split()[1] for line in ran.output.splitlines()[:4]] == ["model", "kernel"] * 2
+
+
+@pytest.mark.parametrize("stack", ["model", "kernel"])
+def test_the_echo_of_a_timestamp_is_the_scripts_own(stack: str, tmp_path: Path) -> None:
+    path = tmp_path / "echo.pkt"
+    text = OPENED.partition("+.01")[0]
+    text = text.replace("sackOK,nop,nop,nop,wscale 7", "TS val 100 ecr 0")
+    outcomes = []
+    for ecr in 100, 101:
+        path.write_text(text.replace("<...>", f"<mss 1460,nop,nop,TS val 5 ecr {ecr}>"))
+        try:
+            outcomes.append(play(path, on=stack))
+        except WireError as why:
+            pytest.skip(str(why))
+    assert [(each.outcome, each.line) for each in outcomes] == [("passed", None), ("failed", 5)]
+    assert outcomes[1].why.endswith("options")
+
+
+def test_a_congestion_control_that_no_namespace_may_have_for_its_default(tmp_path: Path) -> None:
+    """Where it may not be the default it is chosen for each socket, and inherited."""
+    ipv4 = Path("/proc/sys/net/ipv4")
+    known, allowed = (
+        (ipv4 / f"tcp_{which}_congestion_control").read_text().split()
+        for which in ("available", "allowed")
+    )
+    others = [name for name in known if name not in allowed]
+    if not others:
+        pytest.skip("every congestion control is allowed here")
+    path = tmp_path / "cc.pkt"
+    path.write_text(
+        f"`sysctl -q net.ipv4.tcp_congestion_control={others[0]}`\n{OPENED}"
+        f'+0 getsockopt(4, SOL_TCP, TCP_CONGESTION, "{others[0]}", [16]) = 0\n'
+    )
+    try:
+        assert play(path, on="kernel").why == ""
+    except WireError as why:
+        pytest.skip(str(why))
 
 
 def test_commands_that_make_a_file_make_none() -> None:
@@ -568,6 +663,10 @@ UNREAD = "".join(
             "recovery by SACK",
         ),
         ("+0 < udp (10)", "UDP"),
+        # Nothing of these is beyond it.
+        ("+0 write(4, ..., 1000) = 1000\n+0 > . 1:1001(1000) ack 1", "failed"),
+        ("+0 write(4, ..., 10) = 10\n+0 > P. 1:11(10) ack 1 win 9", "failed"),
+        ("+0 < [ect0] . 1:1(0) ack 1 win 9\n+0 read(4, ..., 1) = 1", "failed"),
     ],
 )
 def test_what_the_model_has_not_is_no_failure_of_a_stack(

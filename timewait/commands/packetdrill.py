@@ -57,8 +57,8 @@ def command(
     nothing leaves the namespace. What a script asks beyond the known language
     makes it "unsupported". Exit status: 0 if all passed, 1 if not.
     """
-    from timewait.packetdrill import Outcome, play
-    from timewait.packetdrill.settings import OPTIONS
+    from timewait.packetdrill import Outcome, play, read
+    from timewait.packetdrill.settings import OPTIONS, is_one_for
     from timewait.tcp.profiles import PROFILES
 
     if profile not in PROFILES:
@@ -70,14 +70,22 @@ def command(
     for word in files:
         if word[:1] == "-" and (word[1:2] != "-" or word[2:].partition("=")[0] not in OPTIONS):
             raise click.NoSuchOption(word.partition("=")[0])
+    for name, value in options:
+        if not is_one_for(name, value):
+            raise click.UsageError(f"no value for --{name}: {value!r}")
     scripts = _scripts([Path(word) for word in files if word[:1] != "-"])
+    try:  # what is no file may be read but once
+        texts = {path: read(path) for path in {*scripts} if not path.is_file()}
+    except OSError as trouble:
+        raise click.ClickException(f"{trouble.filename}: {trouble.strerror}") from None
     names = dict(item.partition("=")[::2] for item in defines)
     stacks = ("model", "kernel") if on == "both" else (on,)
-    rows: list[tuple[str, Outcome]] = []
 
     def outcome_of(job: tuple[Path, str]) -> Outcome:
         path, stack = job
-        return play(path, on=stack, profile=profile, defines=names, options=options)
+        return play(
+            path, text=texts.get(path), on=stack, profile=profile, defines=names, options=options
+        )
 
     def tell(stack: str, outcome: Outcome) -> None:
         if as_json:
@@ -89,23 +97,32 @@ def command(
         if outcome.diagram:
             click.echo("\n".join("    " + r for r in outcome.diagram.splitlines()))
 
-    todo = [(path, stack) for path in scripts for stack in stacks]
-    again: list[int] = []
+    outcomes: dict[tuple[Path, str], Outcome] = {}
+
+    def tell_all(path: Path) -> None:
+        for stack in stacks:
+            tell(stack, outcomes[path, stack])
+
+    again: list[Path] = []
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            for n, outcome in enumerate(pool.map(outcome_of, todo)):
-                stack = todo[n][1]
-                rows.append((stack, outcome))
-                if jobs > 1 and len(todo) > 1 and (stack, outcome.outcome) == ("kernel", "failed"):
-                    again.append(n)
-                else:
-                    tell(stack, outcome)
-        for n in again:
-            rows[n] = ("kernel", outcome_of(todo[n]))
-            tell(*rows[n])
+            # One stack after the other: the kernel keeps time, and the model has this process busy.
+            for stack in stacks:
+                todo = [(path, stack) for path in scripts]
+                for job, outcome in zip(todo, pool.map(outcome_of, todo), strict=True):
+                    outcomes[job] = outcome
+                    beside = jobs > 1 and len(scripts) > 1 and stack == "kernel"
+                    if beside and outcome.outcome == "failed":
+                        again.append(job[0])
+                    elif stack == stacks[-1]:
+                        tell_all(job[0])
+        for path in again:
+            outcomes[path, "kernel"] = outcome_of((path, "kernel"))
+            tell_all(path)
     except OSError as trouble:
         where = f"{trouble.filename}: " if trouble.filename else ""
         raise click.ClickException(f"{where}{trouble.strerror or trouble}") from None
+    rows = [(stack, outcomes[path, stack]) for path in scripts for stack in stacks]
     counts = {
         name: sum(outcome.outcome == name for _, outcome in rows)
         for name in ("passed", "failed", "unsupported")
@@ -148,6 +165,8 @@ def _scripts(given: list[Path]) -> list[Path]:
             raise click.ClickException(f"{path}: no .pkt files there")
         found += within
     for path in found:
+        if not path.is_file():
+            continue
         try:
             path.open("rb").close()
         except OSError as trouble:

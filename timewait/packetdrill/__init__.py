@@ -7,6 +7,9 @@ a script means, `on_kernel` and `on_model` are the two stacks it can mean it to.
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,16 +17,40 @@ from timewait.packetdrill.runner import Outcome, TooLate, run
 from timewait.packetdrill.script import Unsupported, parse
 from timewait.packetdrill.settings import Settings
 
-__all__ = ["Outcome", "play"]
+__all__ = ["Outcome", "play", "read"]
 
 _TRIES = 3
 _LONGEST = 300  # characters of a script that an answer repeats
 _MOST_OCTETS = (1 << 22) + 1  # read of a file: those are more characters than a script may have
 
 
+def read(path: Path | str) -> str:
+    """A script's text, as much of it as one may have.
+
+    Raises `OSError`, with the path, where it cannot be read, or is a FIFO that
+    nobody writes to.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            begun = b""
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                try:
+                    begun = os.read(fd, 1)
+                    if not begun:
+                        raise OSError(errno.EPIPE, "a FIFO that nobody writes to")
+                except BlockingIOError:
+                    pass  # its writer has yet to begin
+            os.set_blocking(fd, True)
+            return (begun + file.read(_MOST_OCTETS)).decode("utf-8", "replace")
+    except OSError as trouble:
+        raise OSError(trouble.errno, trouble.strerror, str(path)) from None
+
+
 def play(
     path: Path | str,
     *,
+    text: str | None = None,
     on: str = "model",
     profile: str = "linux",
     defines: Mapping[str, str] | None = None,
@@ -31,8 +58,9 @@ def play(
 ) -> Outcome:
     """Run one script on "model" or "kernel" and say how it ended.
 
-    `defines` are names for `#ifdef` and words of the script, `options` (name,
-    value) what packetdrill's own command line takes, such as ("ip_version", "ipv6").
+    `text` is what is in it where that has been read. `defines` are names for
+    `#ifdef` and words of the script, `options` (name, value) what packetdrill's
+    own command line takes, such as ("ip_version", "ipv6").
 
     On the kernel a run in which this process missed an event's time, or saw
     one of the kernel's at a wrong time, may only say that the machine was busy:
@@ -41,8 +69,8 @@ def play(
     Raises `OSError` where the file cannot be read, or (on the kernel) there can
     be no wire.
     """
-    with Path(path).open("rb") as file:
-        text = file.read(_MOST_OCTETS).decode("utf-8", "replace")
+    if text is None:
+        text = read(path)
     try:
         script = parse(text, str(path), defines, options)
         settings = Settings.of(script)
