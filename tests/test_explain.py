@@ -1233,7 +1233,9 @@ def test_who_connected_decides_whose_port_it_is(
     assert explained(port=PORT).situation == "close-wait-leak"
 
 
-def test_a_name_is_all_of_its_addresses(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def twofold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a name stand for ::1 and 127.0.0.1."""
     resolve = socket.getaddrinfo
 
     def both(host: str, *args: Any, **options: Any) -> Any:
@@ -1242,6 +1244,24 @@ def test_a_name_is_all_of_its_addresses(server: Server, monkeypatch: pytest.Monk
         return [*resolve("::1", *args, **options), *resolve("127.0.0.1", *args, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", both)
+
+
+@pytest.mark.usefixtures("twofold")
+def test_a_name_is_free_when_the_last_of_its_addresses_is(server: Server, connect: Connect) -> None:
+    opened: list[socket.socket] = []
+    for host, seconds in (("::1", 30), ("127.0.0.1", 60)):
+        sysctl("net.ipv4.tcp_fin_timeout", seconds)
+        listener = server(host)
+        opened += connect(listener)
+        opened[-2].close()
+        listener.close()
+    while len(sockets(PORT, states=[State.FIN_WAIT_2])) < 2:
+        time.sleep(0.001)
+    assert explain_bind(PORT, "twofold").address == ("127.0.0.1", PORT)
+
+
+@pytest.mark.usefixtures("twofold")
+def test_a_name_is_all_of_its_addresses(server: Server) -> None:
     assert explain_bind(PORT, "twofold").address == ("::1", PORT)
     assert can_bind(PORT, "twofold")
     server("127.0.0.1")

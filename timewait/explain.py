@@ -176,14 +176,16 @@ def explain_bind(port: int, host: str = "0.0.0.0") -> Explanation:
     """
     port = port_number(port)
     # Of a name's addresses a server binds all that this machine has: what is in the way of one
-    # is in the way of the server.
+    # is in the way of the server, and what will be so longest is told.
     return min((_explanation(look(port, each)) for each in addresses(host)), key=_urgency)
 
 
-def _urgency(found: Explanation) -> int:
+def _urgency(found: Explanation) -> tuple[int, float]:
     if found:
-        return 1
-    return 2 if found.situation == "address-not-local" else 0
+        return 1, 0.0
+    if found.situation == "address-not-local":
+        return 2, 0.0
+    return 0, -inf if found.free_after is None else -found.free_after
 
 
 def _wrapped(name: str, text: str) -> list[str]:
