@@ -17,7 +17,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-    Sequence,
 )
 from contextlib import ExitStack
 from types import FunctionType
@@ -60,8 +59,10 @@ def _ours(config: pytest.Config, marks: Iterable[pytest.Mark]) -> list[pytest.Ma
     ]
 
 
-def _is_our_fixture(name: str, defined: Sequence[pytest.FixtureDef[Any]] | None) -> bool:
-    """Whether the innermost fixture of that name is ours, or asks for ours."""
+def _is_our_fixture(name: str, node: pytest.Collector | pytest.Item) -> bool:
+    """Whether the innermost fixture of that name there is ours, or asks for ours."""
+    where: Any = node if pytest.version_tuple >= (8, 1) else node.nodeid
+    defined = node.session._fixturemanager.getfixturedefs(name, where)
     if not defined:
         return True
     nearest = defined[-1]
@@ -136,13 +137,12 @@ def _prepare(
     marks: list[pytest.Mark],
     arguments: Collection[str],
 ) -> None:
-    fixtures = collector.session._fixturemanager
     marks = _ours(collector.config, marks)
     names = {mark.name for mark in marks}
     names |= {
         name
         for name in ("tcp", "tcp_sim")
-        if name in arguments and _is_our_fixture(name, fixtures.getfixturedefs(name, collector))
+        if name in arguments and _is_our_fixture(name, collector)
     }
     watched, simulated = "tcp" in names, "tcp_sim" in names
     if watched and simulated:
@@ -183,8 +183,7 @@ def set_up_first(item: pytest.Item) -> None:
         raise pytest.UsageError(f"{item.nodeid}: {wrong}") from None
     if not marks and "tcp" not in names and not _everywhere(item.config):
         return
-    fixtures = item.session._fixturemanager
-    if not _is_our_fixture("tcp", fixtures.getfixturedefs("tcp", item)):
+    if not _is_our_fixture("tcp", item):
         return
     defined = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
     if "tcp" in names:
@@ -331,7 +330,7 @@ def _fail(item: pytest.Item, passed: pytest.TestReport, broken: BaseException) -
 
     call = pytest.CallInfo.from_call(body, "call")
     failed: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
-    times = {name: getattr(passed, name) for name in ("start", "stop", "duration")}
+    times = {name: vars(passed).get(name) for name in ("start", "stop", "duration")}
     vars(passed).pop("wasxfail", None)
     vars(passed).update(vars(failed) | times)
 
