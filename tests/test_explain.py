@@ -1255,8 +1255,8 @@ def test_a_name_is_free_when_the_last_of_its_addresses_is(server: Server, connec
         opened += connect(listener)
         opened[-2].close()
         listener.close()
-    while len(sockets(PORT, states=[State.FIN_WAIT_2])) < 2:
-        time.sleep(0.001)
+        while (host, PORT) not in {one.local for one in sockets(states=[State.FIN_WAIT_2])}:
+            time.sleep(0.001)
     assert explain_bind(PORT, "twofold").address == ("127.0.0.1", PORT)
 
 
