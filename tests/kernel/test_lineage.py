@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -40,8 +39,13 @@ def test_each_listener_and_each_call_of_this_process_is_told_once() -> None:
 
 def test_nothing_is_left_of_it() -> None:
     with Tracepoint([1]) as tracepoint:
-        instances: Path = tracepoint.home.parent
+
+        def ours() -> set[str]:
+            names = {each.name for each in tracepoint.home.parent.iterdir()}
+            return {name for name in names if f"-{os.getpid()}-" in name}
+
+        before = ours()
         lineage = Lineage(lambda: [os.getpid()])
-        (its,) = (each for each in instances.iterdir() if f"-{os.getpid()}--" in each.name)
+        assert len(ours() - before) == 1
         lineage.close()
-        assert not its.exists()
+        assert ours() == before
