@@ -214,6 +214,7 @@ def test_conditions_and_definitions() -> None:
         ("0 %{ %{ %{", "code that does not end", 1),
         ("0 < S 0:0(" + "9" * 5000 + ")", "a number of 5000 digits", 1),
         ("1" + "0" * 12 + " close(3) = 0", "a time out of range", 1),
+        ("0.5 close(3) = 0\n+0 close(3) = 0\n0.1 close(3) = 0", "a time before", 3),
         ("//" + "x" * (1 << 20), "characters", None),
     ],
 )
@@ -666,6 +667,8 @@ UNREAD = "".join(
         # Nothing of these is beyond it.
         ("+0 write(4, ..., 1000) = 1000\n+0 > . 1:1001(1000) ack 1", "failed"),
         ("+0 write(4, ..., 10) = 10\n+0 > P. 1:11(10) ack 1 win 9", "failed"),
+        ("+0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 4", "failed"),
+        ("+0 poll(NULL, 0, 10) = 0\n+0 read(4, ..., 1) = 1", "failed"),
         ("+0 < [ect0] . 1:1(0) ack 1 win 9\n+0 read(4, ..., 1) = 1", "failed"),
     ],
 )

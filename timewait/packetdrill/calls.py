@@ -728,6 +728,8 @@ class Calls:
 
     def _poll(self, call: Call) -> Callable[[], Result]:
         asked = call.arguments[0]
+        if asked in (0, Word("NULL")):
+            asked = ()
         if not isinstance(asked, tuple):
             raise Unsupported(f"poll() of {asked!r}", self.line)
         timeout = self.number(call.arguments[2])

@@ -376,7 +376,7 @@ class _Runner:
             self.until = base + call.until
             self.pending = (event, pending)
             return
-        limit = self.stack.now() + (_CALL_LIMIT if self.stack.real else 0.0)
+        limit = self.stack.now() + _CALL_LIMIT
         if not self.stack.finish(pending, limit):
             raise Failure(f"{call.name}() does not return", event.line)
         self.judge(event, call, pending)
@@ -406,6 +406,9 @@ class _Runner:
                 raise Failure(
                     f"{call.name}() succeeded, expected {fd} {call.errno or ''}".rstrip(), line
                 )
+            if fd in self.stack.calls.fds:
+                came.new.close()
+                raise Failure(f"{call.name}() = {fd}, a descriptor that is open", line)
             self.stack.calls.made(fd, came.new, "CLOEXEC" in repr(call.arguments))
             if call.name.startswith("accept") and self.connection is not None:
                 self.connection.fd = fd

@@ -58,13 +58,16 @@ class Word:
 
     name: str
 
+    def __repr__(self) -> str:
+        return self.name
+
 
 @frozen
 class Any:
     """`...`: whatever fits there."""
 
     def __repr__(self) -> str:
-        return "ANY"
+        return "..."
 
 
 ANY: Final = Any()
@@ -75,6 +78,9 @@ class Bits:
     """`POLLIN | POLLOUT`."""
 
     parts: tuple[Value, ...]
+
+    def __repr__(self) -> str:
+        return "|".join(map(repr, self.parts))
 
 
 @frozen
@@ -449,6 +455,7 @@ class _Parser:
         self.tokens[self.at :] = self.expanded(self.tokens[self.at :])
         before = self.commands()
         events: list[Event] = []
+        latest = 0.0
         after: tuple[tuple[int, Command], ...] = ()
         while self.token.kind != "end":
             if self.token.kind == "command":
@@ -456,7 +463,12 @@ class _Parser:
                 if self.token.kind != "end":
                     raise Unsupported("a command without a time", after[0][0])
                 break
-            events.append(self.event())
+            event = self.event()
+            if not event.when.relative and event.when.start is not None:
+                if event.when.start < latest:
+                    raise Unsupported("a time before that of an event before", event.line)
+                latest = event.when.start
+            events.append(event)
         if not events:
             raise Unsupported("a script without events", 1)
         return Script(
