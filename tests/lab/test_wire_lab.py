@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeGuard
@@ -321,10 +321,21 @@ async def test_a_modelled_peer_talks_to_the_kernel() -> None:
                 assert accepted.recv(10) == b"hello"
 
 
-async def test_waiting_in_vain_ends() -> None:
-    with pytest.raises(TimeoutError):
-        async with timewait.wire(None) as lab:
+async def test_waiting_in_vain_ends_and_says_what_came_instead() -> None:
+    async with timewait.wire(None) as lab:
+        with pytest.raises(TimeoutError, match=r"in 0\.01 s, but nothing"):
             await lab.receive(timeout=0.01)
+        with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
+            await lab.until(lambda: False, timeout=0.01)
+        with lab.socket() as client:
+            with suppress(BlockingIOError):
+                client.connect((FAR[0], 80))
+            await lab.until(lambda: lab.packets != [])
+            with pytest.raises(TimeoutError, match=r"but 1 others, the last .* SYN seq"):
+                await lab.receive(lambda packet: packet.segment.flags & RST != 0, timeout=0.01)
+    with pytest.raises(ValueError, match="'tun' or 'veth'"):
+        async with timewait.wire(None, device="tap"):
+            pass
 
 
 @pytest.mark.parametrize("device", [None, "veth"])

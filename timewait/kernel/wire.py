@@ -41,7 +41,8 @@ class Wire:
     or None for whichever is permitted. With `offload` a TUN device hands over text
     as TCP made it, up to 64 KiB at a time; without, in segments of the MSS.
 
-    Raises `WireError` where neither device nor namespace is to be had.
+    Raises `WireError` where neither device nor namespace is to be had, `ValueError`
+    for another `device`.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Wire:
         device: str | None = None,
         offload: bool = True,
     ) -> None:
+        if device not in ("tun", "veth", None):
+            raise ValueError(f"a wire's device is 'tun' or 'veth', not {device!r}")
         self.name = "tun0"  # whatever it is: that is what public scripts call it
         self.sent_at = 0.0
         self._file: io.FileIO | socket.socket | None = None
@@ -127,7 +130,10 @@ class Wire:
         return -1 if self._file is None else self._file.fileno()
 
     def send(self, packet: bytes) -> None:
-        """Let an IP packet arrive at the kernel. Raises `OSError` EINVAL for what is none."""
+        """Let an IP packet arrive at the kernel. Raises `OSError` EINVAL for what is none.
+
+        A veth pair takes none beyond its MTU (EMSGSIZE), a TUN device does.
+        """
         if not packet or packet[0] >> 4 not in _ETHERTYPES:
             raise OSError(errno.EINVAL, "neither an IPv4 nor an IPv6 packet")
         if self.device == "veth":

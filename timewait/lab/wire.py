@@ -115,9 +115,10 @@ class WireLab:
     ) -> Packet:
         """The next packet of the kernel's, from where the last call left off, that matches.
 
-        Raises `TimeoutError` where none came in time.
+        Raises `TimeoutError` where none came in time, which says what came instead.
         """
-        with anyio.fail_after(timeout):
+        begun = self._taken
+        with anyio.move_on_after(timeout):
             while True:
                 while self._taken < len(self.packets):
                     packet = self.packets[self._taken]
@@ -125,12 +126,17 @@ class WireLab:
                     if matches(packet):
                         return packet
                 await anyio.sleep(0.0005)
+        others = self.packets[begun : self._taken]
+        instead = f"{len(others)} others, the last {others[-1]}" if others else "nothing"
+        raise TimeoutError(f"no such packet of the kernel's in {timeout} s, but {instead}")
 
     async def until(self, condition: Callable[[], bool], *, timeout: float = 2.0) -> None:
         """Wait until something holds. Raises `TimeoutError`."""
-        with anyio.fail_after(timeout):
+        with anyio.move_on_after(timeout):
             while not condition():
                 await anyio.sleep(0.0005)
+            return
+        raise TimeoutError(f"it does not hold after {timeout} s")
 
     def _to_kernel(self, key: Key, segment: Segment) -> None:
         self.wire.send(encode(Packet((key[2], key[3]), (key[0], key[1]), segment)))

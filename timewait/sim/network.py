@@ -314,7 +314,7 @@ class Network:
     ) -> Fault:
         if segments not in _KINDS:
             raise ValueError(f"not a kind of segment: {segments!r} (one of {', '.join(_KINDS)})")
-        if nth < 1 or (times is not None and times < 1) or seconds < 0:
+        if nth < 1 or (times is not None and times < 1) or not seconds >= 0:
             raise ValueError("nth and times start at 1, and no fault lies in the past")
         for place in (source, target):
             if isinstance(place, str) and place not in self.hosts:
