@@ -178,6 +178,8 @@ class ModelSocket:
             if not waits or not data:
                 break
         moved, self._moved, self._since = self._moved, b"", None
+        if flags & socket.MSG_EOR and self.unsent():
+            raise Unsupported("MSG_EOR on the model")  # nothing may join what waits
         return len(moved)
 
     def unsent(self) -> int:
