@@ -664,6 +664,7 @@ UNREAD = "".join(
             "recovery by SACK",
         ),
         ("+0 < udp (10)", "UDP"),
+        ("+0 write(4, ..., 9) = 9\n+0 send(4, ..., 9, MSG_EOR) = 9", "MSG_EOR"),
         # Nothing of these is beyond it.
         ("+0 write(4, ..., 1000) = 1000\n+0 > . 1:1001(1000) ack 1", "failed"),
         ("+0 write(4, ..., 10) = 10\n+0 > P. 1:11(10) ack 1 win 9", "failed"),
@@ -680,6 +681,17 @@ def test_what_the_model_has_not_is_no_failure_of_a_stack(
     outcome = play(path)
     assert outcome.outcome == ("failed" if why == "failed" else "unsupported")
     assert why == "failed" or why in outcome.why
+
+
+def test_the_last_of_several_segments_is_pushed_though_more_waits(tmp_path: Path) -> None:
+    """As Linux 6.18 sends them to a device that takes them one by one."""
+    path = tmp_path / "several.pkt"
+    path.write_text(
+        f"--strict_segments\n{OPENED}+0 send(4, ..., 2500, MSG_MORE) = 2500\n"
+        "+0 > . 1:1001(1000) ack 1\n+0 > P. 1001:2001(1000) ack 1\n"
+        "+.01 < . 1:1(0) ack 2001 win 257\n+0 > . 2001:2501(500) ack 1\n"
+    )
+    assert play(path).why == ""
 
 
 OPENED = """\

@@ -319,7 +319,7 @@ def _send_new(
             if n % mss and not (hurry or c._recover) and _held_back(c):
                 n -= n % mss
         fin = fin and n == left
-        push = push and n == whole
+        push = (push and n == whole) or (linux and n > mss)  # __tcp_transmit_skb
         if c._cuts and n == whole:
             c._cuts = c._cuts[1:]
         if n and now - c._last_text < c._ato:
