@@ -20,7 +20,7 @@ import pytest
 
 from timewait import State
 from timewait.events import Event, Lost, Note, Transition
-from timewait.kernel import tracepoint
+from timewait.kernel import tracefs, tracepoint
 from timewait.kernel.namespace import Namespace, sysctl
 from timewait.kernel.tracepoint import Tracepoint
 
@@ -352,7 +352,7 @@ input()
 
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/ns/pid")
-    or os.stat("/proc/self/ns/pid").st_ino != tracepoint._FIRST_PID_NAMESPACE,
+    or os.stat("/proc/self/ns/pid").st_ino != tracefs._FIRST_PID_NAMESPACE,
     reason="the kernel knows processes by other numbers than are seen in this PID namespace",
 )
 @pytest.mark.parametrize("who", ["itself", "thread", "child"])
@@ -435,11 +435,11 @@ def test_nobody_of_another_pid_namespace_is_taken_for_killed(port: int) -> None:
         f"with Tracepoint([{port}]) as seen: print(*Path(seen.home.parent).iterdir())\n"
     )
     with ExitStack() as opened:
-        root = tracepoint._tracefs(opened)
+        root = tracefs.root(opened)
         made = root / "instances" / f"timewait-{os.getpid()}-999999"
         made.mkdir()
         opened.callback(made.rmdir)
-        lock = tracepoint._lock(made)
+        lock = tracefs._lock(made)
         assert lock is not None
         opened.callback(os.close, lock)
         inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -452,14 +452,14 @@ def test_a_kernel_without_tracefs_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     def mount() -> int:
         raise OSError(errno.ENODEV, "No such device")
 
-    monkeypatch.setattr(tracepoint, "_mount", mount)
+    monkeypatch.setattr(tracefs, "_mount", mount)
     with pytest.raises(OSError, match="this kernel has no tracefs"):
         Tracepoint([1])
 
 
 def test_without_root_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracepoint.os, "geteuid", lambda: 65534)
-    monkeypatch.setattr(tracepoint.os, "access", lambda *_: False)
+    monkeypatch.setattr(tracefs.os, "geteuid", lambda: 65534)
+    monkeypatch.setattr(tracefs.os, "access", lambda *_: False)
     fds = len(os.listdir("/proc/self/fd"))
     with pytest.raises(PermissionError, match="tracepoints need root"):
         Tracepoint([1])

@@ -21,7 +21,7 @@ import pytest
 
 import timewait
 from timewait.events import Called, Event, SegmentSeen, Transition
-from timewait.kernel.tracepoint import _tracefs
+from timewait.kernel import tracefs
 from timewait.kernel.wire import WireError
 from timewait.lab.wire import FAR, KERNEL, WireStack
 from timewait.scenario import BUILT_IN, WITH_FAULTS, Scenario, ScenarioError
@@ -236,7 +236,7 @@ def test_a_lab_that_sees_transitions_leaves_no_tracefs_instance(how: str) -> Non
             text=True,
         ) as lab,
     ):
-        instances = _tracefs(opened) / "instances"
+        instances = tracefs.root(opened) / "instances"
         assert lab.stdin is not None
         assert lab.stdout is not None
         lab.stdout.readline()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from timewait.events import Transition
-from timewait.kernel.tracepoint import _lock, _remove, _tracefs
+from timewait.kernel import tracefs
 from timewait.tcp.states import State
 
 __all__ = ["Lineage"]
@@ -30,7 +30,6 @@ _LINE: Final = re.compile(
     r"\s(\d+\.\d+): inet_sock_set_state: .*sport=(\d+) dport=(\d+) .*newstate=TCP_(\w+)"
 )
 _LOST: Final = re.compile(r"\[LOST (\d+) EVENTS\]")
-_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO in include/linux/proc_ns.h
 _ROUNDED: Final = 1e-6  # seconds by which the text's times are too late at most
 _SAME: Final = 0.001  # seconds at most between two records of one transition
 _PATIENCE: Final = 1.0  # seconds until the other record of a transition will not come
@@ -45,7 +44,7 @@ class Lineage:
     """
 
     def __init__(self, tree: Callable[[], Iterable[int]]) -> None:
-        if os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE:
+        if not tracefs.in_first_pid_namespace():
             raise OSError(errno.ESRCH, "the kernel knows this process by another number")
         self.lost = 0
         self._begun: list[tuple[float, int, int, State]] = []  # when, the ports, and LISTEN or not
@@ -58,16 +57,8 @@ class Lineage:
             raise
 
     def _open(self, tree: Callable[[], Iterable[int]]) -> None:
-        instances, lock = _tracefs(self._resources) / "instances", None
-        while lock is None:  # else another took it for one whose owner is gone
-            home = instances / f"timewait-{os.getpid()}--{id(self)}"
-            home.mkdir()
-            lock = _lock(home)
-        self._resources.callback(os.close, lock)
-        self._resources.callback(_remove, home, os.getpid())
-        (home / "trace_clock").write_text("mono")
-        for option in ("event-fork", "norecord-cmd"):
-            (home / "trace_options").write_text(option)
+        home = tracefs.instance(tracefs.root(self._resources), self._resources)
+        (home / "trace_options").write_text("event-fork")
         (home / "buffer_size_kb").write_text("32")  # for each processor: some 300 of them
         (home / _EVENT / "filter").write_text(_BEGINNINGS)
         self._followed = home / "set_event_pid"

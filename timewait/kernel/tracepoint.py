@@ -14,18 +14,12 @@ socket of another kind: the kernel reports the full socket's end
 (`FIN_WAIT2 -> CLOSE`) and sock_diag is asked what took its place. And a
 connect() is reported before it has a port: the socket's next event tells.
 
-What is recorded belongs to a tracefs instance that carries its owner's process
-id and is locked while it is in use, in whichever PID namespace; one whose owner
-was killed is removed by the next to start, or at once where a process was left
-to wait for that (`guarded`).
 Source: Documentation/trace/{ftrace,events,ring-buffer-map}.rst, kernel/trace/ring_buffer.c.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import heapq
 import itertools
 import os
@@ -33,11 +27,10 @@ import re
 import select
 import socket
 import struct
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -46,18 +39,12 @@ from typing import IO, Any, Final, Self, TypeAlias
 from attrs import evolve
 
 from timewait.events import USED_AGAIN, Address, Event, Lost, Note, Row, Transition
-from timewait.kernel import recorder
+from timewait.kernel import recorder, tracefs
 from timewait.kernel.recorder import Recorder, keeps_init_apart
 from timewait.kernel.sock_diag import SockDiag, address_text, host_text
 from timewait.tcp.states import State
 
 __all__ = ["Tracepoint"]
-
-# include/uapi/linux/mount.h; these numbers are the same on every architecture.
-_FSOPEN: Final = 430
-_FSCONFIG: Final = 431
-_FSMOUNT: Final = 432
-_FSCONFIG_CMD_CREATE: Final = 6
 
 # Every kind of event has these; an IPv4 address stands in the IPv6 field too, mapped.
 _PORTS: Final = "sport dport"
@@ -65,7 +52,6 @@ _HOSTS: Final = "saddr_v6 daddr_v6"
 _STATE_EVENT: Final = "events/sock/inet_sock_set_state"
 _STATE_FIELDS: Final = f"skaddr oldstate newstate {_PORTS} protocol {_HOSTS}"
 _INIT: Final = Path("/proc/1/task")
-_FIRST_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO in include/linux/proc_ns.h
 _STATES: Final = tuple(State.from_linux(n) if n else State.CLOSED for n in range(14))
 _BEGINNINGS: Final = frozenset((2, 7, 10))  # SYN_SENT, CLOSE, LISTEN
 _UNCONNECTED: Final = frozenset((7, 10))  # CLOSE, LISTEN
@@ -82,17 +68,9 @@ _SIZE: Final = (1 << 30) - 1
 _FIELD: Final = re.compile(r"field:[^;]*?(\w+)(?:\[\d*\])?;\s*offset:(\d+);\s*size:(\d+)")
 _REASONS: Final = re.compile(r"REC->reason,\s*((?:\{[^}]*\},?\s*)+)")
 _PAIR: Final = re.compile(r'\{\s*(\d+),\s*"(\w+)"')
-_OURS: Final = re.compile(r"timewait-[\d-]+")
-# They cannot be removed before the last descriptor of who was killed is closed.
-_REMOVE_THEM: Final = """
-while read -r each; do set -- "$@" "$each"; done
-for _ in 1 2 3 4 5 6 7 8 9; do rmdir "$@" && break; sleep 0.1; done
-"""
 _CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 Unpack: TypeAlias = Callable[[bytes, int], tuple[Any, ...]]
-
-_serial = itertools.count()
 
 
 class Tracepoint:
@@ -241,11 +219,11 @@ class Tracepoint:
 
     def _open(self, buffer: int, resets: bool, guarded: bool) -> None:
         self._diag = self._resources.enter_context(SockDiag())
-        root = _tracefs(self._resources)
-        _sweep(root / "instances")
+        root = tracefs.root(self._resources)
+        tracefs.sweep(root)
         if guarded:
-            self._guard = self._resources.enter_context(_guard(root))
-        self.home = home = self._instance(root)
+            self._guard = self._resources.enter_context(tracefs.guard(root))
+        self.home = home = tracefs.instance(root, self._resources, self._guard)
         self._page = bytearray(_subbuffer_size(home, root))
         self._states = home / _STATE_EVENT
         try:
@@ -278,26 +256,9 @@ class Tracepoint:
         for enable in self._enable:
             enable.write_text("1")
 
-    def _instance(self, root: Path) -> Path:
-        pid, lock = os.getpid(), None
-        while lock is None:  # else there was one of this name, or the sweep of another had it
-            home = root / "instances" / f"timewait-{pid}-{next(_serial)}"
-            if self._guard is not None:
-                self._guard.write(b"%s\n" % bytes(home))
-            with suppress(FileExistsError):
-                home.mkdir()
-                lock = _lock(home)
-        self._resources.callback(os.close, lock)
-        self._resources.callback(_remove, home, pid)
-        (home / "trace_clock").write_text("mono")
-        (home / "trace_options").write_text("norecord-cmd")  # which is noted at each switch
-        with suppress(FileNotFoundError):  # since Linux 5.0
-            (home / "buffer_percent").write_text("0")
-        return home
-
     def _watch_init(self, root: Path, buffer: int) -> None:
         """Have the kernel record what happens while a thread of process 1 has the processor."""
-        home = self._instance(root)
+        home = tracefs.instance(root, self._resources, self._guard)
         self._watch(home / _STATE_EVENT, _STATE_FIELDS, self._on_state_in_init)
         self._in_init = home / _STATE_EVENT / "enable"
         self.blind += ("of what happens while process 1 has the processor, in which namespace",)
@@ -595,102 +556,8 @@ def _subbuffer_size(home: Path, root: Path) -> int:
         return at + size
 
 
-# tracefs and what is left in it
-
-
-def _tracefs(resources: ExitStack) -> Path:
-    """Where tracefs is: mounted for us alone and nowhere, or where the system has it."""
-    if os.geteuid() == 0:
-        try:
-            mount = _mount()
-        except OSError as error:
-            if error.errno == errno.ENODEV:
-                raise OSError(errno.ENODEV, "this kernel has no tracefs") from None
-        else:
-            resources.callback(os.close, mount)
-            return Path(f"/proc/self/fd/{mount}")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        if right.startswith("tracefs "):
-            root = Path(left.split()[4].encode().decode("unicode_escape"))
-            if os.access(root / "instances", os.W_OK):
-                return root
-    who = "root" if os.geteuid() else "root's own rights, CAP_SYS_ADMIN outside of containers"
-    raise PermissionError(errno.EPERM, f"tracepoints need {who} (tracefs is closed to this user)")
-
-
-def _mount() -> int:
-    """A descriptor of a tracefs that is mounted nowhere and ends with the descriptor."""
-    context = _syscall(_FSOPEN, ctypes.c_char_p(b"tracefs"), 1)
-    try:
-        _syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return _syscall(_FSMOUNT, context, 1, 0)
-    finally:
-        os.close(context)
-
-
-def _syscall(number: int, *arguments: object) -> int:
-    result: int = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
-
-
 def _threads_of_init() -> set[int]:
     """The threads of process 1, by the numbers that the kernel itself knows them by."""
-    if os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE:
+    if not tracefs.in_first_pid_namespace():
         return {1}  # another is called so here, and only this number is known
     return {int(thread.name) for thread in _INIT.iterdir()}
-
-
-def _sweep(instances: Path) -> None:
-    """Remove what processes left that are no more."""
-    for left in instances.iterdir():
-        if _OURS.fullmatch(left.name) and (lock := _lock(left)) is not None:
-            with suppress(OSError):
-                left.rmdir()
-            os.close(lock)
-
-
-@contextmanager
-def _guard(root: Path) -> Iterator[IO[bytes]]:
-    """What is told here is removed when this process is no more, however it ended."""
-    with subprocess.Popen(
-        ["/bin/sh", "-c", _REMOVE_THEM],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-        pass_fds=[int(root.name)] if root.is_relative_to("/proc/self/fd") else [],
-        start_new_session=True,  # a signal to our group is not for it
-    ) as guard:
-        assert guard.stdin is not None
-        try:
-            yield guard.stdin
-        finally:
-            guard.kill()
-
-
-def _lock(instance: Path) -> int | None:
-    """A descriptor that locks it until its process ends; None where another has it, or it goes."""
-    try:
-        lock = os.open(instance, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.stat(instance), os.fstat(lock)):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(lock)
-    return None
-
-
-def _remove(instance: Path, owner: int) -> None:
-    if os.getpid() != owner:
-        return  # a forked child lets go of its descriptors only
-    with suppress(OSError):
-        (instance / "events/enable").write_text("0")
-    instance.rmdir()
