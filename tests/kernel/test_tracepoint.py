@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -402,68 +401,6 @@ def test_readable_when_there_is_something_to_read(port: int) -> None:
         for end in pair(port):
             end.close()
         assert select.select([seen], [], [], 10) == ([seen], [], [])
-
-
-def instances(seen: Tracepoint) -> set[str]:
-    return {name for name in os.listdir(seen.home.parent) if name.startswith("timewait-")}
-
-
-def test_nothing_is_left_and_the_leavings_of_the_killed_are_removed(port: int) -> None:
-    program = (
-        "import os, signal\n"
-        "from timewait.kernel.tracepoint import Tracepoint\n"
-        f"seen = Tracepoint([{port}])\n"
-        "print(seen.home.name, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    left = killed.stdout.strip()
-    assert left.startswith("timewait-")
-    with Tracepoint([port]) as first:
-        assert left not in instances(first)
-        with Tracepoint([port]) as second:  # does not take the living for leavings
-            assert {first.home.name, second.home.name} <= instances(first)
-        name = second.home.name
-        assert name not in instances(first)
-
-
-def test_nobody_of_another_pid_namespace_is_taken_for_killed(port: int) -> None:
-    """Instances that are still being made are as safe as those in use, which cannot be removed."""
-    program = (
-        "from pathlib import Path\n"
-        "from timewait.kernel.tracepoint import Tracepoint\n"
-        f"with Tracepoint([{port}]) as seen: print(*Path(seen.home.parent).iterdir())\n"
-    )
-    with ExitStack() as opened:
-        root = tracefs.root(opened)
-        made = root / "instances" / f"timewait-{os.getpid()}-999999"
-        made.mkdir()
-        opened.callback(made.rmdir)
-        lock = tracefs._lock(made)
-        assert lock is not None
-        opened.callback(os.close, lock)
-        inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        there = subprocess.check_output([*inside, sys.executable, "-c", program], text=True)
-        assert made.name in there
-        assert made.exists()
-
-
-def test_a_kernel_without_tracefs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mount() -> int:
-        raise OSError(errno.ENODEV, "No such device")
-
-    monkeypatch.setattr(tracefs, "_mount", mount)
-    with pytest.raises(OSError, match="this kernel has no tracefs"):
-        Tracepoint([1])
-
-
-def test_without_root_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracefs.os, "geteuid", lambda: 65534)
-    monkeypatch.setattr(tracefs.os, "access", lambda *_: False)
-    fds = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(PermissionError, match="tracepoints need root"):
-        Tracepoint([1])
-    assert len(os.listdir("/proc/self/fd")) == fds
 
 
 def test_a_reset_is_not_told_of_the_next_socket_at_the_same_place_in_memory() -> None:
