@@ -683,6 +683,18 @@ def test_what_the_model_has_not_is_no_failure_of_a_stack(
     assert why == "failed" or why in outcome.why
 
 
+def test_much_that_differs_is_told_in_short(tmp_path: Path) -> None:
+    path = tmp_path / "much.pkt"
+    path.write_text(
+        f"{OPENED}+0 < P. 1:1001(1000) ack 1 win 257\n* > . 1:1(0) ack 1001\n"
+        '+0 read(4, "text", 1000) = 1000\n'
+    )
+    why = play(path).why
+    assert why.startswith("read(): data is b'")
+    assert why.endswith("..., expected b'text'")
+    assert len(why) < 200
+
+
 def test_the_last_of_several_segments_is_pushed_though_more_waits(tmp_path: Path) -> None:
     """As Linux 6.18 sends them to a device that takes them one by one."""
     path = tmp_path / "several.pkt"

@@ -423,7 +423,8 @@ class _Runner:
         if expected is not ANY:
             for what, want, got in came.checks:
                 if want != got:
-                    raise Failure(f"{call.name}(): {what} is {got}, expected {want}", line)
+                    came_to, wanted = (_short(str(each)) for each in (got, want))
+                    raise Failure(f"{call.name}(): {what} is {came_to}, expected {wanted}", line)
         if call.name == "listen" and came.errno is None:
             self.listener, self.connection = self.stack.calls.number(call.arguments[0]), None
         if call.name == "close" and self.connection and self.connection.fd == call.arguments[0]:
@@ -768,6 +769,10 @@ def _shifted(option: Option, offset: int) -> Option:
     count = len(option.data) // 4
     edges = struct.unpack(f"!{count}I", option.data)
     return Option(5, struct.pack(f"!{count}I", *((e + offset) & 0xFFFFFFFF for e in edges)))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _words(call: Call) -> list[str]:
