@@ -122,7 +122,7 @@ def command(
             stack.enter_context(none_outlives_us())
             if observer == "auto":
                 observer = "sock_diag"
-                why = "not tracepoint: it tells of every namespace's resets"
+                why = "not tracepoint: it takes root, and tells of every namespace's resets"
                 click.echo(f"timewait: watching with {observer}, {why}", err=True)
         return _watch(port, hosts, observer, as_json, seconds, program, start, told)
 
