@@ -194,7 +194,7 @@ def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
     assert holder.seconds_left is not None
     assert 55 < holder.seconds_left < 62.1
     assert holder.gone_after is not None
-    assert holder.seconds_left < holder.gone_after <= holder.seconds_left + wheel_step(60)
+    assert holder.seconds_left < holder.gone_after < holder.seconds_left + wheel_step(60) + 1e-6
     assert found.free_after is not None  # from now on, not from when it was seen
     assert holder.gone_after - 1 < found.free_after < holder.gone_after + 0.02
     assert found.bindable.reuse_address is reuse
@@ -294,7 +294,7 @@ def test_the_second_time_of_an_orphan_is_as_long_as_the_first(
     (holder,) = explained().holders
     assert holder.gone_after is not None
     assert holder.seconds_left is not None
-    assert holder.gone_after - holder.seconds_left <= wheel_step(10)
+    assert holder.gone_after < holder.seconds_left + wheel_step(10) + 1e-6
 
 
 @pytest.mark.parametrize("seconds", [1, 2, 3])
