@@ -2,7 +2,7 @@
 
 Where the kernel's tracepoint is permitted (to root), a witness knows each state
 of its children's connections, and of those made below Python, and not only the
-states they are in when the table is read. To open it takes some 90 ms and to
+states they are in when the table is read. To open it takes some 200 ms and to
 close it as much, so it is opened once, and kept until the process ends.
 
 On some kernels the tracepoint tells of all network namespaces and does not say
