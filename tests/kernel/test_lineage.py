@@ -9,13 +9,18 @@ import sys
 import pytest
 
 from timewait.events import Transition
+from timewait.kernel import tracefs
 from timewait.kernel.lineage import Lineage
 from timewait.kernel.tracepoint import Tracepoint
 from timewait.tcp.states import State
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="needs root (tracefs)"
-)
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs root (tracefs)"),
+    pytest.mark.skipif(
+        sys.platform == "linux" and not tracefs.in_first_pid_namespace(),
+        reason="the kernel knows processes by other numbers than are seen in this PID namespace",
+    ),
+]
 
 
 def test_each_listener_and_each_call_of_this_process_is_told_once() -> None:
