@@ -26,14 +26,13 @@ from timewait.connections import Key
 from timewait.events import Transition
 from timewait.kernel.lineage import Lineage
 from timewait.kernel.sock_diag import Destroyed
-from timewait.kernel.tracepoint import Tracepoint
+from timewait.kernel.tracepoint import ANYWHERE, Tracepoint
 from timewait.tcp.states import State
 
 __all__ = ["Record", "record"]
 
 Tree: TypeAlias = Callable[[], Iterable[int]]  # the processes of a tree, as they are now
 
-_ANYWHERE: Final = "which network namespace a socket is in"  # what a tracepoint may be blind to
 _BUFFER: Final = 1 << 20  # bytes for each processor: some 13,000 transitions between two looks
 _PATIENCE: Final = 1.0  # seconds until a transition that was seen nowhere here is another's
 
@@ -105,7 +104,7 @@ class _Recorder:
                 self.lineage = Lineage(tree)  # before the other, whose events it is about
                 undone.callback(self.lineage.close)
             self._tracepoint = Tracepoint(None, start=0.0, buffer=_BUFFER)
-            if _ANYWHERE in self._tracepoint.blind:
+            if ANYWHERE in self._tracepoint.blind:
                 self.lineage = None  # a child may be in another namespace, on the same port
             else:
                 undone.pop_all()

@@ -44,7 +44,9 @@ from timewait.kernel.recorder import Recorder, keeps_init_apart
 from timewait.kernel.sock_diag import SockDiag, address_text, host_text
 from timewait.tcp.states import State
 
-__all__ = ["Tracepoint"]
+__all__ = ["ANYWHERE", "Tracepoint"]
+
+ANYWHERE: Final = "which network namespace a socket is in"  # what it may be blind to
 
 # Every kind of event has these; an IPv4 address stands in the IPv6 field too, mapped.
 _PORTS: Final = "sport dport"
@@ -229,7 +231,7 @@ class Tracepoint:
         try:
             self._recorder = Recorder(self._ports, buffer)
         except OSError:  # the kernel's own record will do
-            self.blind += ("which network namespace a socket is in",)
+            self.blind += (ANYWHERE,)
             self._state_kind, self._unpack_state = self._watch(
                 self._states, _STATE_FIELDS, self._on_state
             )
