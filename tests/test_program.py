@@ -87,7 +87,7 @@ def test_killed_it_takes_all_along_that_is_in_its_private_network(watch: tuple[s
         until(process, "ready")
         assert process.stdout is not None
         process.kill()
-        assert process.stdout.read() == ""  # nobody has it any more
+        assert "ready" not in process.stdout.read()  # it ends: nobody has it any more
 
 
 def test_the_terminals_ctrl_c_is_not_passed_on_as_well() -> None:
