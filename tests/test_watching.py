@@ -277,6 +277,37 @@ def test_watch_runs_a_command_and_keeps_its_status() -> None:
     assert "SYN,ACK" in isolated.stdout
 
 
+@pytest.mark.parametrize("observer", ["tracepoint", "sock_diag", "capture"])
+def test_of_a_commands_connections_alone_is_told(observer: str) -> None:
+    program = (
+        "import socket\n"
+        "input()\n"
+        f"s = socket.create_server(('127.0.0.1', {PORT + 1}))\n"
+        f"c = socket.create_connection(('127.0.0.1', {PORT + 1}))\n"
+        "a, _ = s.accept(); a.close(); c.close()\n"
+        f"c = socket.create_connection(('127.0.0.1', {PORT}), source_address=('127.0.0.1', 7777))\n"
+    )
+    with (
+        socket.create_server(("127.0.0.1", PORT)) as server,
+        subprocess.Popen(
+            [sys.executable, "-m", "timewait", "watch", "--json", "--observer", observer, "--",
+             sys.executable, "-c", program],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        ) as watching,
+    ):  # fmt: skip
+        assert watching.stdin is not None
+        assert watching.stdout is not None
+        assert json.loads(watching.stdout.readline())["kind"] == "run"
+        with socket.create_connection(("127.0.0.1", PORT)) as stranger, server.accept()[0]:
+            out, _ = watching.communicate("\n")
+            _, port = stranger.getsockname()
+    records = [json.loads(line) for line in out.splitlines()]
+    ends = [record.get(end) for record in records for end in ("local", "remote", "src", "dst")]
+    ports = {end[1] for end in ends if end is not None}
+    assert ports >= {7777, PORT, PORT + 1}
+    assert port not in ports
+
+
 def test_watch_isolated_tells_of_nothing_outside() -> None:
     with socket.create_server(("127.0.0.1", 0)) as outside:
         port = outside.getsockname()[1]

@@ -217,11 +217,16 @@ class Lost:
 
 @frozen
 class Note:
-    """Something worth reading that is none of the above: a step's label, a time limit reached."""
+    """Something worth reading that is none of the above: a step's label, a time limit reached.
+
+    Where it is about a socket, `local` and `remote` are its ends.
+    """
 
     kind: ClassVar[str] = "note"
     t: float
     text: str
+    local: Address | None = None
+    remote: Address | None = None
 
 
 @frozen

@@ -23,6 +23,7 @@ from timewait.connections import CLOSED_FIRST, LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Event, Row, RunStarted, SegmentSeen, Transition
 from timewait.explain import Explanation, explain_bind
 from timewait.kernel.observers import Observer, observe
+from timewait.owned import Owned
 from timewait.report import address
 from timewait.tcp.segment import ACK, FIN, RST, SYN
 from timewait.tcp.states import State
@@ -51,8 +52,9 @@ def watch(port: int | None = None, *, observer: str = "auto") -> Watch:
 class Watch(Connections):
     """What is seen of a port from `__enter__` to `__exit__`; iterate for events as they come.
 
-    Whoever's the sockets are: their connections, and what can be asserted of
-    them, are in the methods of `timewait.connections.Connections`.
+    Whoever's the sockets are (but of those that are `owned`, where that is given): their
+    connections, and what can be asserted of them, are in the methods of
+    `timewait.connections.Connections`.
 
     `events` are those so far, complete after the end. `observer` names who
     saw them, `why_not` why not a stronger one, `blind` what cannot be seen,
@@ -60,7 +62,7 @@ class Watch(Connections):
     watch began. It can be entered once: `RuntimeError` after that.
     """
 
-    def __init__(self, port: int | None, observer: str) -> None:
+    def __init__(self, port: int | None, observer: str, owned: Owned | None = None) -> None:
         super().__init__()
         self.port = None if port is None else port_number(port)
         if self.port == 0:
@@ -70,6 +72,7 @@ class Watch(Connections):
         self._last: tuple[list[Row], float] = [], 0.0
         self._taken = 0  # events that were put into the table of endpoints
         self._wanted = observer
+        self._owned = owned
         self._observer: Observer | None = None
         self._ending = threading.Event()
         self._news = threading.Condition()
@@ -143,6 +146,8 @@ class Watch(Connections):
     def _fetch(self, observer: Observer) -> None:
         with self._looking:
             seen = observer.read()
+            if self._owned is not None:
+                seen = self._owned.among(seen, self._began)
         if seen:
             with self._news:
                 self.events += seen

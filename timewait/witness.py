@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from timewait.kernel.sock_diag import SockDiag
     from timewait.record import Record
 
-__all__ = ["Witness", "descendants", "looking_on", "table"]
+__all__ = ["Witness", "descendants", "looking_on", "sockets_of", "table"]
 
 _PERIOD: Final = 0.02  # seconds between looks at the children's sockets
 _BEGINNINGS: Final = {State.CLOSED, State.LISTEN}
@@ -275,7 +275,7 @@ class Witness(Connections):
         if self._owned is None:
             daemons = {pid for pid in self._children if os.path.exists(f"/proc/{pid}")}
             self._children = _tree(os.getpid()) | daemons  # once a child of ours, still ours
-            self._owned = _owners(self._children)
+            self._owned = sockets_of(self._children)
         if inode not in self._owned:
             self._not_ours.add(inode)
         return self._owned.get(inode)
@@ -555,7 +555,7 @@ def _tree(pid: int) -> set[int]:
 _SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
 
 
-def _owners(pids: Iterable[int]) -> dict[int, int]:
+def sockets_of(pids: Iterable[int]) -> dict[int, int]:
     """Socket inode -> the process among these that has it open."""
     owners: dict[int, int] = {}
     for pid in pids:

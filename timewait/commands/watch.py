@@ -37,11 +37,12 @@ from timewait.events import (
 )
 from timewait.kernel.namespace import isolate
 from timewait.kernel.observers import OBSERVERS
+from timewait.owned import Owned
 from timewait.program import Start, exit_status, none_outlives_us, passing_signals_on
 from timewait.report import address as address_text
 from timewait.tcp.segment import flags_text
 from timewait.tcp.states import State
-from timewait.watching import Watch, watch
+from timewait.watching import Watch
 
 __all__ = ["command"]
 
@@ -67,8 +68,9 @@ class _WithCommand(click.Command):
     cls=_WithCommand,
     help="Show the sockets of PORT with their timers, and each transition as it happens, until "
     "Ctrl-C. Where the output is no terminal, and with --json, print the events one a line. With "
-    "a COMMAND, run it, watch until it ends (all ports if none is given), and exit as it does; "
-    "signals to end are passed on to it.",
+    "a COMMAND, run it, watch until it ends, and exit as it does; signals to end are passed on to "
+    "it. If no PORT is given, its own connections are watched then, both ends of them, and those "
+    "of what it starts.",
     epilog="Exit status: 0 (or COMMAND's own), 2 could not watch.",
 )
 @click.argument("address", metavar="[HOST:]PORT [-- COMMAND...]", required=False)
@@ -124,7 +126,14 @@ def command(
                 observer = "sock_diag"
                 why = "not tracepoint: it takes root, and tells of every namespace's resets"
                 click.echo(f"timewait: watching with {observer}, {why}", err=True)
-        return _watch(port, hosts, observer, as_json, seconds, program, start, told)
+        theirs = program and port is None and not isolated
+        owned = stack.enter_context(Owned()) if theirs else None
+        seen = Watch(port, observer, owned)
+        status = _watch(seen, _Feed(hosts, as_json), as_json, seconds, program, start, told)
+        if owned is not None and owned.unknown:
+            why = "were gone before it could be seen whose they were (--isolated has no others)"
+            click.echo(f"timewait: {owned.unknown} of these sockets {why}", err=True)
+    return status
 
 
 def _shown_as(host: str) -> frozenset[str]:
@@ -160,18 +169,16 @@ def _telling(told: _Told) -> Iterator[None]:
 
 
 def _watch(
-    port: int | None,
-    hosts: frozenset[str],
-    observer: str,
+    seen: Watch,
+    feed: _Feed,
     as_json: bool,
     seconds: float | None,
     program: list[str],
     start: Start | None,
     told: _Told,
 ) -> int:
-    feed = _Feed(hosts, as_json)
     process: subprocess.Popen[bytes] | None = None
-    with watch(port, observer=observer) as seen:
+    with seen:
         for reason in seen.why_not:
             click.echo(f"timewait: watching with {seen.observer}, {reason}", err=True)
         if start is not None:
@@ -244,6 +251,8 @@ class _Feed:
             return self.concerns(event.local, event.remote)
         if isinstance(event, SegmentSeen):
             return self.concerns(event.src, event.dst)
+        if isinstance(event, Note) and event.local is not None and event.remote is not None:
+            return self.concerns(event.local, event.remote)
         return True
 
     def print(self, seen: Watch) -> None:

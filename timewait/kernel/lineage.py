@@ -38,12 +38,13 @@ _PATIENCE: Final = 1.0  # seconds until the other record of a transition will no
 class Lineage:
     """Tells which transitions began in these processes or in what descends from them, from now on.
 
-    `tree` lists them. To be opened before what records the transitions themselves. `lost` counts
+    `tree` lists them. `buffer` bytes, for each processor, hold a hundredth as many beginnings. To
+    be opened before what records the transitions themselves. `lost` counts
     those that the kernel had no room for. Needs root, and the first PID
     namespace. Raises `OSError` that says why it cannot be had.
     """
 
-    def __init__(self, tree: Callable[[], Iterable[int]]) -> None:
+    def __init__(self, tree: Callable[[], Iterable[int]], *, buffer: int = 1 << 15) -> None:
         if not tracefs.in_first_pid_namespace():
             raise OSError(errno.ESRCH, "the kernel knows this process by another number")
         self.lost = 0
@@ -51,15 +52,15 @@ class Lineage:
         self._text = ""
         self._resources = ExitStack()
         try:
-            self._open(tree)
+            self._open(tree, buffer)
         except BaseException:
             self._resources.close()
             raise
 
-    def _open(self, tree: Callable[[], Iterable[int]]) -> None:
+    def _open(self, tree: Callable[[], Iterable[int]], buffer: int) -> None:
         home = tracefs.instance(tracefs.root(self._resources), self._resources)
         (home / "trace_options").write_text("event-fork")
-        (home / "buffer_size_kb").write_text("32")  # for each processor: some 300 of them
+        (home / "buffer_size_kb").write_text(str(buffer >> 10))
         (home / _EVENT / "filter").write_text(_BEGINNINGS)
         self._followed = home / "set_event_pid"
         self._follow(tree)

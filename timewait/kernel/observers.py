@@ -135,7 +135,8 @@ class Sampled:
         for cookie, row in ended.items():
             if cookie not in table and cookie not in self._table and row.remote[1] != 0:
                 ends = f"{address_text(row.local)} \N{RIGHTWARDS ARROW} {address_text(row.remote)}"
-                events.append(Note(began - self.start, f"{ends} came and went between two looks"))
+                text = f"{ends} came and went between two looks"
+                events.append(Note(began - self.start, text, row.local, row.remote))
         if lost > self.lost:
             why = "notices of destroyed sockets came faster than they were read"
             events.append(Lost(began - self.start, self.name, lost - self.lost, why))

@@ -357,14 +357,16 @@ class Tracepoint:
         sock, sport, dport, source, target = unpack(page, offset)
         self._causes[sock] = "RST received"
         local, remote = (host_text(source), sport), (host_text(target), dport)
-        events.append(Note(at, f"{address_text(local)} received a RST from {address_text(remote)}"))
+        text = f"{address_text(local)} received a RST from {address_text(remote)}"
+        events.append(Note(at, text, local, remote))
 
     def _on_retransmit(
         self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
     ) -> None:
         _, sport, dport, source, target = unpack(page, offset)
         local, remote = (host_text(source), sport), (host_text(target), dport)
-        events.append(Note(at, f"{address_text(local)} retransmitted to {address_text(remote)}"))
+        text = f"{address_text(local)} retransmitted to {address_text(remote)}"
+        events.append(Note(at, text, local, remote))
 
     def _on_sent_reset(
         self, unpack: Unpack, at: float, page: bytes, offset: int, events: list[Event]
@@ -373,9 +375,8 @@ class Tracepoint:
         local, remote = _sockaddr(source), _sockaddr(target)
         if self._ports is None or local[1] in self._ports or remote[1] in self._ports:
             why = self._reasons.get(reason, str(reason))
-            events.append(
-                Note(at, f"{address_text(local)} sent a RST to {address_text(remote)} ({why})")
-            )
+            text = f"{address_text(local)} sent a RST to {address_text(remote)} ({why})"
+            events.append(Note(at, text, local, remote))
 
     def _name_the_unnamed(self, events: list[Event]) -> None:
         """Give connect()s the port they were dealt after their first event was recorded.
