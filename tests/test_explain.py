@@ -120,9 +120,9 @@ def tried(host: str, port: int) -> dict[str, bool]:
 def explained(host: str | None = None, port: int = PORT) -> Explanation:
     """The explanation, after a look that it told the truth and left nothing behind."""
     host = host or HERE
-    before = sorted((row.local, row.remote) for row in sockets(states=State))
+    before = Counter((row.local, row.remote) for row in sockets(states=State))
     found = explain_bind(port, host)
-    assert sorted((row.local, row.remote) for row in sockets(states=State)) == before
+    assert Counter((row.local, row.remote) for row in sockets(states=State)) <= before
     bindable = found.to_json()["bindable"]
     assert bindable == tried(host, port)
     assert bool(found) == bindable["plain"]
@@ -138,7 +138,9 @@ def kinds(found: Explanation) -> list[str]:
 
 
 def wait_for(port: int, state: State) -> None:
+    until = time.monotonic() + 20
     while not any(row.state is state for row in sockets(port)):
+        assert time.monotonic() < until, "what ends by a timer may have ended unseen"
         time.sleep(0.001)
 
 
@@ -186,7 +188,9 @@ def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
     listener.close()
     accepted.close()
     client.close()
+    asked = time.monotonic()
     found = explained()
+    took = time.monotonic() - asked
     assert found.situation == f"time-wait-{'with' if reuse else 'without'}-reuse"
     (holder,) = found.holders
     assert (holder.kind, holder.state, holder.pid) == ("time-wait", State.TIME_WAIT, None)
@@ -196,7 +200,7 @@ def test_time_wait(server: Server, connect: Connect, reuse: bool) -> None:
     assert holder.gone_after is not None
     assert holder.seconds_left < holder.gone_after < holder.seconds_left + wheel_step(60) + 1e-6
     assert found.free_after is not None  # from now on, not from when it was seen
-    assert holder.gone_after - 1 < found.free_after < holder.gone_after + 0.02
+    assert holder.gone_after - took - 0.02 < found.free_after < holder.gone_after + 0.02
     assert found.bindable.reuse_address is reuse
     if reuse:
         assert "so a server that sets it binds now" in found.rule
@@ -263,22 +267,27 @@ def test_orphaned_fin_wait_2(server: Server, connect: Connect) -> None:
 
 
 def test_orphaned_fin_wait_2_that_is_to_last_over_a_minute(
-    server: Server, connect: Connect
+    server: Server, connect: Connect, undisturbed: Callable[..., None]
 ) -> None:
     sysctl("net.ipv4.tcp_fin_timeout", "61")
-    listener = server()
-    accepted, _client = connect(listener)
-    listener.close()
-    accepted.close()
-    wait_for(PORT, State.FIN_WAIT_2)
-    (row,) = (row for row in sockets(PORT) if row.state is State.FIN_WAIT_2)
-    assert row.timer == "keepalive"
-    found = explained()
-    assert found.situation == "fin-wait-2-orphan"
-    assert found.free_after is not None
-    assert 1 < found.free_after <= 2.2
-    assert f"it is free in {found.free_after:.1f} s" in found.advice[0]
-    assert found.free_after - 0.1 <= wait_until_bindable_sync(PORT, timeout=20)
+
+    def orphan() -> None:
+        wait_until_bindable_sync(PORT, timeout=20)  # (after the one before)
+        listener = server()
+        accepted, _client = connect(listener)
+        listener.close()
+        accepted.close()
+        wait_for(PORT, State.FIN_WAIT_2)
+        (row,) = (row for row in sockets(PORT) if row.state is State.FIN_WAIT_2)
+        assert row.timer == "keepalive"
+        found = explained()
+        assert found.situation == "fin-wait-2-orphan"
+        assert found.free_after is not None
+        assert 1 < found.free_after <= 2.2
+        assert f"it is free in {found.free_after:.1f} s" in found.advice[0]
+        assert found.free_after - 0.1 <= wait_until_bindable_sync(PORT, timeout=20)
+
+    undisturbed(orphan)
 
 
 def test_the_second_time_of_an_orphan_is_as_long_as_the_first(
@@ -299,40 +308,49 @@ def test_the_second_time_of_an_orphan_is_as_long_as_the_first(
 
 @pytest.mark.parametrize("seconds", [1, 2, 3])
 def test_the_port_is_free_when_it_was_said_to_be(
-    server: Server, connect: Connect, seconds: int
+    server: Server, connect: Connect, seconds: int, undisturbed: Callable[..., None]
 ) -> None:
     sysctl("net.ipv4.tcp_fin_timeout", seconds)
-    listener = server()
-    accepted, _client = connect(listener)
-    listener.close()
-    accepted.close()
-    wait_for(PORT, State.FIN_WAIT_2)
-    found = explain_bind(PORT, "127.0.0.1")
-    waited = wait_until_bindable_sync(PORT, "127.0.0.1", timeout=20)
-    assert found.free_after is not None
-    # Never sooner, but for the looks' own time; later only as this process was.
-    assert found.free_after - 0.1 <= waited <= found.free_after + 0.9
+
+    def orphan() -> None:
+        listener = server()
+        accepted, _client = connect(listener)
+        listener.close()
+        accepted.close()
+        wait_for(PORT, State.FIN_WAIT_2)
+        found = explain_bind(PORT, "127.0.0.1")
+        waited = wait_until_bindable_sync(PORT, "127.0.0.1", timeout=20)
+        assert found.free_after is not None
+        # Never sooner, but for the looks' own time; later only as this process was.
+        assert found.free_after - 0.1 <= waited <= found.free_after + 0.9
+
+    undisturbed(orphan)
 
 
 def test_a_bind_succeeds_when_it_was_said_to_and_not_before(
-    server: Server, connect: Connect
+    server: Server, connect: Connect, undisturbed: Callable[..., None]
 ) -> None:
     sysctl("net.ipv4.tcp_fin_timeout", 2)
-    listener = server()
-    accepted, _client = connect(listener)
-    listener.close()
-    accepted.close()
-    wait_for(PORT, State.FIN_WAIT_2)
-    found = explain_bind(PORT, HERE)
-    then = time.monotonic() + (found.free_after or 0.0)
-    refused = 0.0
-    while time.monotonic() < then:
-        before = time.monotonic()
-        if not tried(HERE, PORT)["plain"]:
-            refused = before
-        time.sleep(0.002)
-    assert tried(HERE, PORT)["plain"]
-    assert refused > then - 0.3
+
+    def orphan() -> None:
+        wait_until_bindable_sync(PORT, timeout=20)
+        listener = server()
+        accepted, _client = connect(listener)
+        listener.close()
+        accepted.close()
+        wait_for(PORT, State.FIN_WAIT_2)
+        found = explain_bind(PORT, HERE)
+        then = time.monotonic() + (found.free_after or 0.0)
+        refused = 0.0
+        while time.monotonic() < then:
+            before = time.monotonic()
+            if not tried(HERE, PORT)["plain"]:
+                refused = before
+            time.sleep(0.002)
+        assert tried(HERE, PORT)["plain"]
+        assert refused > then - 0.3
+
+    undisturbed(orphan, within=0.01)
 
 
 @pytest.mark.usefixtures("either_family")
@@ -403,7 +421,7 @@ def test_self_connect(opened: ExitStack) -> None:
     assert ended.situation == "self-connect"
     assert ended.title == "a connection to itself that has ended holds it: TIME_WAIT"
     assert ended.free_after is not None
-    assert 58 < ended.free_after < 63
+    assert 55 < ended.free_after < 63
     assert ended.advice[0].startswith("Now: wait")
 
 
@@ -938,7 +956,7 @@ if not first and os.fork():
 ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 if os.fork():
     from timewait.explain import explain_bind
-    while not (found := explain_bind(9090)).holders:
+    while not (found := explain_bind(9090)).holders or found.situation == "bound-not-listening":
         time.sleep(0.01)
     print(found.situation, flush=True)
     os._exit(0)
@@ -1292,7 +1310,10 @@ def test_a_wait_asks_for_a_name_s_addresses_once(
 
 
 def test_the_wait_for_many_is_counted_from_when_they_were_seen(
-    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[..., None],
 ) -> None:
     sysctl("net.ipv4.tcp_fin_timeout", 30)
     listener = server()
@@ -1306,11 +1327,17 @@ def test_the_wait_for_many_is_counted_from_when_they_were_seen(
         time.sleep(1)
         return owners(inodes)
 
-    first = explain_bind(PORT, HERE)
-    then = time.monotonic() + (first.free_after or 0)
-    monkeypatch.setattr("timewait.bind.owners", slow)
-    found = explain_bind(PORT, HERE)
-    assert then == pytest.approx(time.monotonic() + (found.free_after or 0), abs=0.1)
+    def told() -> float:
+        found = explain_bind(PORT, HERE)
+        return time.monotonic() + (found.free_after or 0)
+
+    def twice() -> None:
+        then = told()
+        with monkeypatch.context() as later:
+            later.setattr("timewait.bind.owners", slow)
+            assert then == pytest.approx(told(), abs=0.1)
+
+    undisturbed(twice)
 
 
 def test_the_command_loads_only_what_it_needs() -> None:
