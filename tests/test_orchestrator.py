@@ -247,7 +247,10 @@ def test_a_socket_on_another_address_does_not_hold_the_port() -> None:
         other.bind(("127.0.0.9", port))
         other.listen()
         story = Scenario(port=port).listen().connect().close("server").restart()
-        assert 59 < (story.run_sync().restart.free_after or 0) <= 60.1
+        began = time.monotonic()
+        left = story.run_sync().restart.free_after
+    assert left is not None
+    assert 60 - (time.monotonic() - began) <= left <= 60.1
 
 
 @both_backends
@@ -321,7 +324,7 @@ def test_interrupted_it_closes_its_sockets_and_leaves_the_file_whole(
 
 @pytest.mark.parametrize("stack", ["kernel", "model"])
 def test_more_can_be_sent_than_memory_holds(stack: str) -> None:
-    story = Scenario(time_limit=0.2).listen(reads=False).connect().send("client", 10**14)
+    story = Scenario(time_limit=2).listen(reads=False).connect().send("client", 10**14)
     with pytest.raises(StepHung, match="clients send 100000000000000 bytes"):
         story.run_sync(on=stack)
     story = Scenario().listen().connect().send("client", 3_000_000).close("client")

@@ -155,7 +155,9 @@ def test_a_wait_ends_when_the_port_is_let_go(backend: str) -> None:
 
 
 def test_a_free_port_is_not_waited_for() -> None:
-    assert wait_until_bindable_sync(PORT, timeout=0) < 1
+    began = time.monotonic()
+    waited = wait_until_bindable_sync(PORT, timeout=0)
+    assert 0 <= waited <= time.monotonic() - began
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_what_is_no_port_is_refused_by_all_alike(port: int) -> None:
 
 def test_a_wait_is_for_the_options_that_the_server_sets() -> None:
     converse(reuse=True)
-    assert wait_until_bindable_sync(PORT, timeout=0, reuse_address=True) < 1
+    wait_until_bindable_sync(PORT, timeout=0, reuse_address=True)
     with pytest.raises(TimeoutError, match="TIME_WAIT"):
         wait_until_bindable_sync(PORT, timeout=0.1)
 
@@ -504,13 +506,15 @@ def test_many_sockets_leave_room_for_what_happens() -> None:
             socket.create_connection(listener.getsockname()).close()
             shown = screen(terminal, process, "\N{RIGHTWARDS ARROW} CLOSE_WAIT".encode())
             process.terminate()
-            while process.poll() is None:
+            out = b""
+            while process.poll() is None or select.select([terminal], [], [], 0)[0]:
                 if select.select([terminal], [], [], 0.1)[0]:
-                    shown += os.read(terminal, 65536).decode()
+                    out += os.read(terminal, 65536)
+            shown += out.decode(errors="ignore")
     assert "CLOSE_WAIT" in shown
     assert "2000 ESTABLISHED" in shown
-    frame = shown.split("\x1b[2K")[-1]  # the last one, which is left standing
-    assert frame.count("\n") <= 24
+    *frames, _ = shown.split("\x1b[2K")  # after the last one comes what nobody had time to show
+    assert 20 < max(frame.count("\n") for frame in frames) <= 24
     os.close(terminal)
     os.close(theirs)
 

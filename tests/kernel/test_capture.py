@@ -372,7 +372,9 @@ def test_a_real_capture_reads_as_tshark_reads_it(tmp_path: Path, options: tuple[
         while b"listening" not in dump.stderr.readline():
             pass
         churn(9090, 5)
-        time.sleep(0.5)
+        until = time.monotonic() + 30  # it writes when it has time
+        while sum(1 for _ in read(path)) <= 60 and time.monotonic() < until:
+            time.sleep(0.1)
         dump.terminate()
         dump.communicate()
     ng = tmp_path / "seen.pcapng"

@@ -74,10 +74,10 @@ def test_loopback_works_and_nothing_else_is_there() -> None:
 
 
 def test_a_failing_setting_leaves_nothing() -> None:
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = {*os.listdir("/proc/self/fd")}
     with pytest.raises(FileNotFoundError):
         Namespace(sysctls={"net.ipv4.no_such_thing": 1})
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert {*os.listdir("/proc/self/fd")} <= fds  # (what tests before forgot may go meanwhile)
 
 
 AS_ANYBODY = """
@@ -127,7 +127,8 @@ def test_the_helper_ends_when_its_owner_is_killed(
         os.kill(os.getpid(), signal.SIGKILL)
     """
     pid = int(python(*nobody, home=importable, program=program))
-    for _ in range(500):
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:

@@ -359,18 +359,27 @@ def test_tcp_info_is_what_ss_tells(pair: tuple[socket.socket, ...]) -> None:
     same += " data_segs_in delivered rcv_space rcv_ssthresh snd_wnd"
     names = {name: name for name in same.split()} | renamed
     port = end(server)[1]
-    printed = subprocess.run(
-        ["ss", "-tniOH", "state", "established", f"( sport = :{port} or dport = :{port} )"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    ours = {d.row.local[1]: d.info for d in details(port, states=[State.ESTABLISHED], info=True)}
+
+    def ours_now() -> dict[int, dict[str, int]]:
+        every = details(port, states=[State.ESTABLISHED], info=True)
+        return {
+            d.row.local[1]: {name: (d.info or {})[name] for name in names.values()} for d in every
+        }
+
+    ours, before = ours_now(), None
+    while ours != before:  # an ACK may be delayed, and come meanwhile
+        before = ours
+        printed = subprocess.run(
+            ["ss", "-tniOH", "state", "established", f"( sport = :{port} or dport = :{port} )"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        ours = ours_now()
     assert len(printed.splitlines()) == len(ours) == 2
     for line in printed.splitlines():
         info = ours[int(line.split()[2].rpartition(":")[2])]
         told = dict(word.split(":", 1) for word in line.split()[4:] if ":" in word)
-        assert info is not None
         assert {name: int(told[name]) for name in names} == {
             name: info[field] for name, field in names.items()
         }

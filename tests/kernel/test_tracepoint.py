@@ -22,6 +22,7 @@ from timewait.events import Event, Lost, Note, Transition
 from timewait.kernel import tracefs, tracepoint
 from timewait.kernel.namespace import Namespace, sysctl
 from timewait.kernel.tracepoint import Tracepoint
+from timewait.port import hold_port
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="the tracepoint needs root"
@@ -32,13 +33,14 @@ RST = struct.pack("ii", 1, 0)
 
 
 @pytest.fixture
-def port() -> int:
+def port() -> Iterator[int]:
     """A port of this test's own, and nobody's ephemeral one: other namespaces' are seen too."""
-    return random.randrange(600, 1000)
+    with hold_port() as held:  # in the namespace that all tests share
+        yield held.number
 
 
 @pytest.fixture(autouse=True)
-def private() -> Iterator[None]:
+def private(port: int) -> Iterator[None]:
     with Namespace(sysctls={"net.ipv4.tcp_max_tw_buckets": 100_000}) as ns, ns.entered():
         yield
 

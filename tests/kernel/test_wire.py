@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -130,15 +131,19 @@ def test_a_killed_wire_leaves_nothing() -> None:
         "wire = Wire(); print(wire.namespace.inode, flush=True)\n"
         "import time; time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as lab:
-        assert lab.stdout is not None
-        inode = int(lab.stdout.readline())
-        lab.kill()
-        lab.wait()
-    held = set()
-    for process in Path("/proc").glob("[0-9]*/task/*/ns/net"):
-        try:
-            held.add(process.stat().st_ino)
-        except OSError:
-            continue
-    assert inode not in held
+    with ExitStack() as opened:
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as lab:
+            assert lab.stdout is not None
+            inode = int(lab.stdout.readline())
+            for fd in Path(f"/proc/{lab.pid}/fd").iterdir():
+                if fd.stat().st_ino == inode:  # is kept, or the next namespace has this number
+                    opened.enter_context(fd.open())
+            lab.kill()
+            lab.wait()
+        held = set()
+        for process in Path("/proc").glob("[0-9]*/task/*/ns/net"):
+            try:
+                held.add(process.stat().st_ino)
+            except OSError:
+                continue
+        assert inode not in held
