@@ -86,6 +86,17 @@ def test_who_closed_first(observer: str, side: str) -> None:
     assert seen.active_closer() == side
 
 
+def test_what_the_table_showed_before_is_no_other_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with watch(PORT, observer="sock_diag") as seen, monkeypatch.context() as patch:
+        patch.setattr(seen, "_fetch", lambda _: None)  # the observer looks later
+        with play("none"):
+            assert len(seen.connections) == 1
+            patch.undo()
+            assert len(seen.connections) == 1
+
+
 def test_a_reset_is_told_where_it_can_be_seen(observer: str) -> None:
     with watch(PORT, observer=observer) as seen, play("unread") as process:
         process.communicate("\n")

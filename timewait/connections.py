@@ -401,7 +401,7 @@ class Connections(ABC):
 
     def _take_transition(self, event: Transition, t: float) -> Seen:
         """What a transition at the time `t` tells of a connection's ends; whose it was."""
-        if event.old is State.CLOSED:
+        if event.old is State.CLOSED and not (event.sampled and self._goes_on(event)):
             self._forget_before(event.local, event.remote, t)
         one = self._endpoint_at(event.local, event.remote, t)
         one.move(None if event.new is State.CLOSED else event.new, t)
@@ -409,6 +409,12 @@ class Connections(ABC):
             peer = self._endpoint_at(event.remote, event.local, t)
             peer.reset = f"{_text(event.local)} received a RST in {event.old}"
         return one
+
+    def _goes_on(self, event: Transition) -> bool:
+        """Whether the other end, or the table, told before of what is only now noticed here."""
+        ends = (event.local, event.remote), (event.remote, event.local)
+        known = next((self._seen[key] for key in ends if key in self._seen), None)
+        return known is not None and known.state is not None
 
     def _forget_before(self, local: Address, remote: Address, t: float) -> None:
         """A connection begins: what was seen of these addresses till now was another."""
