@@ -223,6 +223,27 @@ def test_a_look_leaves_the_kernel_s_answer_as_it_was(
             bound(share=True)
 
 
+def test_a_look_at_holders_of_which_each_refuses_another_option(
+    server: Server, bound: Server, connect: Connect
+) -> None:
+    for host, reuse in (("127.0.0.1", True), ("127.0.0.2", False)):
+        listener = server(host, reuse=reuse, share=not reuse)
+        for sock in (*connect(listener), listener):
+            sock.close()
+    for _ in range(2):
+        found = explain_bind(PORT)
+        assert found.to_json()["bindable"] == {
+            "plain": False,
+            "reuse_address": False,
+            "reuse_port": False,
+            "both": True,
+        }
+        with pytest.raises(OSError):  # though it was let in with the other
+            bound("0.0.0.0", share=True)
+    assert "that sets both" in found.rule
+    assert "SO_REUSEADDR and SO_REUSEPORT" in found.advice[0]
+
+
 @pytest.mark.parametrize("peer_closes", [False, True])
 def test_what_a_timer_ends_goes_at_once_as_advised(
     server: Server, connect: Connect, peer_closes: bool
@@ -496,6 +517,38 @@ def test_of_two_that_share_the_more_specific_is_called(
     for _ in range(9):  # of which two that share would each have some
         with socket.create_connection((called, PORT)):
             waiting.accept()[0].close()
+
+
+def test_ipv6_connections_of_a_server_of_both_families_are_in_ipv4_s_way(
+    opened: ExitStack, connect: Connect
+) -> None:
+    listener = opened.enter_context(socket.socket(socket.AF_INET6))
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind(("::", PORT))
+    listener.listen()
+    accepted, client = connect(listener)
+    clients_port = client.getsockname()[1]
+    assert explained("0.0.0.0", clients_port).situation == "outbound-connection"
+    listener.close()
+    for situation in ("live-connection", "time-wait-without-reuse"):
+        found = explained("0.0.0.0")
+        assert (found.situation, found.holders[0].local) == (situation, ("::1", PORT))
+        assert "IPV6_V6ONLY" in found.rule
+        accepted.close()
+        client.close()
+
+
+def test_connections_of_an_ipv6_only_server_are_not_in_ipv4_s_way(
+    server: Server, opened: ExitStack, connect: Connect
+) -> None:
+    listener = opened.enter_context(socket.socket(socket.AF_INET6))
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    listener.bind(("::", PORT))
+    listener.listen()
+    connect(listener)
+    assert explained("0.0.0.0").situation == "free"
+    server("127.0.0.1")
+    assert len(explained("0.0.0.0").holders) == 1
 
 
 def test_an_ipv6_only_wildcard_does_not_refuse_ipv4_but_is_treacherous(opened: ExitStack) -> None:
@@ -816,6 +869,23 @@ def test_a_server_that_comes_while_it_is_looked_at_is_seen(
 
     monkeypatch.setattr("timewait.bind._try", late)
     assert explain_bind(PORT, HERE).situation == "live-listener"
+
+
+def test_answers_that_cannot_be_of_one_moment_are_asked_for_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = server()
+    really, asked = bind._try, list[tuple[bool, ...]]()
+
+    def away_for_the_first(host: str, port: int, *options: Any, **how: bool) -> Any:
+        asked.append(options)
+        return really(host, port + (len(asked) == 2), *options, **how)
+
+    monkeypatch.setattr("timewait.bind._try", away_for_the_first)
+    assert not any(explain_bind(PORT, HERE).to_json()["bindable"].values())
+    assert asked[1] == (True, False)
+    listener.close()
+    assert explain_bind(PORT, HERE)
 
 
 def test_without_sock_diag_psutil_shows_the_holders(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Collection, Container, Iterator, Sequence
 from functools import cache
 from ipaddress import ip_address
+from itertools import count
 from operator import index
 from typing import Any, Final, SupportsIndex, TypeAlias
 
@@ -148,8 +149,12 @@ class Found:
 
 
 def look(port: int, host: str) -> Found:
-    """Try to bind a numeric address with each choice of options, and see who is in the way."""
-    for _ in range(3):
+    """Try to bind a numeric address with each choice of options, and see who is in the way.
+
+    Again and again for a tenth of a second, where what is seen and what was answered disagree.
+    """
+    late = time.monotonic() + _PATIENCE
+    for again in count(1):
         failed = None if port else _try(host, port, False, False, listen=False)
         some = port == 0 and failed != ("bind", errno.EADDRINUSE)  # are left to be dealt out
         found = [] if some else _sockets(port)
@@ -159,20 +164,25 @@ def look(port: int, host: str) -> Found:
             looked = jiffies()
             if time.monotonic() - began > tick():  # it takes a while the first time
                 found, looked = _sockets(port), jiffies()
-        listening = any(one.row.state is _S.LISTEN for one in found)
-        trials = {options: _try(host, port, *options, listen=not listening) for options in _OPTIONS}
-        # What does not refuse a server that sets nothing holds nothing.
+        trials = _trials(host, port, listen=all(one.row.state is not _S.LISTEN for one in found))
         mine = shown_as(host), _interface(host), _v6only()
-        there = [one for one in found if trials[False, False] and _overlapping(*mine, one)]
-        holders = list(_holders(there, looked))
-        gone = False
-        if any(holder.user and not holder.pids for holder in holders):
-            # Its process cannot be seen, or closed it before it was looked for.
-            gone = not {one.cookie for one in there} <= {one.cookie for one in _sockets(port)}
+        only = {one.row.local[0] for one in found if one.v6only}
+        there = [
+            one
+            for one in found
+            if _overlapping(*mine, one) or _of_both_families(mine[0], one, only)
+        ]
         # A server that came or went after the look answered some of the trials, unseen.
-        gone = gone or _servers(found) != _servers(_sockets(port, _SERVING))
-        if some or (not gone and (there or trials[False, False] is None)):
-            break
+        steady = _servers(found) == _servers(_sockets(port, _SERVING)) and _agree(trials, there)
+        if trials[False, False] is None:
+            there = []  # What does not refuse a server that sets nothing holds nothing.
+        last = some or (again >= _LOOKS and time.monotonic() > late)
+        if steady or last:
+            holders = list(_holders(there, looked))
+            hidden = any(holder.user and not holder.pids for holder in holders)
+            # Its process cannot be seen, or closed it before it was looked for.
+            if last or not hidden or _servers(there, _ALL) <= _servers(_sockets(port), _ALL):
+                break
     cannot_listen = _cannot_listen(list(zip(there, holders, strict=True)), trials)
     # The one that will stay longest decides, and is told of first; of several the nearest.
     holders.sort(key=lambda each: (*_weight(each), each.local[0] != mine[0]))
@@ -303,11 +313,9 @@ def end_text(end: Address, interface: str | None = None) -> str:
     return text if port else f"{text[:-1]}*"
 
 
-# SO_REUSEADDR and SO_REUSEPORT, in the order they are tried. A bind with both beside holders with
-# the first has the kernel let in those with the second alone from then on
-# (inet_csk_update_fastreuse: FASTREUSEPORT_STRICT), until one with the first alone takes it back:
-# this one is tried before, for what others did, and after.
-_OPTIONS: Final = ((False, False), (True, False), (False, True), (True, True), (True, False))
+_OPTIONS: Final = ((False, False), (True, False), (False, True), (True, True))
+_ELSEWHERE: Final = ("127.84.87.0", "::1")  # where hardly anybody is
+_LOOKS, _PATIENCE = 3, 0.1  # looks and seconds for a port whose servers come and go
 _ALL: Final = tuple(State)
 _SERVING: Final = (_S.LISTEN, _S.CLOSED)
 _FOR_GOOD: Final = {
@@ -324,8 +332,34 @@ _ORDER: Final = (
 )
 
 
-def _servers(found: list[Details]) -> set[int]:
-    return {one.cookie for one in found if one.row.state in _SERVING}
+def _servers(found: list[Details], states: Container[State] = _SERVING) -> set[int]:
+    return {one.cookie for one in found if one.row.state in states}
+
+
+def _trials(host: str, port: int, *, listen: bool) -> _Trials:
+    """What became of each choice of SO_REUSEADDR and SO_REUSEPORT.
+
+    A bind with both beside holders with the first has the kernel let in those with the second
+    alone from then on (inet_csk_update_fastreuse: FASTREUSEPORT_STRICT), until one with the first
+    alone is let in, be it for another address. So one is, before the second alone is tried, for
+    what others did, and at the end.
+    """
+    trials: _Trials = {}
+    for options in _OPTIONS:
+        trials[options] = _try(host, port, *options, listen=listen)
+        if options[0] and port:
+            any(_try(each, port, True, False, listen=False) is None for each in (host, *_ELSEWHERE))
+    return trials
+
+
+def _agree(trials: _Trials, there: list[Details]) -> bool:
+    """Whether these answers can be of one moment, in which there were these sockets."""
+    if any(failed and failed[1] != errno.EADDRINUSE for failed in trials.values()):
+        return True  # no socket is in the way
+    plain, address, share, both = (trials[options] is None for options in _OPTIONS)
+    listens = any(one.row.state is _S.LISTEN for one in there)
+    more_is_better = plain <= min(address, share) and max(address, share) <= both
+    return more_is_better and bool(plain or there) and not (address and listens)
 
 
 def _sockets(port: int, states: Collection[State] = _ALL) -> list[Details]:
@@ -397,6 +431,19 @@ def _overlapping(host: str, interface: int, v6only: bool, one: Details) -> bool:
     if "0.0.0.0" in (host, theirs):
         return ":" not in host + theirs
     return False
+
+
+def _of_both_families(host: str, one: Details, only: set[str]) -> bool:
+    """Whether an IPv6 socket's IPV6_V6ONLY alone has it meet IPv4's wildcard, as far as known.
+
+    So it is with all but those that were bound to an address, wherever it is connected to by now
+    (ipv4_rcv_saddr_equal, of sockets to which __inet6_bind has not given IPV6_V6ONLY). It is not
+    told of those that are connected, but of the listener that they may come from: `only` are the
+    addresses of those that have it.
+    """
+    if host != "0.0.0.0" or ":" not in one.row.local[0] or one.row.state in _SERVING:
+        return False
+    return only.isdisjoint(("::", one.row.local[0]))
 
 
 def _v6only() -> bool:

@@ -381,6 +381,13 @@ class _Case:
     def _reuse_rule(self, holder: str, owner: str = "the holder") -> str:
         """SO_REUSEADDR's rule for anything but a listener, and what it means here."""
         rule = f"A port is shared with {holder} only if both sides set SO_REUSEADDR"
+        if shown_as(self.address[0]) == "0.0.0.0" and any(
+            ":" in each.local[0] for each in self.holders
+        ):
+            rule = (
+                "Sockets of IPv6 that did not set IPV6_V6ONLY are in the way of 0.0.0.0 wherever "
+                f"they are connected to. {rule}"
+            )
         if self.bindable.reuse_address:
             return (
                 f"{rule} (or both SO_REUSEPORT). Here {owner} has it, so a server that sets it "
@@ -390,6 +397,11 @@ class _Case:
             return (
                 f"{rule}, or both SO_REUSEPORT. Here {owner} has set SO_REUSEPORT alone, so only "
                 "a server that sets that may bind now."
+            )
+        if self.bindable.both:
+            return (
+                f"{rule}, or both SO_REUSEPORT. Here some have set only the one and some only the "
+                "other, so a server may bind now that sets both."
             )
         said = (
             f"{rule} (or both SO_REUSEPORT), the holder when it was made. Here {owner} did not "
@@ -405,6 +417,8 @@ class _Case:
             return "Now: start the server with SO_REUSEADDR set before bind()."
         if self.bindable.reuse_port:
             return "Now: start the server with SO_REUSEPORT set before bind()."
+        if self.bindable.both:
+            return "Now: start the server with SO_REUSEADDR and SO_REUSEPORT set before bind()."
         return otherwise
 
     def _wait(self, condition: str = "") -> str:
@@ -418,7 +432,7 @@ class _Case:
         """What comes after the first advice, which may not be all that it takes."""
         if self.address[1] == 0:
             return
-        if self.free_after and not (self.bindable.reuse_address or self.bindable.reuse_port):
+        if self.free_after and not self.bindable.both:
             states = {holder.state.name.lower().replace("_", "-") for holder in self.holders}
             which = " ".join(f"state {state}" for state in sorted(states))
             yield (
