@@ -84,7 +84,7 @@ def undisturbed() -> Callable[..., None]:
     was not the act that failed: it is done again.
     """
 
-    def do(act: Callable[[], object], within: float = 0.05) -> None:
+    def do(act: Callable[[], object], within: float = 0.01) -> None:
         for again in reversed(range(8)):
             try:
                 with _watched_for_stops() as stops:

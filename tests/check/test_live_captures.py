@@ -410,7 +410,7 @@ def captured(undisturbed: Callable[..., None], tmp_path: Path) -> Callable[[str]
             )
 
         if name in HAPPENED:
-            undisturbed(happened, within=0.01)
+            undisturbed(happened)
         else:
             performed()
         return seen[0]

@@ -19,16 +19,23 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 AT = ("127.0.0.1", 9000)
 
 
-def alike(play):
-    """What `play` returns on the kernel, having made sure that it is the same on the model."""
+@pytest.fixture
+def alike(undisturbed):
+    """What a program returns on the model, having made sure that it is the same on the kernel."""
 
-    async def main():
-        return play()
+    def told(play):
+        async def main():
+            return play()
 
-    with Namespace() as namespace:
-        theirs = namespace.call(play)
-    assert sim.run(main) == theirs
-    return theirs
+        def same():
+            with Namespace() as namespace:
+                assert namespace.call(play) == ours
+
+        ours = sim.run(main)
+        undisturbed(same)
+        return ours
+
+    return told
 
 
 def connected():
@@ -50,7 +57,7 @@ def outcome(call, *arguments):
         return type(error).__name__
 
 
-def test_the_ways_to_read_and_the_bytes_they_want():
+def test_the_ways_to_read_and_the_bytes_they_want(alike):
     def play():
         with contextlib.ExitStack() as stack:
             _, client, server = map(stack.enter_context, connected())
@@ -128,7 +135,7 @@ def writable(sock):
     return bool(poll(sock) & select.POLLOUT)
 
 
-def test_a_connection_has_its_listeners_buffers_from_the_first_window_on():
+def test_a_connection_has_its_listeners_buffers_from_the_first_window_on(alike):
     def play():
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.socket())
@@ -146,7 +153,7 @@ def test_a_connection_has_its_listeners_buffers_from_the_first_window_on():
     assert alike(play)
 
 
-def test_a_socket_is_writable_again_when_a_third_of_its_buffer_is_free():
+def test_a_socket_is_writable_again_when_a_third_of_its_buffer_is_free(alike):
     def play():
         with contextlib.ExitStack() as stack:
             _, client, server = map(stack.enter_context, connected())
@@ -168,7 +175,7 @@ def test_a_socket_is_writable_again_when_a_third_of_its_buffer_is_free():
 @pytest.mark.parametrize(
     ("full", "seconds", "waited"), [(False, 2, 0), (True, 1, 1), (True, 0, 0)], ids=str
 )
-def test_close_lingers_while_its_fin_waits(full, seconds, waited):
+def test_close_lingers_while_its_fin_waits(full, seconds, waited, alike):
     def play():
         with contextlib.ExitStack() as stack:
             _, client, server = map(stack.enter_context, connected())
@@ -192,7 +199,7 @@ def watching():
         return Capture([AT[1]])
 
 
-def test_a_smaller_receive_buffer_takes_no_window_back():
+def test_a_smaller_receive_buffer_takes_no_window_back(alike):
     def play():
         with contextlib.ExitStack() as stack:
             seen = stack.enter_context(watching())
@@ -210,7 +217,7 @@ def test_a_smaller_receive_buffer_takes_no_window_back():
     assert alike(play) == [(0, 35), (0, 35), (10_000, 26), (10_000, 26)]  # in units of 1024
 
 
-def test_reading_after_shutdown_of_it_opens_no_window():
+def test_reading_after_shutdown_of_it_opens_no_window(alike):
     def play():
         with contextlib.ExitStack() as stack:
             _, client, server = map(stack.enter_context, connected())
@@ -224,7 +231,7 @@ def test_reading_after_shutdown_of_it_opens_no_window():
 
 
 @pytest.mark.parametrize("timeout", [1, 300])
-def test_the_user_timeout_waits_for_a_timer_to_notice_it(timeout):
+def test_the_user_timeout_waits_for_a_timer_to_notice_it(timeout, alike):
     def play():
         with contextlib.ExitStack() as stack:
             _, client, _server = map(stack.enter_context, connected())
@@ -241,7 +248,7 @@ def test_the_user_timeout_waits_for_a_timer_to_notice_it(timeout):
     assert alike(play) == (True, "TimeoutError", 7)  # CLOSED
 
 
-def test_the_user_timeout_does_not_end_what_is_only_acknowledged_late():
+def test_the_user_timeout_does_not_end_what_is_only_acknowledged_late(alike):
     def play():
         with contextlib.ExitStack() as stack:
             _, client, server = map(stack.enter_context, connected())
@@ -253,7 +260,7 @@ def test_the_user_timeout_does_not_end_what_is_only_acknowledged_late():
     assert alike(play) == 8  # CLOSE_WAIT
 
 
-def test_what_flags_ask_of_a_reader():
+def test_what_flags_ask_of_a_reader(alike):
     def play():
         with contextlib.ExitStack() as stack:
             listener, client, server = map(stack.enter_context, connected())
@@ -287,7 +294,7 @@ def test_what_flags_ask_of_a_reader():
 
 
 @pytest.mark.parametrize("cork", [False, True], ids=["MSG_MORE", "TCP_CORK"])
-def test_text_waits_for_more_a_fifth_of_a_second_at_most(cork):
+def test_text_waits_for_more_a_fifth_of_a_second_at_most(cork, alike):
     def play():
         with contextlib.ExitStack() as stack:
             _, client, server = map(stack.enter_context, connected())
@@ -324,7 +331,7 @@ def test_text_waits_for_more_a_fifth_of_a_second_at_most(cork):
     assert alike(play) == ["BlockingIOError", *asked]
 
 
-def test_a_port_range_is_told_as_it_was_set():
+def test_a_port_range_is_told_as_it_was_set(alike):
     def play():
         with socket.socket() as sock:
             sock.setsockopt(socket.IPPROTO_IP, 51, struct.pack("I", 40_001 << 16 | 40_000))
