@@ -84,8 +84,8 @@ def undisturbed() -> Callable[..., None]:
     was not the act that failed: it is done again.
     """
 
-    def do(act: Callable[[], object], within: float = 0.01) -> None:
-        for again in reversed(range(8)):
+    def do(act: Callable[[], object], within: float = 0.01, times: int = 8) -> None:
+        for again in reversed(range(times)):
             try:
                 with _watched_for_stops() as stops:
                     act()

@@ -12,8 +12,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from attrs import evolve
@@ -320,20 +321,26 @@ PLAIN: Final = {
     "net.ipv4.tcp_timestamps": 0,
     "net.ipv4.tcp_window_scaling": 0,
 }
-CASES: Final[dict[str, tuple[Callable[[TwoHosts], None], dict[str, object]]]] = {
+CASES: dict[str, tuple[Callable[[TwoHosts], None], dict[str, Any]]] = {
     "zero window": (zero_window, {}),
     "keep-alive": (keep_alive, {}),
     "keep-alive that nobody answers": (keep_alive_unanswered, {}),
     "given up": (given_up, {"sysctls": {"net.ipv4.tcp_retries2": 3}}),
     "simultaneous open": (simultaneous_open, {"delay": 0.1}),
     "simultaneous close": (simultaneous_close, {"delay": 0.03}),
-    "numbers wrap": (wrapping, {"fault": at_random(2, lost=0.1)}),
-    "loss (SACK)": (exchange, {"fault": at_random(4, lost=0.04)}),
-    "loss without options": (exchange, {"fault": at_random(8, lost=0.02), "sysctls": PLAIN}),
-    "late": (exchange, {"fault": at_random(6, lost=0.0, late=0.2)}),
-    "doubled (DSACK)": (exchange, {"fault": at_random(7, lost=0.0, doubled=0.3)}),
-    "chaos": (exchange, {"fault": at_random(5, lost=0.03, doubled=0.03, late=0.06)}),
-    "congestion (ECN)": (exchange, {"fault": congested, "sysctls": {"net.ipv4.tcp_ecn": 1}}),
+    "numbers wrap": (wrapping, {"fault": partial(at_random, 2, lost=0.1)}),
+    "loss (SACK)": (exchange, {"fault": partial(at_random, 4, lost=0.04)}),
+    "loss without options": (
+        exchange,
+        {"fault": partial(at_random, 8, lost=0.02), "sysctls": PLAIN},
+    ),
+    "late": (exchange, {"fault": partial(at_random, 6, lost=0.0, late=0.2)}),
+    "doubled (DSACK)": (exchange, {"fault": partial(at_random, 7, lost=0.0, doubled=0.3)}),
+    "chaos": (exchange, {"fault": partial(at_random, 5, lost=0.03, doubled=0.03, late=0.06)}),
+    "congestion (ECN)": (
+        exchange,
+        {"fault": lambda: congested, "sysctls": {"net.ipv4.tcp_ecn": 1}},
+    ),
     "urgent": (urgent, {}),
     "IPv6": (ipv6, {}),
     "HTTP": (keeping_alive_http, {}),
@@ -342,20 +349,27 @@ CASES: Final[dict[str, tuple[Callable[[TwoHosts], None], dict[str, object]]]] = 
     "refused": (refused, {}),
     "Fast Open": (fast_open, {"sysctls": {"net.ipv4.tcp_fastopen": 3}}),
     "Multipath": (multipath, {}),
-} | {
+}
+CASES |= {
     f"{what} lost": (talk, {"fault": fault})
     for what, fault in {
-        "SYN": losing(lambda n, by_client, p: flags(p) & 0x12 == SYN),
-        "SYN twice": losing(lambda n, by_client, p: flags(p) & 0x12 == SYN, 2),
-        "SYN,ACK": losing(lambda n, by_client, p: flags(p) & 0x12 == SYN | ACK),
-        "third segment": losing(lambda n, by_client, p: by_client and n == 1),
-        "text": losing(lambda n, by_client, p: by_client and length(p) == 500),
-        "text three times": losing(lambda n, by_client, p: by_client and length(p) == 500, 3),
-        "last text": losing(lambda n, by_client, p: not by_client and 0 < length(p) < 1400),
-        "FIN": losing(lambda n, by_client, p: flags(p) & FIN),
-        "FIN three times": losing(lambda n, by_client, p: flags(p) & FIN, 3),
-        "ACK of the FIN": losing(lambda n, by_client, p: by_client and flags(p) & FIN, 2),
-        "last ACK": losing(lambda n, by_client, p: not by_client and n > 5 and not flags(p) & 7),
+        "SYN": partial(losing, lambda n, by_client, p: flags(p) & 0x12 == SYN),
+        "SYN twice": partial(losing, lambda n, by_client, p: flags(p) & 0x12 == SYN, 2),
+        "SYN,ACK": partial(losing, lambda n, by_client, p: flags(p) & 0x12 == SYN | ACK),
+        "third segment": partial(losing, lambda n, by_client, p: by_client and n == 1),
+        "text": partial(losing, lambda n, by_client, p: by_client and length(p) == 500),
+        "text three times": partial(
+            losing, lambda n, by_client, p: by_client and length(p) == 500, 3
+        ),
+        "last text": partial(
+            losing, lambda n, by_client, p: not by_client and 0 < length(p) < 1400
+        ),
+        "FIN": partial(losing, lambda n, by_client, p: flags(p) & FIN),
+        "FIN three times": partial(losing, lambda n, by_client, p: flags(p) & FIN, 3),
+        "ACK of the FIN": partial(losing, lambda n, by_client, p: by_client and flags(p) & FIN, 2),
+        "last ACK": partial(
+            losing, lambda n, by_client, p: not by_client and n > 5 and not flags(p) & 7
+        ),
     }.items()
 }
 
@@ -389,33 +403,13 @@ HAPPENED: Final[dict[str, Callable[[list[SegmentSeen]], bool]]] = {
 }
 
 
-@pytest.fixture
-def captured(undisturbed: Callable[..., None], tmp_path: Path) -> Callable[[str], TwoHosts]:
-    """What was captured while a case was performed, and it came about."""
-
-    def capture(name: str) -> TwoHosts:
-        perform, options = CASES[name]
-        seen: list[TwoHosts] = []
-
-        def performed() -> None:
-            with TwoHosts(**options) as hosts:  # type: ignore[arg-type]
-                perform(hosts)
-            seen[:] = [hosts]
-
-        def happened() -> None:
-            performed()
-            ends = (segments(seen[0].captured(end), tmp_path / end) for end in seen[0].seen)
-            assert any(
-                HAPPENED[name]([e for e in end if isinstance(e, SegmentSeen)]) for end in ends
-            )
-
-        if name in HAPPENED:
-            undisturbed(happened)
-        else:
-            performed()
-        return seen[0]
-
-    return capture
+def captured(name: str) -> TwoHosts:
+    perform, options = CASES[name]
+    if make := options.get("fault"):
+        options = options | {"fault": make()}
+    with TwoHosts(**options) as hosts:
+        perform(hosts)
+        return hosts
 
 
 def segments(capture: bytes, where: Path) -> list[Event]:
@@ -474,22 +468,30 @@ def altered(events: list[Event], rng: random.Random) -> Iterator[tuple[str, list
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_conforms_however_it_was_taken_and_altered_it_does_not(
-    name: str, tmp_path: Path, captured: Callable[[str], TwoHosts]
+    name: str, tmp_path: Path, undisturbed: Callable[..., None]
 ) -> None:
-    hosts = captured(name)
-    for end in ("server", "client"):
-        whole = segments(hosts.captured(end), tmp_path / f"{end}.pcap")
-        verdict = check(whole)
-        assert verdict, f"{end}: {verdict.explain()}"
-        assert not verdict.evidence.problems
-        for snap in (64, 96):
-            cut = segments(pcap(hosts.seen[end], snap=snap), tmp_path / "cut.pcap")
-            assert [unstamped(e) for e in cut] == [unstamped(e) for e in whole]
-        for seed in range(4):
-            for how, events in abused(whole, seed):
-                verdict = check(events)
-                assert verdict, f"{end}, {how}, {seed}: {verdict.explain()}"
-        made = list(altered(whole, random.Random(0)))
-        assert made
-        for what, events in made:
-            assert not check(events), f"{end}: {what}"
+    def conforms() -> None:
+        hosts = captured(name)
+        if name in HAPPENED:
+            ends = (segments(hosts.captured(end), tmp_path / end) for end in hosts.seen)
+            assert any(
+                HAPPENED[name]([e for e in end if isinstance(e, SegmentSeen)]) for end in ends
+            )
+        for end in ("server", "client"):
+            whole = segments(hosts.captured(end), tmp_path / f"{end}.pcap")
+            verdict = check(whole)
+            assert verdict, f"{end}: {verdict.explain()}"
+            assert not verdict.evidence.problems
+            for snap in (64, 96):
+                cut = segments(pcap(hosts.seen[end], snap=snap), tmp_path / "cut.pcap")
+                assert [unstamped(e) for e in cut] == [unstamped(e) for e in whole]
+            for seed in range(4):
+                for how, events in abused(whole, seed):
+                    verdict = check(events)
+                    assert verdict, f"{end}, {how}, {seed}: {verdict.explain()}"
+            made = list(altered(whole, random.Random(0)))
+            assert made
+            for what, events in made:
+                assert not check(events), f"{end}: {what}"
+
+    undisturbed(conforms)
