@@ -237,6 +237,7 @@ class Host:
         self.waiting: deque[Remnant] = deque()
         self._drawn = 0
         self.next_iss: int | None = None  # above everything an ended TIME_WAIT had sent
+        self.next_ts_recent = 0  # what it had heard of the peer's clock
 
     # Programs.
 
@@ -338,6 +339,8 @@ class Host:
             timestamps=self.timestamps,
             outbox=self.out,
         )
+        if self.next_ts_recent:
+            conn.ts_recent, self.next_ts_recent = self.next_ts_recent, 0
         if self.network.observers:
             conn.on_transition = _reporter(self, sock.key)
         return conn
@@ -396,7 +399,7 @@ class Host:
         shown = left.state
         if not left.timestamps or (choosing and shown is not State.TIME_WAIT):
             return True
-        self.next_iss = left.next_iss
+        self.next_iss, self.next_ts_recent = left.next_iss, left.ts_recent
         self.moved(key, shown, State.CLOSED, "REUSED")
         self.end(old)
         return False

@@ -806,6 +806,7 @@ class Sock:
             or self.more
             or self.user_timeout
             or self.linger2 is not None
+            or self.syn_retries
         ):
             conn.options = _options(
                 self.no_delay,
@@ -814,6 +815,7 @@ class Sock:
                 None if self.linger2 is None else float(self.linger2),
                 self.keep if self.keepalive else None,
                 self.more,
+                self.syn_retries or None,
             )
         else:
             conn.options = _NO_OPTIONS
@@ -979,10 +981,6 @@ class Sock:
             self._set_waker(deadline)
             return
         old = conn.state
-        if self.syn_retries and old is State.SYN_SENT:
-            most = self.syn_retries + self.host.profile.parameters.syn_linear
-            if conn.retransmits >= most and conn.t_retransmit <= now:
-                conn.t_user, conn.t_retransmit = now, INF  # given up sooner than the host would
         conn.expire(now)
         if self.soft_error and conn.error == errno.ETIMEDOUT:
             conn.error = self.soft_error  # tcp_write_err

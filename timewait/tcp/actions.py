@@ -81,7 +81,8 @@ def _emit_syn(c: Connection, flags: int, now: float) -> None:
     c._rtt_at = now
     if parameters.linux_checks:
         # tcp_select_initial_window: whole segments.
-        whole = c.adv_mss - 12 if answer and c.timestamps else c.adv_mss
+        stamped = c.timestamps and (answer or c.ts_recent)  # a SYN that is, over a TIME_WAIT
+        whole = c.adv_mss - 12 if stamped else c.adv_mss
         if c.rcv_buf > whole and (c.passive or not answer):
             c.rcv_buf -= c.rcv_buf % whole
     window = c.rcv_buf if c.rcv_buf < 0xFFFF else 0xFFFF
@@ -781,11 +782,13 @@ def probe_repeated(c: Connection) -> None:
 def _send_oldest(c: Connection, now: float) -> None:
     """Retransmit one segment from SND.UNA, the FIN with it where it fits.
 
-    On Linux those that fit into one together become one (tcp_retrans_try_collapse).
+    On Linux those that fit into one together become one (tcp_retrans_try_collapse), but
+    nothing joins a full one, not even a FIN that was sent behind it.
     """
     text = (c.snd_nxt - c.snd_una - (c._fin == 2)) & MASK
     mss = _effective_mss(c)
     n = min(text, mss)
+    full = False
     cut = c.profile.parameters.linux_checks and 0 < c.snd_wnd < n
     if cut:
         n = c.snd_wnd  # __tcp_retransmit_skb splits what no longer fits the window
@@ -794,7 +797,9 @@ def _send_oldest(c: Connection, now: float) -> None:
             c._ends = ((end, now), *c._ends)
     elif c._ends:
         fit = [end for end, _ in c._ends if (end - c.snd_una) & MASK <= n]
-        if n == text:
+        if (c._ends[0][0] - c.snd_una) & MASK == mss:
+            full = True
+        elif n == text:
             c._ends = ()
         elif fit:
             c._ends = c._ends[len(fit) - 1 :]
@@ -802,7 +807,7 @@ def _send_oldest(c: Connection, now: float) -> None:
     last = n == text
     flags = (
         ACK
-        | (FIN if last and c._fin == 2 else 0)
+        | (FIN if last and c._fin == 2 and not full else 0)
         | (PSH if n and (last or n < mss) and not cut else 0)
     )
     emit(c, flags, now, c.snd_una, c._tx[:n])

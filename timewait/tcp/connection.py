@@ -33,7 +33,7 @@ from attrs import frozen
 
 from timewait.tcp import actions
 from timewait.tcp.arrival import LOOKS
-from timewait.tcp.profiles import Profile
+from timewait.tcp.profiles import Profile, linux_time_of
 from timewait.tcp.segment import MASK, Segment
 from timewait.tcp.states import (
     CLOSE_WAIT,
@@ -96,7 +96,8 @@ class SocketOptions:
     orphan (TCP_LINGER2); `user_timeout` bounds how long text or a FIN may stay
     unacknowledged (RFC 9293 §3.10.8). `nodelay` sends small segments at once;
     `cork` holds what does not fill one (TCP_CORK, MSG_MORE), for a timeout at most;
-    with `more` what is sent is not pushed either (MSG_MORE).
+    with `more` what is sent is not pushed either (MSG_MORE). `syn_retries` is how often
+    its SYN is sent again (TCP_SYNCNT), where not as often as the profile has it.
     """
 
     nodelay: bool = False
@@ -105,6 +106,7 @@ class SocketOptions:
     linger2: float | None = None
     keepalive: tuple[float, float, int] | None = None
     more: bool = False
+    syn_retries: int | None = None
 
 
 _DEFAULT: Final = SocketOptions()
@@ -628,7 +630,7 @@ class Connection:
         """Whether it was retransmitted long enough (R2, RFC 9293 §3.8.3)."""
         parameters = self.profile.parameters
         if self.state is SYN_SENT:
-            return self.retransmits >= parameters.syn_retries + parameters.syn_linear
+            return self._unanswered(now)
         if self.state is SYN_RECEIVED:
             return self.retransmits >= parameters.synack_retries
         if self.first_sent is None or (parameters.linux_checks and not self.retransmits):
@@ -641,6 +643,19 @@ class Connection:
                 return True
             limit = parameters.orphan_give_up_after
         return now - self.first_sent >= limit
+
+    def _unanswered(self, now: float) -> bool:
+        """Whether the SYN was sent often enough, or (tcp_write_timeout) for long enough."""
+        parameters = self.profile.parameters
+        most = self.options.syn_retries or parameters.syn_retries
+        if self.retransmits >= most + parameters.syn_linear:
+            return True
+        if not (parameters.linux_checks and self.retransmits) or self.options.user_timeout:
+            return False
+        assert self.first_sent is not None
+        # What a clock in floats is short of an exact second is not a time that a timer has.
+        spent = now - self.first_sent + 1e-6
+        return spent >= linux_time_of(most, parameters.rto_max, parameters.rto_initial)
 
     # --- Segments ----------------------------------------------------------------------
 
@@ -678,6 +693,13 @@ class Connection:
         self.state = state
         self._cells = self.profile.compiled[state]
 
+    def follow(self, profile: Profile) -> None:
+        """Go by other parameters from here on; what was negotiated stays."""
+        self.profile = profile
+        if not profile.compiled:
+            profile.compiled.extend(_compile(profile))
+        self.become(self.state)
+
     def _renew(self) -> None:
         """Begin anew, with what the user and the host have set."""
         again = Connection(
@@ -706,12 +728,9 @@ class Connection:
         connection = cls.__new__(cls)
         for name, value in zip(_STATEFUL, snapshot, strict=True):
             setattr(connection, name, value)
-        connection.profile = profile
         connection.out = [] if outbox is None else outbox
         connection.on_transition = None
-        if not profile.compiled:
-            profile.compiled.extend(_compile(profile))
-        connection.become(connection.state)
+        connection.follow(profile)
         return connection
 
 

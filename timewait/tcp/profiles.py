@@ -300,9 +300,9 @@ _RFC_SETTINGS = [
 # --- Linux ------------------------------------------------------------------------------------
 
 
-def _linux_time_of(retries: int, most: float) -> float:
-    """How long so many retransmissions take (tcp_model_timeout)."""
-    total, timeout = 0.0, 0.2
+def linux_time_of(retries: int, most: float, timeout: float = 0.2) -> float:
+    """How long so many retransmissions take (tcp_model_timeout), the first after `timeout`."""
+    total = 0.0
     for _ in range(retries + 1):
         total += timeout
         timeout = min(2 * timeout, most)
@@ -310,14 +310,14 @@ def _linux_time_of(retries: int, most: float) -> float:
 
 
 def _retries2(value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]) -> None:
-    parameters["give_up_after"] = _linux_time_of(value, parameters["rto_max"])
+    parameters["give_up_after"] = linux_time_of(value, parameters["rto_max"])
     parameters["probe_retries"] = value
 
 
 def _orphan_retries(
     value: Any, parameters: dict[str, Any], rows: dict[tuple[State, Event], Row]
 ) -> None:
-    parameters["orphan_give_up_after"] = _linux_time_of(value or 8, parameters["rto_max"])
+    parameters["orphan_give_up_after"] = linux_time_of(value or 8, parameters["rto_max"])
     parameters["orphan_probe_retries"] = value or 8
     parameters["orphan_until_rto_max"] = not value
 
