@@ -324,6 +324,8 @@ class ModelSocket:
                 return 0
             status = conn.status()
             return status.unsent + status.unacknowledged + (conn._fin == 1)
+        if code == 0x894B:  # SIOCOUTQNSD
+            return 0 if conn is None else conn.status().unsent + (conn._fin == 1)
         if code == 0x8905:  # SIOCATMARK
             return 0
         raise OSError(errno.EOPNOTSUPP, "")
@@ -637,7 +639,7 @@ class ModelStack:
             self._tallies[key] = _Tally()
         tally = self._tallies.setdefault(key, _Tally())
         repeated = segment.flags & (ACK | SYN | FIN | RST) == ACK and not segment.data
-        if repeated and any(seq == segment.ack for seq in tally.flight) and len(tally.flight) > 1:
+        if repeated and len(tally.flight) > 1 and segment.ack == next(iter(tally.flight)):
             self.beyond.add("fast retransmission")
         tally.came(segment, self.now())
         self._network.send(self._far, key, segment)
@@ -794,6 +796,9 @@ class ModelStack:
         wanted = self._parameters | changes
         self.host.profile = profile(self._profile_name, **wanted)
         self._parameters = wanted
+        for sock in self.host.tcp.values():
+            if isinstance(sock, Sock) and sock.conn is not None:
+                sock.conn.follow(self.host.profile)
 
     def tcp_info(self, fd: int) -> Mapping[str, int]:
         """What of `struct tcp_info` the model knows."""
@@ -819,7 +824,7 @@ class ModelStack:
         return found | {
             "tcpi_retransmits": 0 if probing else conn.retransmits,
             "tcpi_probes": conn.retransmits if probing else 0,
-            "tcpi_backoff": conn.retransmits,
+            "tcpi_backoff": conn._backoff,
             "tcpi_options": (
                 (established and conn.timestamps)
                 | (established and conn.sack) << 1
