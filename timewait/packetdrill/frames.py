@@ -26,7 +26,8 @@ class Frame:
     """One IP packet as seen or to be sent, `t` seconds into the script.
 
     `flags` holds nine bits (AE is 0x100); `body` is the payload, or what
-    follows the first four octets of an ICMP message.
+    follows the first four octets of an ICMP message. `piece` is set for what is left
+    of a run of segments.
     """
 
     src: str
@@ -45,6 +46,7 @@ class Frame:
     flow_label: int = 0
     icmp: tuple[int, int] = (0, 0)
     t: float = 0.0
+    piece: bool = False
 
 
 def _checksum(data: bytes) -> int:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from timewait.packetdrill.assertions import check as check_code
 from timewait.packetdrill.calls import ERRNO_NAMES, Calls, Result
@@ -36,7 +38,7 @@ from timewait.packetdrill.script import (
     Word,
 )
 from timewait.packetdrill.settings import File, Pause, Settings, meaning
-from timewait.tcp.segment import ACK, PSH, RST, SYN
+from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
 
 __all__ = ["Failure", "Outcome", "Pending", "Stack", "TooLate", "run"]
 
@@ -240,11 +242,16 @@ class _Runner:
         self.stack = stack
         self.settings = settings
         self.connection: _Connection | None = None
+        # Those begun by a SYN, by the stack's port and the script's; where a script writes out
+        # the ports of more than one, what another one than the latest sends is kept for it.
+        self.connections: dict[tuple[int, int], _Connection] = {}
+        self.later: deque[Frame] = deque()
         self.listener: int | None = None
         self.connecting: int | None = None
         self.next_port = settings.first_port
         self.pending: tuple[Event, Pending] | None = None
         self.names: dict[str, float] = {}
+        self.rest: Frame | None = None  # of a run of segments that came as one
         self.log = _Log()
         self.line = 0
         # What relative times count from, and the time tolerances are a share of.
@@ -358,6 +365,7 @@ class _Runner:
         call = event.action
         assert isinstance(call, Call)
         until = self.until
+        self.last_time = self.called  # what it waited is its own, whatever came meanwhile
         limit = until + self.tolerance(until) + (_CALL_LIMIT if self.stack.real else 0.001)
         if not self.stack.finish(pending, limit):
             raise Failure(
@@ -373,7 +381,7 @@ class _Runner:
         self.before_call(call)
         pending = self.stack.submit(do, call.until is not None)
         if call.until is not None:
-            self.until = base + call.until
+            self.until, self.called = base + call.until, self.stack.now()
             self.pending = (event, pending)
             return
         limit = self.stack.now() + _CALL_LIMIT
@@ -411,7 +419,7 @@ class _Runner:
                 raise Failure(f"{call.name}() = {fd}, a descriptor that is open", line)
             self.stack.calls.made(fd, came.new, "CLOEXEC" in repr(call.arguments))
             if call.name.startswith("accept") and self.connection is not None:
-                self.connection.fd = fd
+                self.accepted(came.new).fd = fd
         elif expected is not ANY:
             number = self.stack.calls.number(expected)
             wanted = f"{number}" + (f" {call.errno}" if call.errno else "")
@@ -430,6 +438,16 @@ class _Runner:
         if call.name == "close" and self.connection and self.connection.fd == call.arguments[0]:
             self.connection.fd = None
 
+    def accepted(self, live: Any) -> _Connection:
+        """The connection that accept() has handed out."""
+        assert self.connection is not None
+        with suppress(OSError):
+            theirs = live.getpeername()[1]
+            for ports, connection in self.connections.items():
+                if ports[1] == theirs:
+                    return connection
+        return self.connection
+
     # -- packets
 
     def script_connection(self, event: Event, packet: Packet) -> _Connection:
@@ -444,6 +462,12 @@ class _Runner:
                     protocol="udp",
                 )
             return self.connection
+        begins = packet.protocol == "tcp" and packet.flags & (SYN | ACK) == SYN
+        if packet.ports:
+            theirs, ours = packet.ports if packet.inbound else packet.ports[::-1]
+            known = self.connections.get((ours, theirs))
+            if known is not None or (begins and packet.inbound):
+                self.connection = known
         if packet.inbound and packet.protocol == "tcp":
             fresh = self.connection is None
             if fresh and self.connecting is None:
@@ -456,7 +480,7 @@ class _Runner:
                 )
                 self.next_port += 1
                 self.connection.live_remote_isn = packet.seq
-        begins = packet.protocol == "tcp" and packet.flags & (SYN | ACK) == SYN
+                self.connections[ours, theirs] = self.connection
         if not packet.inbound and begins and self.connecting is not None:
             called = self.stack.calls.connected.get(self.connecting)
             remote = settings.remote, called[1] if called else settings.connect_port
@@ -584,6 +608,8 @@ class _Runner:
             # Linux pushes what is more than a segment (__tcp_transmit_skb).
             push = PSH if self.stack.offloads else 0
             first = frame if first is None else _joined(first, frame, push)
+            if first is frame and self.stack.real:
+                first = frame = self.piece(connection, packet, frame)
             length += len(frame.body)
             came = self.script_frame(first, connection, packet)
             # As packetdrill does outside of --strict_segments: a run of segments may
@@ -602,10 +628,31 @@ class _Runner:
         self.check_time(event, first.t, start, end, f"{show(packet)}")
         return start if end is None else first.t
 
+    def piece(self, connection: _Connection, packet: Packet, frame: Frame) -> Frame:
+        """The segment that a script without offloading means, of a run that TCP sent as one.
+
+        The rest is left for the next event. Which of them a device pushes is not compared:
+        Linux pushes the last of every run, and how long those are is not the script's.
+        """
+        size = connection.mss - 12 * any(option.kind == 8 for option in frame.options)
+        here = packet.length
+        cut = 0 < here < len(frame.body) and not here % size and not self.settings.strict_segments
+        if cut:
+            rest = frame.seq + here & 0xFFFFFFFF
+            self.rest = evolve(frame, seq=rest, body=frame.body[here:], piece=True)
+            frame = evolve(frame, flags=frame.flags & ~FIN, body=frame.body[:here])
+        if cut or frame.piece:
+            frame = evolve(frame, flags=frame.flags & ~PSH | packet.flags & PSH)
+        return frame
+
     def next_frame(self, connection: _Connection, packet: Packet, deadline: float) -> Frame | None:
-        """The next live packet of this connection; others pass by unseen."""
+        """The next live packet of this connection; those of no connection pass by unseen."""
+        for kept in self.later:
+            if _is_of(kept, connection):
+                self.later.remove(kept)
+                return kept
         while True:
-            frame = self.stack.receive(deadline)
+            frame, self.rest = self.rest or self.stack.receive(deadline), None
             if frame is None:
                 return None
             if frame.protocol == "icmp":
@@ -624,6 +671,8 @@ class _Runner:
             if packet.ports and packet.ports == frame.ports:
                 connection.live_local, connection.live_remote = local, remote
             if remote != connection.live_remote:
+                if (local[1], remote[1]) in self.connections:
+                    self.later.append(frame)
                 continue
             begins = frame.flags & (SYN | ACK) == SYN
             if not connection.passive and begins and local != connection.live_local:
@@ -670,6 +719,10 @@ class _Runner:
     def compare(
         self, event: Event, want: Packet, came: Frame, live: Frame, connection: _Connection
     ) -> None:
+        full = connection.mss - 12 * any(o.kind == 8 for o in came.options)
+        if not self.stack.real and len(came.body) >= full:
+            # As in `piece`: Linux may push what ends one of its runs, or what a write() did.
+            came = evolve(came, flags=came.flags | want.flags & PSH)
         differences = list(self.differences(want, came, connection))
         if not self.stack.real:
             self.stack.beyond |= _beyond(want, came, differences, connection)
@@ -737,6 +790,11 @@ class _Runner:
         return option.data[4:] if option.kind == 8 else option.data
 
 
+def _is_of(frame: Frame, connection: _Connection) -> bool:
+    ends = connection.live_local, connection.live_remote
+    return ends == ((frame.src, frame.ports[0]), (frame.dst, frame.ports[1]))
+
+
 def _is_error(frame: Frame) -> bool:
     """Whether an ICMP message is about a packet, not an echo or a neighbour's."""
     kind = frame.icmp[0]
@@ -747,9 +805,6 @@ def _beyond(want: Packet, came: Frame, differences: list[str], connection: _Conn
     """What no model here claims to have, where that alone explains the differences."""
     found = set()
     kinds = {difference.partition(" ")[0] for difference in differences}
-    full = len(came.body) >= connection.mss - 12 * any(o.kind == 8 for o in came.options)
-    if kinds == {"flags"} and want.flags == came.flags | PSH and full:
-        found.add("the push flag of text in several segments")
     if kinds == {"window"} and connection.text_came:
         found.add("the receive window's growth")
     return found
