@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -94,6 +95,17 @@ def test_a_watch_is_entered_once() -> None:
     assert seen.events == before
 
 
+def test_outside_of_it_a_watch_has_nothing_to_show() -> None:
+    seen = watch(PORT)
+    for ask in (seen.rows, seen.__iter__().__next__, seen.__aiter__):
+        with pytest.raises(RuntimeError, match="inside"):
+            ask()
+    with seen:
+        assert seen.rows() == []
+    with pytest.raises(RuntimeError, match="inside"):
+        seen.rows()
+
+
 def test_events_come_while_watching() -> None:
     with watch(PORT) as seen:
         threading.Thread(target=converse).start()
@@ -184,6 +196,8 @@ def test_what_is_no_port_is_refused_by_all_alike(port: int) -> None:
             ask(port)
     with pytest.raises(ValueError, match="port 0 is nobody's"):
         watch(0)
+    with pytest.raises(ValueError, match="not a number of seconds: nan"):
+        wait_until_bindable_sync(PORT, timeout=math.nan)
 
 
 def test_a_wait_is_for_the_options_that_the_server_sets() -> None:

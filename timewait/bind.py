@@ -15,8 +15,7 @@ from collections.abc import Collection, Container, Iterator, Sequence
 from functools import cache
 from ipaddress import ip_address
 from itertools import count
-from operator import index
-from typing import Any, Final, SupportsIndex, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from attrs import frozen
 
@@ -24,7 +23,14 @@ from timewait.events import Address, Row
 from timewait.kernel.namespace import sysctl
 from timewait.kernel.observers import psutil_rows
 from timewait.kernel.processes import owners, reuse_options, user_name
-from timewait.kernel.sock_diag import Details, address_text, details, ends_in, sockets
+from timewait.kernel.sock_diag import (
+    Details,
+    address_text,
+    details,
+    ends_in,
+    port_number,
+    sockets,
+)
 from timewait.kernel.ticks import fires_in, jiffies, tick
 from timewait.tcp.states import State
 
@@ -235,17 +241,6 @@ def can_bind_all(port: int, hosts: Sequence[str], reuse_address: bool, reuse_por
     raise trouble
 
 
-def port_number(port: SupportsIndex) -> int:
-    """A port as a plain number, from 0 to 65535; raises `ValueError` for anything else."""
-    try:
-        number = index(port)
-    except TypeError:
-        number = -1
-    if not 0 <= number <= 65535:
-        raise ValueError(f"not a port: {port!r}")
-    return number
-
-
 def parse_address(text: str) -> Address:
     """`"9090"`, `"127.0.0.1:9090"`, `"[::1]:9090"`, `"localhost:http"` or `":9090"` as an address.
 
@@ -274,18 +269,23 @@ def addresses(host: str) -> list[str]:
     Raises `OSError` (`socket.gaierror`) that says so where it has none, or
     names an interface that is not there.
     """
-    host = host or "0.0.0.0"
+    host = str(host or "0.0.0.0")
     try:
         address = ip_address(host)
     except ValueError:
         pass
     else:
         _interface(host)
+        _resolved(host, socket.AI_NUMERICHOST)
         mapped = getattr(address, "ipv4_mapped", None)
         # As all Pythons but old do.
         return [str(address) if mapped is None else f"::ffff:{mapped}"]
+    return _resolved(host)
+
+
+def _resolved(host: str, flags: int = 0) -> list[str]:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror as error:
         raise socket.gaierror(error.errno, f"{host}: {error.strerror}") from None
     except ValueError:  # what the idna codec cannot take: an empty label, too long a one

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from math import isnan
 from types import TracebackType
 from typing import Final, Self
 
@@ -35,6 +36,7 @@ _SOON: Final = 0.005  # seconds between two looks for new events
 _FETCH: Final = 0.05  # seconds between two fetches from an observer that records
 _LOOK: Final = 0.02  # seconds between two tries to bind: some 20 µs of work each
 _TELL: Final = 0.25  # seconds between two reports of progress
+_NOT_INSIDE: Final = "a watch sees something inside `with` only"
 
 
 def watch(port: int | None = None, *, observer: str = "auto") -> Watch:
@@ -236,15 +238,21 @@ class Watch(Connections):
         return 0 if self._observer is None else self._observer.lost
 
     def rows(self) -> list[Row]:
-        """The port's sockets as they are now, with their timers where the observer has any."""
-        assert self._observer is not None
+        """The port's sockets as they are now, with their timers where the observer has any.
+
+        Raises `RuntimeError` before the watch and after it.
+        """
         if self.port is None:
             raise ValueError("a watch of all ports has no table of one")
+        if self._observer is None or not self._watching:
+            raise RuntimeError(_NOT_INSIDE)
         with self._looking:
             return self._observer.rows(self.port)
 
     def __iter__(self) -> Iterator[Event]:
         """Events from the first on, waiting for more until the watch ends."""
+        if self._observer is None:
+            raise RuntimeError(_NOT_INSIDE)
         at = 0
         while True:
             with self._news:
@@ -258,6 +266,8 @@ class Watch(Connections):
 
     def __aiter__(self) -> AsyncIterator[Event]:
         """Events from the first on, waiting for more until the watch ends."""
+        if self._observer is None:
+            raise RuntimeError(_NOT_INSIDE)
         return _Coming(self)
 
     @property
@@ -296,6 +306,8 @@ class _Waiting:
         options: tuple[bool, bool],
         progress: Callable[[Explanation], object] | None,
     ) -> None:
+        if timeout is not None and isnan(timeout):
+            raise ValueError(f"not a number of seconds: {timeout}")
         self.began = time.monotonic()
         self._address = address
         host, port = address

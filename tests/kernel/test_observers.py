@@ -117,6 +117,8 @@ def test_each_sees_a_connection_and_its_end(name: str, host: str) -> None:
                 client.close()
                 seen += observer.read()
             assert observer.lost == 0
+        with pytest.raises(ValueError, match="closed"):
+            observer.read()
     assert seen
     if name == "capture":
         assert {e.src for e in seen} == set(ends)  # type: ignore[union-attr]
@@ -206,3 +208,10 @@ def test_auto_takes_the_strongest_and_says_why_not_a_better(
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="there are auto, tracepoint"):
         observe([1], "crystal ball")
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("port", [70_000, -1, "80"])
+def test_what_is_no_port_is_refused(name: str, port: int) -> None:
+    with pytest.raises(ValueError, match="not a port"):
+        observe([port], name)

@@ -386,8 +386,8 @@ def test_what_happens_in_process_1_is_recorded_where_programs_do_not_run(
             events = seen.read()
             process.stdin.write("end\n")
             process.stdin.flush()
-    if who == "child":
-        assert events == []
+    if who == "child":  # (the timer of its delayed ACK may come while its parent runs)
+        assert not [e for e in events if getattr(e, "old", S.CLOSED) in (S.CLOSED, S.SYN_SENT)]
         return
     assert course(events, client)[:4] == [S.CLOSED, S.SYN_SENT, S.ESTABLISHED, S.FIN_WAIT_1]
     assert course(events, ("127.0.0.1", port)) == [
@@ -402,6 +402,19 @@ def test_readable_when_there_is_something_to_read(port: int) -> None:
         for end in pair(port):
             end.close()
         assert select.select([seen], [], [], 10) == ([seen], [], [])
+
+
+def test_what_wakes_a_waiter_may_overrun_and_nothing_is_lost(port: int) -> None:
+    with Tracepoint([port], resets=False, buffer=256 << 10) as seen:
+        for _ in range(300):  # some 1,800 transitions, of which the bell has room for 100
+            for end in pair(port):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
+                end.close()
+            seen.fileno()
+        assert select.select([seen], [], [], 10) == ([seen], [], [])
+        events = seen.read()
+        assert (seen.lost, len(events)) == (0, 300 * 8)
+        assert select.select([seen], [], [], 0) == ([], [], [])
 
 
 def test_a_reset_is_not_told_of_the_next_socket_at_the_same_place_in_memory() -> None:

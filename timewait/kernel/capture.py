@@ -461,6 +461,7 @@ class Capture:
         self._next = 0
         # Stamps are of the wall clock; ours run on the monotonic one.
         self._behind = ahead_of_monotonic()
+        self._closed = False
         self._resources = ExitStack()
         try:
             self._open(interface, buffer)
@@ -502,6 +503,7 @@ class Capture:
 
     def close(self) -> None:
         """Stop capturing; what was not read is lost."""
+        self._closed = True
         self._resources.close()
 
     def fileno(self) -> int:
@@ -516,6 +518,8 @@ class Capture:
 
     def read(self) -> list[Event]:
         """Every segment captured since the last call, and a `Lost` where the ring was full."""
+        if self._closed:
+            raise ValueError("the observer is closed")
         events: list[Event] = []
         ring, frames = self._ring, self._frames
         origin = self._behind + int(self.start * 1e9)

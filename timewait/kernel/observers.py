@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeAlias
 
 from timewait.events import Address, Event, Lost, Note, Row, Transition
-from timewait.kernel.sock_diag import Destroyed, SockDiag, address_text
+from timewait.kernel.sock_diag import Destroyed, SockDiag, address_text, port_number
 from timewait.tcp.states import State
 
 __all__ = ["OBSERVERS", "Observer", "Sampled", "observe", "psutil_rows"]
@@ -50,7 +50,7 @@ class Observer(Protocol):
         """When event times are 0, in seconds of `time.monotonic`."""
 
     def read(self) -> list[Event]:
-        """All events since the last call; never waits."""
+        """All events since the last call; never waits. Raises `ValueError` once closed."""
 
     def fileno(self) -> int | None:
         """A descriptor that is readable when there is something to read; None where none is."""
@@ -104,6 +104,7 @@ class Sampled:
         self._look = look
         self._ended = ended
         self._resources = resources or ExitStack()
+        self._closed = False
         self._table = look()
 
     def __enter__(self) -> Self:
@@ -119,6 +120,7 @@ class Sampled:
 
     def close(self) -> None:
         """Stop looking."""
+        self._closed = True
         self._resources.close()
 
     def fileno(self) -> int | None:
@@ -127,6 +129,8 @@ class Sampled:
 
     def read(self) -> list[Event]:
         """What has changed since the last look, as transitions marked `sampled`."""
+        if self._closed:
+            raise ValueError("the observer is closed")
         began = time.monotonic()
         table = self._look()
         took = time.monotonic() - began
@@ -282,9 +286,9 @@ def observe(
     that event times count from.
 
     Raises `OSError` that says why where the one asked for, or any, cannot be
-    had; `ValueError` for an unknown name.
+    had; `ValueError` for an unknown name and for no port number.
     """
-    chosen = None if ports is None else frozenset(ports)
+    chosen = None if ports is None else frozenset(map(port_number, ports))
     if observer != "auto":
         try:
             return _MAKERS[observer](chosen, start), ()

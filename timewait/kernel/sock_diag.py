@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from itertools import accumulate
+from operator import index
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, SupportsIndex, TypeVar
 
 from attrs import define
 
@@ -44,6 +45,7 @@ __all__ = [
     "ends_in",
     "host_text",
     "lookup",
+    "port_number",
     "sockets",
 ]
 
@@ -196,7 +198,8 @@ def sockets(
     newer shows them). `family` is `socket.AF_INET` or `AF_INET6`; IPv4
     connections of IPv6 sockets are AF_INET6 and show their IPv4 addresses.
 
-    Needs no privilege. Raises `OSError` where the kernel has no sock_diag.
+    Needs no privilege. Raises `OSError` where the kernel has no sock_diag,
+    `ValueError` for no port number.
     """
     with SockDiag() as diag:
         return diag.sockets(port, states=states, family=family)
@@ -331,7 +334,7 @@ class SockDiag:
                 family, socket.IPPROTO_TCP, extensions, mask, 0, 0, b"", b"", 0, b""
             )
         if port is not None:
-            program = _port_program(port)
+            program = _port_program(port_number(port))
             request += _ATTRIBUTE.pack(4 + len(program), _REQ_BYTECODE) + program
         for _ in range(_TRIES):
             self._send(kind, _NLM_F_DUMP, request)
@@ -588,6 +591,17 @@ def address_text(address: Address) -> str:
     """An address as people write it: `"127.0.0.1:9090"`, `"[::1]:9090"`."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def port_number(port: SupportsIndex) -> int:
+    """A port as a plain number, from 0 to 65535; raises `ValueError` for anything else."""
+    try:
+        number = index(port)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= 65535:
+        raise ValueError(f"not a port: {port!r}")
+    return number
 
 
 def _row(message: tuple[Any, ...]) -> Row:

@@ -30,7 +30,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -123,13 +123,14 @@ class Tracepoint:
         self._enable: list[Path] = []
         self._recorder: Recorder | None = None
         self._of_init: dict[int, bool] = {}
-        self._in_init: Path | None = None
         self._written: list[bytes] = []
         self._missed: Counter[str] = Counter()
         self._buffers: list[int] = []
+        self._bell: list[int] = []
         self._stats: dict[int, str] = {}
         self._epoll: select.epoll | None = None
         self._guard: IO[bytes] | None = None
+        self._closed = False
         self._resources = ExitStack()
         try:
             self._open(buffer, resets, guarded)
@@ -150,6 +151,7 @@ class Tracepoint:
 
     def close(self) -> None:
         """Stop recording and remove the instance; what was not read is lost."""
+        self._closed = True
         self._resources.close()
 
     def fileno(self) -> int:
@@ -158,16 +160,26 @@ class Tracepoint:
         From the first call on, the kernel wakes whoever waits for it at each
         event, which costs the watched more than the recording does.
         """
+        self._open_still()
         if self._epoll is None:
             self._epoll = self._resources.enter_context(select.epoll())
             if self._recorder is not None:  # its ring rings no bell; the kernel's record does
-                self._filter(self._states)
-                (self._states / "enable").write_text("1")
-                if self._in_init is not None:  # which is in it
-                    self._in_init.write_text("0")
-            for fd in self._buffers:
+                self._hang_bell()
+            for fd in (*self._bell, *self._buffers):
                 self._epoll.register(fd, select.EPOLLIN)
         return self._epoll.fileno()
+
+    def _hang_bell(self) -> None:
+        """Have the kernel record transitions once more, for nothing but to wake who waits."""
+        home = tracefs.instance(self._root, self._resources, self._guard)
+        (home / "buffer_size_kb").write_text("8")  # what it cannot hold is not missed
+        self._filter(home / _STATE_EVENT)
+        self._bell += self._pipes(home).values()
+        (home / _STATE_EVENT / "enable").write_text("1")
+
+    def _open_still(self) -> None:
+        if self._closed:  # its descriptors' numbers may be another's by now
+            raise ValueError("the observer is closed")
 
     def rows(self, port: int) -> list[Row]:
         """The table as sock_diag has it now."""
@@ -175,7 +187,12 @@ class Tracepoint:
 
     def drain(self) -> None:
         """Empty the kernel's buffers into memory, for a later `read`: a twentieth of its work."""
+        self._open_still()
         page, pages = self._page, self._pages
+        for fd in self._bell:
+            with suppress(BlockingIOError):
+                while os.readv(fd, [page]) >= _PAGE.size:
+                    pass
         for fd in self._buffers:
             try:
                 while (size := os.readv(fd, [page])) >= _PAGE.size:
@@ -221,7 +238,7 @@ class Tracepoint:
 
     def _open(self, buffer: int, resets: bool, guarded: bool) -> None:
         self._diag = self._resources.enter_context(SockDiag())
-        root = tracefs.root(self._resources)
+        self._root = root = tracefs.root(self._resources)
         tracefs.sweep(root)
         if guarded:
             self._guard = self._resources.enter_context(tracefs.guard(root))
@@ -262,7 +279,6 @@ class Tracepoint:
         """Have the kernel record what happens while a thread of process 1 has the processor."""
         home = tracefs.instance(root, self._resources, self._guard)
         self._watch(home / _STATE_EVENT, _STATE_FIELDS, self._on_state_in_init)
-        self._in_init = home / _STATE_EVENT / "enable"
         self.blind += ("of what happens while process 1 has the processor, in which namespace",)
         (home / "buffer_size_kb").write_text(str(max(buffer >> 10, 8)))
         (home / "trace_options").write_text("event-fork")  # new threads too; and children
@@ -285,16 +301,28 @@ class Tracepoint:
     def _filter(self, event: Path) -> None:
         if self._ports is not None:
             condition = " || ".join(f"sport == {p} || dport == {p}" for p in sorted(self._ports))
-            (event / "filter").write_text(condition or "sport == 0 && dport == 0")
+            try:
+                (event / "filter").write_text(condition or "sport == 0 && dport == 0")
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                many = f"too many ports for the kernel's filter: {len(self._ports)}"
+                raise OSError(errno.EINVAL, many) from None
 
     def _open_buffers(self, home: Path) -> None:
-        for cpu in sorted((home / "per_cpu").iterdir()):
-            fd = os.open(cpu / "trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            self._resources.callback(os.close, fd)
+        for cpu, fd in self._pipes(home).items():
             self._buffers.append(fd)
             stats = os.open(cpu / "stats", os.O_RDONLY | os.O_CLOEXEC)
             self._resources.callback(os.close, stats)
             self._stats[stats] = cpu.name.removeprefix("cpu")
+
+    def _pipes(self, home: Path) -> dict[Path, int]:
+        """What each processor's pages are read from."""
+        pipes = {}
+        for cpu in sorted((home / "per_cpu").iterdir()):
+            pipes[cpu] = os.open(cpu / "trace_pipe_raw", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._resources.callback(os.close, pipes[cpu])
+        return pipes
 
     def _count_lost(self, events: list[Event]) -> None:
         for fd, cpu in self._stats.items():
