@@ -327,6 +327,21 @@ def test_the_second_time_of_an_orphan_is_as_long_as_the_first(
     assert holder.gone_after < holder.seconds_left + wheel_step(10) + 1e-6
 
 
+def test_an_orphan_with_a_time_of_its_own_is_gone_at_the_latest_when_it_is_said_to_be(
+    server: Server, connect: Connect
+) -> None:
+    listener = server()
+    accepted, _client = connect(listener)
+    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 62)
+    listener.close()
+    accepted.close()
+    wait_for(PORT, State.FIN_WAIT_2)
+    found = explained()
+    assert found.holders[0].seconds_left is not None
+    assert 60 < found.holders[0].seconds_left <= 62  # measured: 2 s, and 2 s again
+    assert "TCP_LINGER2" in found.rule
+
+
 @pytest.mark.parametrize("seconds", [1, 2, 3])
 def test_the_port_is_free_when_it_was_said_to_be(
     server: Server, connect: Connect, seconds: int, undisturbed: Callable[..., None]

@@ -29,6 +29,7 @@ from timewait.kernel.sock_diag import (
     details,
     ends_in,
     port_number,
+    second_time,
     sockets,
 )
 from timewait.kernel.ticks import fires_in, jiffies, tick
@@ -524,12 +525,12 @@ def _gone_after(row: Row, looked: int) -> float | None:
         return None
     if row.state is _S.TIME_WAIT:
         return fires_in(left, 60.0, looked)
-    whole = float(sysctl("net.ipv4.tcp_fin_timeout"))
-    twice = max(whole - 60.0, 0.0)  # for which it is timed then, see ends_in()
     if row.timer == "keepalive":
-        first = fires_in(left - twice, twice, looked)
-        return first + fires_in(twice, twice, looked + round(first / tick()))
-    return fires_in(left, max(twice or whole, left), looked)
+        again = second_time(row.seconds_left or 0.0)
+        first = fires_in(left - again, again, looked)
+        return first + fires_in(again, again, looked + round(first / tick()))
+    whole = float(sysctl("net.ipv4.tcp_fin_timeout"))
+    return fires_in(left, max(whole - 60.0 if whole > 60 else whole, left), looked)
 
 
 def first_unprivileged() -> int:

@@ -724,8 +724,8 @@ class _Case:
         return (
             f"{self._count('fin-wait-2-orphan')} that the peer has not closed: FIN_WAIT_2",
             "Its process closed and nobody owns the socket any more; the kernel waits for the "
-            "peer's FIN as long as net.ipv4.tcp_fin_timeout says, and if it comes, 60 s of "
-            "TIME_WAIT begin. " + self._reuse_rule("an orphan"),
+            "peer's FIN as long as net.ipv4.tcp_fin_timeout (or its TCP_LINGER2) says, and if it "
+            "comes, 60 s of TIME_WAIT begin. " + self._reuse_rule("an orphan"),
             [self._reuse_now(self._wait(", if the peer says nothing")), _REUSE],
         )
 

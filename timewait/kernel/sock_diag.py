@@ -46,6 +46,7 @@ __all__ = [
     "host_text",
     "lookup",
     "port_number",
+    "second_time",
     "sockets",
 ]
 
@@ -173,16 +174,25 @@ class Details:
 def ends_in(row: Row) -> float | None:
     """Seconds until a timer ends a socket that nobody owns, None where none does.
 
-    An orphan's FIN_WAIT_2 is timed twice where net.ipv4.tcp_fin_timeout is over
-    60: what it has above 60 as a whole socket, by the keepalive timer, and that
-    long again as a small one (tcp_rcv_state_process, tcp_keepalive_timer;
-    measured: 4 s of 62, 20 s of 70). TCP_LINGER2 is not shown, and not counted.
+    An orphan's FIN_WAIT_2 may be timed twice (`second_time`); both are counted.
     """
     if row.timer == "time_wait" or row.seconds_left is None:
         return row.seconds_left
     if row.timer == "keepalive" and row.state is State.FIN_WAIT_2 and row.inode == 0:
-        return row.seconds_left + max(float(sysctl("net.ipv4.tcp_fin_timeout")) - 60, 0.0)
+        return row.seconds_left + second_time(row.seconds_left)
     return None
+
+
+def second_time(first: float) -> float:
+    """For how many seconds an orphan's FIN_WAIT_2 is timed again, that is timed for `first` yet.
+
+    What net.ipv4.tcp_fin_timeout has above 60 s a whole socket is timed for, and that long again
+    a small one (tcp_rcv_state_process, tcp_keepalive_timer; measured: 4 s of 62, 20 s of 70). The
+    socket's own TCP_LINGER2 counts instead, and is not shown. Where the setting cannot be what it
+    is timed by, the most that TCP_LINGER2 gives is told (TCP_FIN_TIMEOUT_MAX, 120 s).
+    """
+    above = float(sysctl("net.ipv4.tcp_fin_timeout")) - 60
+    return above if first <= above else 60.0
 
 
 def sockets(
