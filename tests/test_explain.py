@@ -786,6 +786,7 @@ def test_old_process_still_alive_after_a_fork() -> None:
             assert found.situation == "inherited-listener"
             assert found.holders[0].pids == (child,)
             assert f"stop process {child}" in found.advice[0]
+            assert "a daemon: one that has forked twice looks the same" in found.rule
         finally:
             os.kill(child, signal.SIGKILL)
 

@@ -40,7 +40,7 @@ from timewait.bind import (
     shown_as,
 )
 from timewait.events import Address
-from timewait.kernel.processes import user_name
+from timewait.kernel.processes import may_be_a_daemon, user_name
 from timewait.kernel.sock_diag import Details, address_text
 from timewait.tcp.states import State
 
@@ -568,10 +568,18 @@ class _Case:
 
     def inherited_listener(self) -> _Said:
         first = next(holder for holder in self.holders if holder.inherited)
+        rule = (
+            "A fork (or an exec without close-on-exec) gives the child a copy of the listening "
+            "socket; the port is held until the last copy is closed, and this child lives on."
+        )
+        if first.pid is not None and may_be_a_daemon(first.pid):
+            rule += (
+                " (Or it is a daemon: one that has forked twice looks the same, and may have opened "
+                "the socket itself.)"
+            )
         return (
             f"{self._who(first)} still listens on it, as the heir of a process that has ended",
-            "A fork (or an exec without close-on-exec) gives the child a copy of the listening "
-            "socket; the port is held until the last copy is closed, and this child lives on.",
+            rule,
             [
                 f"Now: stop process {first.pid}.",
                 "For good: have the server stop its children when it ends (PR_SET_PDEATHSIG, "

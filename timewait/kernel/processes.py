@@ -17,7 +17,7 @@ from typing import Final
 
 from attrs import frozen
 
-__all__ = ["Process", "owners", "reuse_options", "user_name"]
+__all__ = ["Process", "may_be_a_daemon", "owners", "reuse_options", "user_name"]
 
 _PIDFD_GETFD: Final = 438  # since Linux 5.6, the same on every architecture
 _FORKED: Final = 0x40  # PF_FORKNOEXEC: forked, and has not called execve(2)
@@ -99,6 +99,18 @@ def _adopted(parent: int, group: int, session: int) -> bool:
         return (parent == 1 and session == 0) or _family(group)[2] != parent
     except OSError:  # the leader has ended
         return parent == 1
+
+
+def may_be_a_daemon(pid: int) -> bool:
+    """Whether its session's leader has ended, as that of a daemon that has forked twice.
+
+    Such a one looks like the heir of who began the session, whenever it opened its sockets.
+    """
+    try:
+        session = os.getsid(pid)
+    except OSError:  # it has ended meanwhile
+        return False
+    return session != 0 and not os.path.exists(f"/proc/{session}")
 
 
 def _forked_by_another(pid: int, parent: int) -> bool:
