@@ -574,8 +574,8 @@ class _Case:
         )
         if first.pid is not None and may_be_a_daemon(first.pid):
             rule += (
-                " (Or it is a daemon: one that has forked twice looks the same, and may have opened "
-                "the socket itself.)"
+                " (Or it is a daemon: one that has forked twice looks the same, and may have "
+                "opened the socket itself.)"
             )
         return (
             f"{self._who(first)} still listens on it, as the heir of a process that has ended",

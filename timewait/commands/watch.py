@@ -120,12 +120,14 @@ def command(
     with ExitStack() as stack:
         start = stack.enter_context(passing_signals_on() if program else _telling(told))
         if isolated:
-            isolate()
+            rights = isolate()
             stack.enter_context(none_outlives_us())
             if observer == "auto":
                 observer = "sock_diag"
-                why = "not tracepoint: it takes root, and tells of every namespace's resets"
-                click.echo(f"timewait: watching with {observer}, {why}", err=True)
+                why = (
+                    "it tells of every namespace's resets" if rights == "root" else "it takes root"
+                )
+                click.echo(f"timewait: watching with {observer}, not tracepoint: {why}", err=True)
         theirs = program and port is None and not isolated
         owned = stack.enter_context(Owned()) if theirs else None
         seen = Watch(port, observer, owned)
