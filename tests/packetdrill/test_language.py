@@ -706,6 +706,21 @@ def test_the_last_of_several_segments_is_pushed_though_more_waits(tmp_path: Path
     assert play(path).why == ""
 
 
+def test_a_wrong_number_is_wrong_in_text_sent_again_too(tmp_path: Path) -> None:
+    """Which text is sent again may be beyond the model; what it acknowledges is not."""
+    path = tmp_path / "again.pkt"
+    script = (
+        f"{OPENED}+0 write(4, ..., 3000) = 3000\n+0 > P. 1:3001(3000) ack 1\n"
+        "* > P. 2001:3001(1000) ack 1\n* > . 1:1001(1000) ack 1\n"
+    )
+    path.write_text(script)
+    assert play(path).why == ""
+    path.write_text(script.replace("* > . 1:1001(1000) ack 1", "* > . 1:1001(1000) ack 2"))
+    assert play(path).outcome == "failed"
+    path.write_text(script.replace("* > . 1:1001(1000)", "* > . 1001:2001(1000)"))
+    assert play(path).why.startswith("loss recovery: ")
+
+
 OPENED = """\
 0 socket(..., SOCK_STREAM, IPPROTO_TCP) = 3
 +0 bind(3, ..., ...) = 0

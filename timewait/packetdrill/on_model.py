@@ -686,7 +686,7 @@ class ModelStack:
         again = tally.sent(segment, self.now())
         if self._asks_for_ecn and segment.flags & (SYN | ACK) == SYN:
             self.beyond.add("ECN")
-        if again and len(tally.flight) > 1:
+        if again and len(tally.flight) > 2:  # of two, one is the oldest
             self.beyond.add("loss recovery")
         mss = max(536, max((end - seq) & MASK for seq, end in (*tally.flight.items(), (0, 0))))
         if sum((end - seq) & MASK for seq, end in tally.flight.items()) > 10 * mss:
