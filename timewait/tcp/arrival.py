@@ -266,7 +266,13 @@ def _in_window(c: Connection, seg: Segment, flags: int, now: float) -> int:
     if of_syn and c.write_shut and c.state is SYN_RECEIVED:
         # The user has shut down already: go on from FIN_WAIT_1.
         c.snd_wnd = seg.window << c.snd_scale
+        told = c._sacking
+        if flags & SYN:
+            c._sacking = None
         c._step(_ACK_OF_SYN_AFTER_SHUTDOWN, seg, now)
+        if flags & SYN:
+            # tcp_data_queue: its SYN is told to be a repetition when the FIN has gone.
+            c._ack_due, c._sacking = 2, told
         of_syn = False
     if acked >= 0:
         # SND.WND, unless the segment is older than the last that told it. (SND.WL2 would add
