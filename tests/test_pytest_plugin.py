@@ -368,6 +368,9 @@ def test_what_wider_fixtures_open_is_not_the_tests(suite: Run) -> None:
         ("tcp_sim(profile='vms')", "vms"),
         ("tcp_sim(hosts=5)", "hosts are names, or a Network, not 5"),
         ("tcp_sim(hosts='ab')", "hosts are names, or a Network, not 'ab'"),
+        ("tcp_sim(hosts=[])", "a network without hosts has nowhere to run a program"),
+        ("tcp_sim(hosts=['a', 'a'])", "there is a host 'a' already"),
+        ("tcp_sim(hosts={'a': 3})", "'a' has an address or a list of them, not 3"),
     ],
 )
 def test_a_marker_that_makes_no_sense_is_an_error_at_collection(
@@ -482,12 +485,13 @@ def test_under_xdist_each_worker_blames_its_own(suite: Run) -> None:
             tcp.assert_no_leak()
         """,
         "-pxdist.plugin",
-        "-n2",
+        "--tx=2*popen",
+        "--dist=each",
         inside=False,
     )
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=8)
     result.stdout.fnmatch_lines(
-        ["4 tests watched: 12 sockets opened, 4 left in TIME_WAIT, 0 leaks, 0 resets"]
+        ["8 tests watched: 24 sockets opened, 8 left in TIME_WAIT, 0 leaks, 0 resets"]
     )
 
 
@@ -612,6 +616,30 @@ def test_a_failing_seed_is_printed_with_its_replay(suite: Run) -> None:
     assert suite(code, "--tcp-sim-seed=6").ret == pytest.ExitCode.OK
 
 
+def test_a_seed_fails_by_whatever_ends_the_body_and_is_no_failure_if_that_is_none(
+    suite: Run,
+) -> None:
+    result = suite(
+        """
+        def ends(seed, how, what):
+            if seed == 2: how(what)
+        @pytest.mark.tcp_sim(seeds=3)
+        class TestIt:
+            async def test_fail(self, tcp_sim): ends(tcp_sim.seed, pytest.fail, "no")
+            async def test_exit(self, tcp_sim): ends(tcp_sim.seed, exit, 3)
+            async def test_skip(self, tcp_sim): ends(tcp_sim.seed, pytest.skip, "not here")
+            async def test_xfail(self, tcp_sim): ends(tcp_sim.seed, pytest.xfail, "not yet")
+        """,
+        "-rs",
+    )
+    result.assert_outcomes(failed=2, skipped=1, xfailed=1)
+    told = {line.rpartition("::")[2] for line in result.outlines if "with seed 2; replay: " in line}
+    assert told == {f"test_{how} --tcp-sim-seed=2" for how in ("fail", "exit")}
+    skipped = next(n for n, line in enumerate(result.outlines) if line.startswith("SKIPPED"))
+    assert result.outlines[skipped].endswith("not here")
+    assert "into the simulation" not in result.outlines[skipped + 1]
+
+
 def test_the_replay_is_right_where_pytest_was_started(
     suite: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -692,6 +720,16 @@ def test_pytest_asyncio_beside_it(
     paths = [str(Path(timewait.__file__).parent.parent), str(pytest_asyncio)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     code = """
+    pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+    @pytest.mark.tcp(no_leaks=True, closed_by="client")
+    async def test_the_loop_does_not_run_afterwards(tcp_port):
+        server = await asyncio.start_server(echo, sock=tcp_port.listen())
+        _, writer = await asyncio.open_connection("127.0.0.1", tcp_port.number)
+        await asyncio.sleep(0.01)
+        writer.close()
+        server.close()
+
     @pytest.mark.asyncio
     async def test_on_the_kernel(tcp, tcp_port):
         server = await asyncio.start_server(echo, sock=tcp_port.listen())
@@ -715,7 +753,7 @@ def test_pytest_asyncio_beside_it(
     """
     options = ("-ppytest_asyncio.plugin", f"--asyncio-mode={mode}")
     ini = "asyncio_default_fixture_loop_scope = function\nfilterwarnings = error"
-    suite(code, *options, ini=ini, inside=False).assert_outcomes(passed=3)
+    suite(code, *options, ini=ini, inside=False).assert_outcomes(passed=4)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")

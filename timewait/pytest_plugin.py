@@ -154,7 +154,7 @@ def tcp_sim() -> Simulated:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Sum up the watched tests, if there were any (those of xdist's workers too)."""
     found = {
-        report.nodeid: figures
+        (report.nodeid, getattr(report, "worker_id", "")): figures
         for reports in terminalreporter.stats.values()
         for report in reports
         if getattr(report, "user_properties", None) and report.when == "teardown"

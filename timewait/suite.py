@@ -11,6 +11,7 @@ import inspect
 import os
 import shlex
 from collections.abc import (
+    Awaitable,
     Callable,
     Collection,
     Generator,
@@ -18,7 +19,7 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -295,6 +296,18 @@ class _Judgement:
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Have a coroutine's loop do the closes that are under way: it may not run afterwards."""
+        body = getattr(item, "obj", None)
+        if _LIMITED not in item.stash or not inspect.iscoroutinefunction(body):
+            return (yield)
+        item.obj = _and_settled(body, item.funcargs["tcp"])  # type: ignore[attr-defined]
+        try:
+            return (yield)
+        finally:
+            item.obj = body  # type: ignore[attr-defined]
+
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note what has been told."""
@@ -320,6 +333,20 @@ class _Judgement:
             if each is not None:
                 item.ihook.pytest_runtest_logreport(report=each)
         return report
+
+
+def _and_settled(
+    body: Callable[..., Awaitable[object]], witness: Witness | None
+) -> Callable[..., Awaitable[object]]:
+    @functools.wraps(body)
+    async def run(*instance: Any, **arguments: Any) -> object:
+        result = await body(*instance, **arguments)
+        if witness is not None:
+            with suppress(RuntimeError):  # (a loop that is neither asyncio's nor trio's)
+                await witness.settled()
+        return result
+
+    return run
 
 
 def _fail(item: pytest.Item, passed: pytest.TestReport, broken: BaseException) -> None:
@@ -395,10 +422,15 @@ def _simulation(
             raise pytest.UsageError(f"tcp_sim: {unknown}") from None
     if (hosts := made_of.get("hosts")) is not None:
         from timewait.sim import Network
+        from timewait.sim.loop import network_of
 
         named = isinstance(hosts, (list, tuple, Mapping)) and all(isinstance(h, str) for h in hosts)
         if not named and not isinstance(hosts, Network):
             raise pytest.UsageError(f"tcp_sim: hosts are names, or a Network, not {hosts!r}")
+        try:
+            network_of(hosts, 0, made_of.get("profile", "linux"))
+        except (ValueError, TypeError) as nonsense:
+            raise pytest.UsageError(f"tcp_sim: {nonsense}") from None
     only = config.getoption("tcp_sim_seed")
     if only is not None and only < 0:
         raise pytest.UsageError(f"--tcp-sim-seed is a number from 0, not {only}")
@@ -424,21 +456,26 @@ def _on_the_simulation(
                 arguments["tcp_sim"].seed = seed
             try:
                 sim.run(main, seed=seed, **made_of)
-            except Exception as failure:
+            except (pytest.skip.Exception, pytest.exit.Exception) as no_failure:
+                vars(no_failure).pop("__notes__", None)  # (its text is a reason, of one line)
+                raise
+            except BaseException as failure:
                 test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0].partition("::")[2]
                 again = f"pytest {shlex.quote(f'{file}::{test}')} --tcp-sim-seed={seed}"
                 failure.add_note(f"tcp_sim: failed with seed {seed}; replay: {again}")
                 raise
 
     run._timewait_simulated = True  # type: ignore[attr-defined]
-    return run
+    # (pytest-asyncio's own marker, as a whole module has it, is in nobody's way here)
+    marked = "ignore:The test .* is marked with '@pytest.mark.asyncio'"
+    return pytest.mark.filterwarnings(marked)(run)  # type: ignore[no-any-return]
 
 
 # --- the summary --------------------------------------------------------------------------
 
 
-def summarize(terminalreporter: Any, found: dict[str, dict[str, int]]) -> None:
-    """Write the sum over all watched tests, and the worst of them."""
+def summarize(terminalreporter: Any, found: dict[tuple[str, str], dict[str, int]]) -> None:
+    """Write the sum over all watched tests, each of a worker of xdist's, and the worst of them."""
     total = {
         name: sum(each[name] for each in found.values()) for name in next(iter(found.values()))
     }
@@ -446,7 +483,7 @@ def summarize(terminalreporter: Any, found: dict[str, dict[str, int]]) -> None:
     terminalreporter.write_line(f"{_plural(len(found), 'test')} watched: {_in_words(total)}")
     bad = ("leaks", "resets", "time_wait")
     worst = sorted(found.items(), key=lambda test: [-test[1][name] for name in bad])
-    for nodeid, figures in worst[:_WORST]:
+    for (nodeid, _), figures in worst[:_WORST]:
         if any(figures[name] for name in bad):
             terminalreporter.write_line(f"  {nodeid}: {_in_words(figures)}")
 

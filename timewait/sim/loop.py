@@ -28,7 +28,7 @@ from functools import partial
 from heapq import heapify, heappop
 from math import ulp
 from selectors import _fileobj_to_fd  # type: ignore[attr-defined]
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 from zlib import crc32
 
 from timewait.sim.host import HERE, Host
@@ -40,6 +40,7 @@ __all__ = ["Deadlock", "Livelock", "SimLoop", "SimSelector", "run"]
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Any)
+Named: TypeAlias = Mapping[str, str | list[str] | None] | list[str]  # hosts and their addresses
 
 _SENDFILE: Final = 1 << 18  # bytes read of a file at once
 INF: Final = float("inf")
@@ -654,7 +655,7 @@ def run(
     main: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
     *,
     seed: int | str = 0,
-    hosts: Mapping[str, str | list[str] | None] | list[str] | Network | None = None,
+    hosts: Named | Network | None = None,
     profile: Any = "linux",
     debug: bool | None = None,
     patience: int = PATIENCE,
@@ -672,23 +673,7 @@ def run(
     """
     if patience < 1:
         raise ValueError("the loop has to turn once at least")
-    if isinstance(hosts, str):
-        raise TypeError(f"hosts are a list of names, or a mapping: [{hosts!r}]")
-    network = hosts if isinstance(hosts, Network) else Network(seed)
-    if not isinstance(hosts, Network):
-        named: Iterable[tuple[str, Any]]
-        if isinstance(hosts, Mapping):
-            named = hosts.items()
-        else:
-            named = [(name, []) for name in (["localhost"] if hosts is None else hosts)]
-        for name, given in named:
-            if name == "localhost":
-                network.hosts[name] = Host(network, name, [], profile=profile)
-            else:
-                addresses = [given] if isinstance(given, str) else given or []
-                network.host(name, *addresses, profile=profile)
-    if not network.hosts:
-        raise ValueError("a network without hosts has nowhere to run a program")
+    network = network_of(hosts, seed, profile)
     first = next(iter(network.hosts.values()))
     context = copy_context()
     context.run(HERE.set, first)
@@ -718,6 +703,30 @@ def _as_in_a_thread(func: Callable[..., T], *args: Any) -> T:
     context = Context()
     context.run(HERE.set, HERE.get())
     return context.run(func, *args)
+
+
+def network_of(hosts: Named | Network | None, seed: int | str, profile: Any) -> Network:
+    """The network of the hosts that `run` is given; `TypeError` or `ValueError` on nonsense."""
+    if isinstance(hosts, str):
+        raise TypeError(f"hosts are a list of names, or a mapping: [{hosts!r}]")
+    network = hosts if isinstance(hosts, Network) else Network(seed)
+    if not isinstance(hosts, Network):
+        named: Iterable[tuple[str, Any]]
+        if isinstance(hosts, Mapping):
+            named = hosts.items()
+        else:
+            named = [(name, []) for name in (["localhost"] if hosts is None else hosts)]
+        for name, given in named:
+            if name == "localhost":
+                network.hosts[name] = Host(network, name, [], profile=profile)
+                continue
+            addresses = [given] if isinstance(given, str) else given or []
+            if not isinstance(addresses, (list, tuple)):
+                raise TypeError(f"{name!r} has an address or a list of them, not {given!r}")
+            network.host(name, *addresses, profile=profile)
+    if not network.hosts:
+        raise ValueError("a network without hosts has nowhere to run a program")
+    return network
 
 
 def _note(error: BaseException, now: float) -> None:
