@@ -535,6 +535,28 @@ def test_asyncio_settles_while_its_loop_runs(port: HeldPort) -> None:
     asyncio.run(main())
 
 
+def test_asked_by_a_coroutine_it_says_that_the_loop_could_not_close(port: HeldPort) -> None:
+    async def main() -> str:
+        async with Witness() as seen:
+            accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+            server = await asyncio.start_server(
+                lambda _, writer: accepted.put_nowait(writer), sock=port.listen()
+            )
+            _, client = await asyncio.open_connection("127.0.0.1", port.number)
+            ends = client, await accepted.get()
+            with pytest.raises(AssertionError) as told:
+                seen.assert_no_leak(port)
+            for end in ends:
+                end.close()
+                await end.wait_closed()
+            server.close()
+            return str(told.value)
+
+    message = asyncio.run(main())
+    assert "the event loop had no turn meanwhile: `await settled()`" in message
+    assert message.count(" in main") == 2  # made there: not where the loop began, that accepted
+
+
 def test_a_wrapped_tls_socket_is_still_the_same_entry() -> None:
     with Ledger() as ledger, ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import errno
 import operator
+import os
 import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
 
@@ -62,8 +63,8 @@ class Endpoint:
     seconds of `time.monotonic`. `pid` and `process` are who opened it, where
     that was this process tree; `held` tells whether a process still has it
     (or a listener of this tree, in its backlog). `created` is the line that
-    made it, where this process did. `seconds_left` is what remains of
-    TIME_WAIT.
+    made it, where this process did (its listener, where a library called
+    accept()). `seconds_left` is what remains of TIME_WAIT.
     """
 
     local: Address
@@ -278,7 +279,9 @@ class Connections(ABC):
         if wrong:
             raise AssertionError(
                 f"{_count(wrong, 'connection')} not closed first by the {side}\n"
-                + "\n".join(map(self._tell, wrong))
+                + "\n".join(
+                    [*map(self._tell, wrong), *_hint(e for c in wrong for e in c.endpoints)]
+                )
             )
 
     def assert_no_time_wait(self, port: SupportsIndex | None = None) -> None:
@@ -314,7 +317,8 @@ class Connections(ABC):
         left = self._wait(lambda: [end for end in self.leaks if number in (None, *_ports(end))])
         if left:
             raise AssertionError(
-                f"{_count(left, 'socket')} left open\n" + "\n".join(map(self._tell_end, left))
+                f"{_count(left, 'socket')} left open\n"
+                + "\n".join([*map(self._tell_end, left), *_hint(left)])
             )
 
     def assert_no_reset(self, port: SupportsIndex | None = None) -> None:
@@ -692,6 +696,19 @@ def _why_refused(port: int, host: str, told: bool) -> list[str]:
     if found.free_after:
         lines.append(f"  free in {found.free_after:.0f} s")
     return lines
+
+
+def _hint(ends: Iterable[Endpoint]) -> list[str]:
+    """That a coroutine asked, and waiting kept its loop from closing what it has."""
+    import anyio
+
+    try:
+        anyio.current_time()
+    except RuntimeError:  # no loop runs
+        return []
+    if all(not end.held or end.pid != os.getpid() for end in ends):
+        return []
+    return ["  (the event loop had no turn meanwhile: `await settled()` lets it close what it has)"]
 
 
 def _name(pid: int | None) -> str | None:

@@ -52,7 +52,7 @@ _LINGER: Final = struct.Struct("ii")
 
 @frozen
 class Place:
-    """A line of code: the innermost one that is not a library's; `stack` from there outwards."""
+    """A line of code: the innermost one that is not a library's, if any; `stack` from there on."""
 
     file: str
     line: int
@@ -145,10 +145,12 @@ class Ledger:
         if fileno is not None:
             self._locate(sock, entry)
 
-    def accepted(self, sock: socket.socket) -> None:
-        """Note that a socket came out of accept()."""
+    def accepted(self, sock: socket.socket, listener: socket.socket | None) -> None:
+        """Note that a socket came out of accept(); made where the `listener` was, if given."""
         if entry := self._of.get(sock):
             entry.side = "server"
+            if listener is not None and (made := self._of.get(listener)):
+                entry.created = made.created
             self._changed(sock, entry)
 
     def connected(self, sock: socket.socket, address: Any, outcome: int) -> None:
@@ -255,9 +257,10 @@ def _place(whole: bool) -> Place:
     frames = [(f.f_code.co_filename, f.f_lineno, f.f_code.co_name) for f in _outwards(inner)]
     runner = next((n for n, frame in enumerate(frames) if _RUNNER in frame[0]), None)
     frames = frames[: runner or None]  # not how a test came to be called
-    own = next((n for n, frame in enumerate(frames) if not frame[0].startswith(_LIBRARIES)), 0)
     if not frames:
         return Place("<unknown>", 0, "?")
+    calling = next((n for n, frame in enumerate(frames) if frame[0] != socket.__file__), 0)
+    own = next((n for n, f in enumerate(frames) if not f[0].startswith(_LIBRARIES)), calling)
     return Place(*frames[own], stack=tuple(frames) if whole else ())
 
 
@@ -303,8 +306,9 @@ def _wrap() -> None:
 
     def accept(self: socket.socket) -> tuple[socket.socket, Any]:
         connection, address = plain["accept"](self)
+        by_a_library = sys._getframe(1).f_code.co_filename.startswith(_LIBRARIES)  # a loop, say
         for ledger in _open:
-            ledger.accepted(connection)
+            ledger.accepted(connection, self if by_a_library else None)
         return connection, address
 
     def connect(self: socket.socket, address: Any) -> None:
