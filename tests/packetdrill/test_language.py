@@ -8,6 +8,8 @@ import os
 import struct
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timewait.commands.packetdrill import command
-from timewait.kernel.wire import WireError
+from timewait.kernel.wire import Wire, WireError
 from timewait.packetdrill import Outcome, play
 from timewait.packetdrill.assertions import check, tcp_info
 from timewait.packetdrill.frames import Frame, decode, encode
@@ -549,6 +551,31 @@ def test_what_fails_beside_others_is_played_again_alone(
     played.clear()
     CliRunner().invoke(command, ["--on", "kernel", "-j", "1", str(tmp_path)])
     assert played == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_what_fails_after_this_process_stood_still_may_be_the_machines_fault(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    undisturbed: Callable[..., None],
+) -> None:
+    def late(self: Wire, octets: bytes) -> None:
+        time.sleep(seconds)
+        send(self, octets)
+
+    send = Wire.send
+    monkeypatch.setattr(Wire, "send", late)
+    (tmp_path / "wrong.pkt").write_text(f"{OPENED}+0 > R. 5:5(0) ack 1\n")
+
+    def played() -> None:
+        outcome = play(tmp_path / "wrong.pkt", on="kernel")
+        assert (outcome.outcome, outcome.untimely) == ("failed", bool(seconds)), outcome.why
+
+    try:
+        undisturbed(played, within=0.001)
+    except WireError as why:
+        pytest.skip(str(why))
 
 
 def test_the_kernel_is_not_kept_waiting_by_the_model(

@@ -76,7 +76,7 @@ class Outcome:
     line: int | None = None
     why: str = ""
     diagram: str = field(default="", repr=False)
-    untimely: bool = False  # it failed on nothing but a time
+    untimely: bool = False  # on nothing but a time, or after this process had stood still
 
 
 @define
@@ -231,7 +231,7 @@ def run(script: Script, stack: Stack, settings: Settings) -> Outcome:
             failure.line,
             why,
             runner.log.diagram(stack.name),
-            failure.untimely,
+            failure.untimely or (stack.real and runner.stood_still > settings.tolerance),
         )
     except TooLate:
         raise
@@ -265,6 +265,10 @@ class _Runner:
         # What relative times count from, and the time tolerances are a share of.
         self.last_time = 0.0
         self.last_inbound: float | None = None
+        # For how long at most this process did nothing where it had something to do: times
+        # after that count from too late. And when it last was where it should be.
+        self.stood_still = 0.0
+        self.busy_at = 0.0
 
     def run(self) -> None:
         for name, value in self.script.options:
@@ -277,6 +281,7 @@ class _Runner:
             if isinstance(event.action, Command):
                 meaning(event.action.text, event.line, self.folder)  # say at once what is not known
         self.stack.start()
+        self.busy_at = self.stack.now()
         for event in self.script.events:
             kind = "packet" if isinstance(event.action, Packet) else "syscall"
             try:
@@ -290,6 +295,7 @@ class _Runner:
 
     def event(self, event: Event) -> None:
         self.line = event.line
+        self.stood_still_since(self.busy_at)
         when, action = event.when, event.action
         inbound = isinstance(action, Packet) and action.inbound
         base = 0.0
@@ -310,14 +316,20 @@ class _Runner:
                 raise TooLate(event.line, late)
             if isinstance(action, Packet):
                 self.inject(event, action)
+                self.stood_still_since(start)
             elif isinstance(action, Call):
                 self.call(event, action, base)
             elif isinstance(action, Code):
                 self.code(event, action)
             else:
                 self.command(action, event.line)
+        self.busy_at = self.stack.now()
         self.last_inbound = start if inbound else None
         self.last_time = start
+
+    def stood_still_since(self, then: float) -> None:
+        """What was to be done at once after `then` is done only now."""
+        self.stood_still = max(self.stood_still, self.stack.now() - then)
 
     def tolerance(self, start: float) -> float:
         """How far off `start` an event may be: fixed, or a share of the wait before it."""
@@ -631,6 +643,7 @@ class _Runner:
                 break
         self.log.add(first.t, False, show(came))
         self.compare(event, packet, came, first, connection)
+        self.stood_still_since(max(self.busy_at, first.t))
         if when.start is None:
             return first.t
         self.check_time(event, first.t, start, end, f"{show(packet)}")
