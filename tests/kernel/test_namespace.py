@@ -80,6 +80,23 @@ def test_a_failing_setting_leaves_nothing() -> None:
     assert {*os.listdir("/proc/self/fd")} <= fds  # (what tests before forgot may go meanwhile)
 
 
+@pytest.mark.parametrize("name", ["kernel.hostname", "/tmp/hostname", "net/../kernel.hostname"])
+def test_the_machines_own_settings_are_out_of_reach(name: str) -> None:
+    before = Path("/proc/sys/kernel/hostname").read_text()
+    with Namespace() as ns, pytest.raises(OSError):
+        ns.call(sysctl, name, before.strip())
+    with pytest.raises(OSError, match=r"not a setting of a network namespace|No such file"):
+        Namespace(sysctls={name: before.strip()})
+
+
+def test_a_closed_namespace_makes_no_socket_elsewhere() -> None:
+    """The descriptor's number is another file's then: this thread's own namespace, if any."""
+    ns = Namespace()
+    ns.close()
+    with pytest.raises(OSError, match="this namespace is closed"):
+        ns.socket(socket.AF_INET)
+
+
 AS_ANYBODY = """
     import os, socket
     from timewait.kernel.namespace import Namespace, sysctl, why_not

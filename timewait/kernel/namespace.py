@@ -74,9 +74,12 @@ def why_not() -> str | None:
 def sysctl(name: str, value: object | None = None) -> str:
     """A kernel setting of this thread's network namespace ("net.ipv4.tcp_fin_timeout").
 
-    With `value`, set it first. Raises `OSError` for an unknown or forbidden one.
+    With `value`, set it first. Raises `OSError` for an unknown or forbidden one, and for
+    one that is not of the network (EINVAL): that would be the whole machine's.
     """
     path = Path("/proc/sys") / name.replace(".", "/")
+    if path.parts[:4] != ("/", "proc", "sys", "net"):
+        raise OSError(errno.EINVAL, f"not a setting of a network namespace: {name!r}")
     if value is not None:
         path.write_text(str(value))
     return path.read_text().strip()
@@ -124,6 +127,7 @@ class Namespace:
 
     def close(self) -> None:
         """Let go of the namespace; sockets made in it keep it alive."""
+        self._fd = -1  # its number may soon be another file's, such as this thread's own namespace
         self._resources.close()
 
     @property
@@ -142,7 +146,7 @@ class Namespace:
         can be pickled; the result may also be a socket or an `io.FileIO`. Without root it runs
         in the helper process.
         """
-        if self.how == "user":
+        if self.how == "user" and self._fd >= 0:
             return self._helper.call(function, *arguments)  # type: ignore[no-any-return]
         with self.entered():
             return function(*arguments)
@@ -153,8 +157,11 @@ class Namespace:
 
         What is made inside stays in the namespace; nothing may be awaited
         inside. Threads begun inside are there too, one out of a pool may not
-        be (trio keeps its for the next run). Raises `PermissionError` for anybody else.
+        be (trio keeps its for the next run). Raises `PermissionError` for anybody else,
+        and `OSError` (EBADF) once it is closed.
         """
+        if self._fd < 0:
+            raise OSError(errno.EBADF, "this namespace is closed")
         if self.how == "user":
             raise PermissionError(errno.EPERM, "only root can enter a network namespace and return")
         back = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)

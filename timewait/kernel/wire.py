@@ -134,6 +134,8 @@ class Wire:
 
         A veth pair takes none beyond its MTU (EMSGSIZE), a TUN device does.
         """
+        if not isinstance(packet, (bytes, bytearray, memoryview)):
+            raise TypeError(f"a packet is octets, not {packet!r}")
         if not packet or packet[0] >> 4 not in _ETHERTYPES:
             raise OSError(errno.EINVAL, "neither an IPv4 nor an IPv6 packet")
         if self.device == "veth":
