@@ -357,7 +357,7 @@ def _send_new(
         due = c.t_retransmit if c._rtt_seq is None else c._rtt_at + c.rto
         c.t_retransmit = min(due if due > now else inf, now + _until_probe(c))
     if (left or c._fin == 1) and c.snd_una == c.snd_nxt and c.t_probe == inf:
-        c.t_probe = now + c.rto
+        c.t_probe = now + _probe_base(c)
 
 
 def _first_piece(c: Connection, left: int, most: int) -> tuple[int, bool]:
@@ -933,7 +933,12 @@ def probe(c: Connection, _seg: None, now: float) -> None:
 
 def _probe_after(c: Connection) -> float:
     """How long a probe waits (tcp_probe0_when): doubled apart from the retransmission timeout."""
-    return min(c.rto * 2.0**c._backoff, c.profile.parameters.rto_max)
+    return min(_probe_base(c) * 2.0**c._backoff, c.profile.parameters.rto_max)
+
+
+def _probe_base(c: Connection) -> float:
+    """What it doubles (tcp_probe0_base): not less than TCP_RTO_MIN, whatever is set."""
+    return max(c.rto, 0.2) if c.profile.parameters.linux_checks else c.rto
 
 
 def probe_slowest(c: Connection) -> bool:
