@@ -90,6 +90,15 @@ def test_killed_it_takes_all_along_that_is_in_its_private_network(watch: tuple[s
         assert "ready" not in process.stdout.read()  # it ends: nobody has it any more
 
 
+@APART
+def test_begun_without_standard_input_it_is_not_taken_for_killed() -> None:
+    line = (sys.executable, "-m", "timewait", "exec", "--", "sh", "-c", "sleep 0.2; echo done >&2")
+    without = ("sh", "-c", 'exec "$@" <&-', "sh", *line)
+    ended = subprocess.run(without, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.startswith("done\n")
+
+
 def test_the_terminals_ctrl_c_is_not_passed_on_as_well() -> None:
     pid, terminal = pty.fork()
     if pid == 0:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fcntl import F_DUPFD, fcntl
 from types import FrameType
 from typing import Final, TypeAlias
 
@@ -91,6 +92,7 @@ def none_outlives_us() -> Iterator[int]:
 
 
 def _guard(line: int) -> None:
+    line = fcntl(line, F_DUPFD, 3)  # (it is below where this process began without them)
     os.setsid()  # what a terminal sends is not for it
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):

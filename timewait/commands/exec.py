@@ -160,7 +160,7 @@ def _run(
         try:
             process = start(argv, stdout)
         except OSError as trouble:
-            raise click.ClickException(f"{argv[0]}: {trouble.strerror}") from None
+            raise click.ClickException(f"{argv[0] or repr('')}: {trouble.strerror}") from None
         end = os.pidfd_open(process.pid)
         try:
             while not select.select([end], [], [], _PERIOD)[0]:
