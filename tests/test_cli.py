@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -44,7 +45,11 @@ def test_a_reader_that_goes_away_is_no_answer(command: str) -> None:
 
 @pytest.mark.parametrize("command", ["scenarios", "run server-first --on model"])
 def test_a_reader_that_has_gone_is_told_by_the_status(command: str) -> None:
-    done = shell(f"(sleep 0.5; timewait {command}) | exec true; exit ${{PIPESTATUS[0]}}")
+    gone, theirs = os.pipe()
+    os.close(gone)
+    words = [sys.executable, "-m", "timewait", *command.split()]
+    with open(theirs, "w") as output:
+        done = subprocess.run(words, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 141
     assert done.stderr == ""
 

@@ -612,6 +612,16 @@ def test_answers_afterwards_are_about_the_moment_it_stopped(port: HeldPort) -> N
     assert [end.state for end in seen.leaks] == [State.ESTABLISHED] * 2
 
 
+def test_a_look_that_takes_long_is_not_the_last(seen: Witness) -> None:
+    found = ["was under way", ""]
+
+    def slow() -> str:
+        time.sleep(0.02)
+        return found.pop(0)
+
+    assert seen._wait(slow, 0.01) == ""
+
+
 def test_stacks_on_request(port: HeldPort) -> None:
     with Witness(stacks=True) as seen:
         pair = Pair(port)

@@ -379,13 +379,15 @@ class Connections(ABC):
         import anyio
 
         deadline = time.monotonic() + limit
-        for _ in range(_TURNS):  # asyncio's close() does nothing before the loop runs
-            await anyio.sleep(0)
-        while self._unsettled():
-            if time.monotonic() > deadline:
+        while True:
+            over = time.monotonic() > deadline
+            for _ in range(_TURNS):  # asyncio's close() does nothing before the loop runs
+                await anyio.sleep(0)
+            if not self._unsettled():
+                return True
+            if over:
                 return False
             await anyio.sleep(_STEP)
-        return True
 
     def _unsettled(self) -> list[Endpoint]:
         """Ends that move by themselves, and half-closed ones of a close that may go on."""
@@ -395,11 +397,12 @@ class Connections(ABC):
         """What `trouble` finds, giving it time to go away."""
         __tracebackhide__ = True
         deadline = time.monotonic() + limit
-        while found := trouble():
-            if not self._watching or time.monotonic() > deadline:
+        while True:
+            over = time.monotonic() > deadline  # before the look, which may take long
+            found = trouble()
+            if not found or over or not self._watching:
                 return found
             time.sleep(_STEP)
-        return found
 
     # --- putting the evidence together
 

@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from random import Random
+from typing import TypeAlias
 
 import pytest
 from attrs import evolve
@@ -30,6 +32,7 @@ from timewait.tcp.profiles import profile
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN, Segment
 from timewait.tcp.states import Event, State
 
+Undisturbed: TypeAlias = Callable[..., None]
 HANDSHAKE = (
     Step("", 0, SYN),
     Step("", 0, ACK, 1, 0, 1),
@@ -40,47 +43,51 @@ CHALLENGED = Case(False, False, (*HANDSHAKE, Step("", 0, RST, 101)))
 
 
 @pytest.fixture
-def kernel() -> _Kernel:
+def kernel() -> Iterator[_Kernel]:
     try:
-        return _Kernel()
+        made = _Kernel()
     except WireError as why:
         pytest.skip(str(why))
+    yield made
+    made.close()
 
 
-def test_kernel_and_model_agree_on_a_challenge(kernel: _Kernel) -> None:
+def test_kernel_and_model_agree_on_a_challenge(kernel: _Kernel, undisturbed: Undisturbed) -> None:
     fuzzer = Fuzzer(1)
-    try:
+
+    def agree() -> None:
         ((case, trace),) = kernel.run([(CHALLENGED, None)], gaps=(0.03, 0.03))
         assert [str(sent) for sent in trace.sent] == ["S. 0:0(0) ack 1", ". 1:1(0) ack 1"]
         assert trace.states == ["SYN_RECEIVED", "ESTABLISHED", "ESTABLISHED", "ESTABLISHED"]
         assert fuzzer._judge(case, trace) is None
-    finally:
-        kernel.close()
+
+    undisturbed(agree)
 
 
 def test_another_profile_is_found_out_and_its_script_passes_on_the_kernel(
-    kernel: _Kernel, tmp_path: object
+    kernel: _Kernel, tmp_path: object, undisturbed: Undisturbed
 ) -> None:
     """An ACK far beyond what was sent: another stack answers it at once, every time."""
     flood = tuple(Step("", 0, RST, 101) for _ in range(4))
     noise = (Step("recv", 10), Step("send", 10), Step("", 0, ACK, 1, 0, 11))
     fuzzer = Fuzzer(1, "windows")
-    try:
+
+    def found_out() -> None:
         case = Case(False, False, (*HANDSHAKE, *noise, *flood))
         ((played, trace),) = kernel.run([(case, None)], gaps=(0.03, 0.03))
         assert fuzzer._judge(played, trace) is not None
         assert fuzzer._confirmed(kernel, [played]) == [played]
         found = fuzzer._shrunk(kernel, played)
-    finally:
-        kernel.close()
-    assert found is not None
-    assert (found.about, found.kernel) == ("segment", "nothing")  # Linux limits the rate
-    assert len(found.case.steps) < len(case.steps)
-    path = f"{tmp_path}/found.pkt"
-    with open(path, "w") as script:
-        script.write(found.script())
-    outcome = play(path, on="kernel")
-    assert outcome.outcome == "passed", outcome.why
+        assert found is not None
+        assert (found.about, found.kernel) == ("segment", "nothing")  # Linux limits the rate
+        assert len(found.case.steps) < len(case.steps)
+        path = f"{tmp_path}/found.pkt"
+        with open(path, "w") as script:
+            script.write(found.script())
+        outcome = play(path, on="kernel")
+        assert outcome.outcome == "passed", outcome.why
+
+    undisturbed(found_out)
 
 
 def test_a_seed_decides_what_is_tried() -> None:
@@ -109,11 +116,14 @@ def test_the_command_counts_its_steps() -> None:
     assert ran.returncode == bool(told["differences"])
 
 
-def test_the_models_window_ends_where_the_kernel_said(kernel: _Kernel) -> None:
+def test_the_models_window_ends_where_the_kernel_said(
+    kernel: _Kernel, undisturbed: Undisturbed
+) -> None:
     """Text out of order, then much of it: where the window ends is the kernel's memory's."""
     far = Step("", 0, ACK | PSH, 64240, 100, 1)
     near = Step("", 0, ACK | PSH, 1, 1000, 1)
-    try:
+
+    def ends_there() -> None:
         case = Case(False, False, (*HANDSHAKE, far, near))
         ((played, trace),) = kernel.run([(case, None)], gaps=(0.03, 0.03))
         assert trace.edges[-1] is not None
@@ -123,8 +133,8 @@ def test_the_models_window_ends_where_the_kernel_said(kernel: _Kernel) -> None:
         assert Fuzzer(1)._judge(played, trace) is None
         trace.edges = [edge and edge + 500 for edge in trace.edges]
         assert Fuzzer(1)._judge(played, trace) is not None
-    finally:
-        kernel.close()
+
+    undisturbed(ends_there)
 
 
 def test_what_was_reached_is_counted() -> None:
@@ -159,14 +169,16 @@ DELAYED = (
 )
 
 
-def test_what_is_kept_is_told_by_its_name_and_nothing_else_is(kernel: _Kernel) -> None:
+def test_what_is_kept_is_told_by_its_name_and_nothing_else_is(
+    kernel: _Kernel, undisturbed: Undisturbed
+) -> None:
     fuzzer = Fuzzer(1)
 
     def kept(case: Case, trace: _Trace) -> str | None:
         found = fuzzer._judge(case, trace)
         return None if found is None else found.kept
 
-    try:
+    def told() -> None:
         (cut, trace), (delayed, ack) = fuzzer._play(
             kernel, [(Case(True, False, CUT), None), (Case(False, False, DELAYED), None)]
         )
@@ -179,8 +191,8 @@ def test_what_is_kept_is_told_by_its_name_and_nothing_else_is(kernel: _Kernel) -
         for after, name in ((0.050, "ACK of text and a FIN delayed"), (0.08, ""), (0.0, None)):
             ack.sent[-1] = evolve(ack.sent[-1], t=at_once + after)
             assert kept(delayed, ack) == name
-    finally:
-        kernel.close()
+
+    undisturbed(told)
 
 
 def sent(t: float, seq: int, length: int) -> _Sent:
@@ -206,13 +218,14 @@ def test_what_congestion_control_holds_or_lets_go_is_told_narrowly() -> None:
     assert not _goes_after_timeout(alone, new, None)
 
 
-def test_sack_blocks_take_room_of_text(kernel: _Kernel) -> None:
+def test_sack_blocks_take_room_of_text(kernel: _Kernel, undisturbed: Undisturbed) -> None:
     """While something that came early is told of in a SACK block, text is 12 octets shorter."""
     early = Step("", 0, ACK | PSH, 101, 100, 1)
     steps = (*HANDSHAKE, early, *(Step("send", 1000) for _ in range(3)))
-    try:
+
+    def shorter() -> None:
         ((case, trace),) = kernel.run([(Case(False, False, steps, sack=True), None)])
-    finally:
-        kernel.close()
-    assert [sent.length for sent in trace.sent if sent.length] == [1000, 1448]
-    assert Fuzzer(1)._judge(case, trace) is None
+        assert [sent.length for sent in trace.sent if sent.length] == [1000, 1448]
+        assert Fuzzer(1)._judge(case, trace) is None
+
+    undisturbed(shorter)
