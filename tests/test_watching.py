@@ -398,12 +398,13 @@ def waiting(descriptor: int) -> int:
     return int(count)
 
 
-def test_the_live_table_leaves_the_terminal_as_it_was() -> None:
+@pytest.mark.parametrize("seconds", ["0.6", "0"])  # (0: as where it began late)
+def test_the_live_table_leaves_the_terminal_as_it_was(seconds: str) -> None:
     terminal, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
     converse()
     with subprocess.Popen(
-        [sys.executable, "-m", "timewait", "watch", str(PORT), "--for", "0.6"],
+        [sys.executable, "-m", "timewait", "watch", str(PORT), "--for", seconds],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

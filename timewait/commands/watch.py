@@ -294,7 +294,7 @@ def _what(event: Event, width: int) -> str:
 
 def _live(seen: Watch, feed: _Feed, over: Callable[[], bool]) -> None:
     with Live(console=Screen(), auto_refresh=False) as live:
-        while not over() and sys.stdout.isatty():
+        while sys.stdout.isatty():
             # Where there is room for it, the states are below one another.
             width = min(max(live.console.width - 40, 0), 48)
             feed.last.extend(_line(event, width) for event in feed.take(seen))
@@ -303,6 +303,8 @@ def _live(seen: Watch, feed: _Feed, over: Callable[[], bool]) -> None:
                 Text("\n".join(feed.last), overflow="ellipsis", no_wrap=True),
             )
             live.update(shown, refresh=True)
+            if over():  # only now: the last table shows how it ended
+                return
             time.sleep(_TICK)
 
 
