@@ -42,6 +42,7 @@ from timewait.tcp.states import State
 ROOT = Path(__file__).resolve().parent.parent
 HOST, PORT, BACKEND = "127.0.0.1", 8000, 8001
 ANSWER_IN = 10.0  # seconds: a server that has not started or stopped by then never will
+AT_ONCE = 0.1  # seconds
 SETTLED = {State.LISTEN, State.ESTABLISHED, State.TIME_WAIT}
 
 CASES = {
@@ -339,6 +340,7 @@ def study(server: Server, case: str) -> Outcome:
             client.wait(4)
             process.terminate()
         _see_the_end(process, client, outcome)
+        _until(lambda: not _listening(PORT), AT_ONCE)  # what workers that notice it do at once
         survivors = [pid for pid in _descendants() if "backend" not in _log_of(pid)]
         held = [row for row in sockets(PORT) if row.local[1] == PORT]
         shares = {reuse: _bindable(reuse_address=reuse) for reuse in (False, True)}
@@ -590,7 +592,7 @@ def _listen_to_the_wire() -> Callable[[], list[tuple[int, int, int]]]:
 
 
 def _seconds(value: float | None) -> str:
-    return "" if value is None else "at once" if value < 0.1 else f"after {value:.1f} s"
+    return "" if value is None else "at once" if value < AT_ONCE else f"after {value:.1f} s"
 
 
 def in_words(outcome: Outcome) -> str:
