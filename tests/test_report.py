@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
@@ -65,10 +66,13 @@ def test_the_summary_answers_the_four_questions(run: Run) -> None:
         ("close-wait-leak", ["CLOSE_WAIT", "until the sockets that hold its port are closed"]),
     ],
 )
-def test_the_story_says_why(name: str, words: list[str]) -> None:
-    told = report.story(Scenario.built_in(name).run_sync())
-    for each in words:
-        assert each in told
+def test_the_story_says_why(name: str, words: list[str], undisturbed: Callable[..., None]) -> None:
+    def says_why() -> None:
+        told = report.story(Scenario.built_in(name).run_sync())
+        for each in words:
+            assert each in told
+
+    undisturbed(says_why)
 
 
 def test_the_story_of_a_port_that_was_waited_for_is_told_from_before_it_was_free() -> None:
