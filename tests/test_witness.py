@@ -396,6 +396,28 @@ def test_what_children_do_is_known_to_be_theirs_where_it_is_permitted(
     assert verdict, verdict.explain()
 
 
+@root
+@numbered
+def test_what_a_daemon_leaves_open_is_known_to_be_its_where_it_is_permitted(seen: Witness) -> None:
+    with seen._lock:  # nobody looks while it is still a child
+        daemon = subprocess.Popen(
+            [sys.executable, "-c", f"import os\nif os.fork(): os._exit(0)\n{SERVER}", "leak"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with daemon:
+            daemon.wait()
+            assert daemon.stdout is not None
+            port = int(daemon.stdout.readline())
+            socket.create_connection(("127.0.0.1", port)).close()
+            seen.settle(0.2)
+            assert [(leak.side, leak.state) for leak in seen.leaks] == [
+                ("server", State.CLOSE_WAIT)
+            ]
+            daemon.communicate("\n")
+
+
 FOREIGN = """
 import os, socket
 if os.fork():

@@ -63,6 +63,11 @@ class Record:
         lineage = self._recorder.lineage
         return lineage is not None and not lineage.lost
 
+    def daemons(self, tree: Iterable[int]) -> set[int]:
+        """Those of this process's descendants that are not of its tree any more, if it is known."""
+        lineage = self._recorder.lineage
+        return set() if lineage is None else lineage.daemons(tree)
+
     def read(self) -> None:
         """Have the kernel's buffers emptied into this record and all others."""
         self._recorder.read()

@@ -275,6 +275,8 @@ class Witness(Connections):
         if self._owned is None:
             daemons = {pid for pid in self._children if os.path.exists(f"/proc/{pid}")}
             self._children = _tree(os.getpid()) | daemons  # once a child of ours, still ours
+            if self._record is not None:
+                self._children |= self._record.daemons(self._children)
             self._owned = sockets_of(self._children)
         if inode not in self._owned:
             self._not_ours.add(inode)

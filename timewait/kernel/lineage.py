@@ -79,10 +79,14 @@ class Lineage:
         """Follow nobody any more."""
         self._resources.close()
 
+    def daemons(self, tree: Iterable[int]) -> set[int]:
+        """The threads that descend from these processes and are not of the tree any more."""
+        followed = {*self._followed.read_text().split()}
+        return {int(thread) for thread in followed - _threads(tree)}
+
     def follow_only(self, tree: Callable[[], Iterable[int]]) -> None:
         """Leave those to themselves that are not of the tree any more: daemons, of before."""
-        others = {*self._followed.read_text().split()} - _threads(tree())
-        if any(os.path.exists(f"/proc/{thread}") for thread in others):
+        if any(os.path.exists(f"/proc/{thread}") for thread in self.daemons(tree())):
             self._followed.write_text("")  # (this takes some 20 ms)
             self._follow(tree)
 
