@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ from timewait.lab.segments import (
     Step,
     _goes_after_timeout,
     _Kernel,
+    _script,
     _Sent,
     _Trace,
     _waits_after_timeout,
@@ -88,6 +90,25 @@ def test_another_profile_is_found_out_and_its_script_passes_on_the_kernel(
         assert outcome.outcome == "passed", outcome.why
 
     undisturbed(found_out)
+
+
+def test_a_script_echoes_what_the_stack_told(
+    kernel: _Kernel, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    """An ACK that echoes another's timestamp would complete no handshake."""
+    steps = (*HANDSHAKE, Step("send", 10), Step("", 0, ACK, 1, 0, 11), Step("", 0, RST, 101))
+    case = Case(False, True, tuple(evolve(step, ts="" if step.call else "now") for step in steps))
+    path = tmp_path / "echo.pkt"
+
+    def passes() -> None:
+        ((played, trace),) = kernel.run([(case, None)], gaps=(0.03, 0.03))
+        path.write_text("\n".join(_script(played, trace)))
+        assert "ESTABLISHED" in path.read_text()
+        for stack in ("kernel", "model"):
+            outcome = play(path, on=stack)
+            assert outcome.outcome == "passed", outcome.why
+
+    undisturbed(passes)
 
 
 def test_a_seed_decides_what_is_tried() -> None:

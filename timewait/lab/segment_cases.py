@@ -350,8 +350,13 @@ def beginning(case: Case, fd: int) -> list[str]:
     ]
 
 
-def written(case: Case, step: Step, result: str, fd: int, gap: float, t: float) -> list[str]:
-    """A step as lines of a script, `gap` seconds after the one before, `t` into the case."""
+def written(
+    case: Case, step: Step, result: str, fd: int, gap: float, t: float, echo: int
+) -> list[str]:
+    """A step as lines of a script, `gap` seconds after the one before, `t` into the case.
+
+    `echo` is the stack's last timestamp.
+    """
     at = f"+{gap:.3f}"
     value = f"-1 {result} (error)" if result[:1] == "E" else result
     match step.call:
@@ -360,7 +365,7 @@ def written(case: Case, step: Step, result: str, fd: int, gap: float, t: float) 
             if step.flags & SYN and case.sack:
                 options.append("nop,nop,sackOK")
             if step.ts:
-                ecr = 1 if step.flags & ACK else 0
+                ecr = echo if step.flags & ACK else 0
                 options.append(f"nop,nop,TS val {step.timestamp(t)} ecr {ecr}")
             if step.flags & SYN and step.wscale is not None:
                 options.append(f"nop,wscale {step.wscale}")

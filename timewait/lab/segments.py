@@ -21,6 +21,7 @@ import math
 import random
 import select
 import socket
+import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -48,9 +49,10 @@ from timewait.lab.segment_cases import (
     written,
 )
 from timewait.packetdrill.calls import _poll_text
-from timewait.packetdrill.frames import Frame, decode, encode, flags_letters
+from timewait.packetdrill.frames import Frame, decode, encode, flags_letters, option_text
 from timewait.packetdrill.on_kernel import undisturbed
 from timewait.packetdrill.on_model import ModelSocket, ModelStack
+from timewait.packetdrill.script import Option
 from timewait.packetdrill.settings import Settings
 from timewait.sim.network import Key
 from timewait.tcp.segment import ACK, FIN, PSH, RST, SYN
@@ -88,6 +90,7 @@ class _Sent:
     timestamp: bool
     syn: bool
     edge: int | None = None  # the right edge of the window that it tells
+    options: tuple[Option, ...] = ()
 
     @property
     def what(self) -> tuple[int, int, int, int, bool]:
@@ -422,7 +425,10 @@ def _note(live: Any, came: Frame, t: float) -> None:
     if came.flags & (ACK | RST) == ACK:
         edge = ack + (came.window if came.flags & SYN else came.window << live.view.scale)
     live.trace.sent.append(
-        _Sent(t, came.flags, seq, ack, length, timestamp, bool(came.flags & SYN), edge)
+        _Sent(
+            *(t, came.flags, seq, ack, length, timestamp, bool(came.flags & SYN), edge),
+            came.options,
+        )
     )
     live.view.saw(came.flags, seq, ack, length, came.window)
 
@@ -758,12 +764,23 @@ def _script(case: Case, trace: _Trace) -> Iterator[str]:
     fd = 4
     yield from beginning(case, fd)
     sent = list(trace.sent)
+    first, echo = None, 0  # of the stack's timestamps, which count from 1 here
     for n, step in enumerate(case.steps):
         gap = trace.times[n] - (trace.times[n - 1] if n else trace.times[0])
-        yield from written(case, step, trace.results[n], fd, gap, trace.times[n])
+        yield from written(case, step, trace.results[n], fd, gap, trace.times[n], echo)
         limit = trace.times[n + 1] if n + 1 < len(trace.times) else float("inf")
         while sent and sent[0].t < limit:
-            yield f"    * > {sent.pop(0)} <...>"
+            segment, tail = sent.pop(0), "..."
+            stamp = next((option.data for option in segment.options if option.kind == 8), None)
+            if stamp is not None and not any(option.kind == 5 for option in segment.options):
+                value, echoed = struct.unpack("!II", stamp)
+                first = value if first is None else first
+                echo = (value - first + 1) & MASK
+                shown = Option(8, struct.pack("!II", echo, echoed))
+                tail = ",".join(
+                    option_text(shown if option.kind == 8 else option) for option in segment.options
+                )
+            yield f"    * > {segment} <{tail}>"
         if n < len(trace.states) and trace.ready[n]:
             yield f"    // {trace.states[n]}, poll: {trace.ready[n]}"
         elif n < len(trace.states):
