@@ -333,6 +333,21 @@ def tiny_mss(stack: Profile) -> str:
     return f"the first carries {len(c.out[0].data)} bytes"
 
 
+def bursts(stack: Profile) -> str:
+    c = synchronized(stack, E, window=65535)
+    writes = []
+    for now in (1.0, 2.0, 9.0):
+        sizes = []
+        c.send(b"a" * 60 * 1460, now)
+        while c.out:
+            sizes.append(str(len(c.out)))
+            c.out.clear()
+            now += 0.1
+            c.segment(Segment(5001, c.snd_nxt, ACK, 65535), now)
+        writes.append(", ".join(sizes))
+    return "; ".join(writes)
+
+
 def offered(stack: Profile) -> str:
     c = Connection(stack, iss=1000)
     c.open_active(0.0)
@@ -404,6 +419,7 @@ SITUATIONS: list[tuple[str, Look]] = [
     ("Much older, after 25 days", timestamped(9000, 1000, 25 * 86400.0)),
     ("Older than a timestamp of 0", timestamped(0, -1000)),
     ("A peer whose MSS is 1", tiny_mss),
+    ("60 segments' text, again after 1 s, and after 7 s: how many go at once", bursts),
     ("What a SYN offers", offered),
     ("When text is acknowledged, a byte every 100 ms", text_acknowledged),
     ("When a FIN is acknowledged, no text before it", fin_acknowledged),

@@ -679,8 +679,11 @@ UNREAD = "".join(
         (UNREAD, "the receive window's growth"),
         (UNREAD.replace("ack 2001\n", "ack 2002\n"), "failed"),
         (
-            "+0 write(4, ..., 30000) = 30000\n+0 > P. 1:10001(10000) ack 1\n"
-            "+.01 < . 1:1(0) ack 10001 win 257\n+0 > P. 10001:30001(20000) ack 1",
+            "+0 write(4, ..., 1000) = 1000\n"
+            "* > P. 1:1001(1000) ack 1\n* > P. 1:1001(1000) ack 1\n* > P. 1:1001(1000) ack 1\n"
+            "+.1 < . 1:1(0) ack 1001 win 257\n+0 write(4, ..., 20000) = 20000\n"
+            "+0 > P. 1001:11001(10000) ack 1\n+.1 < . 1:1(0) ack 11001 win 257\n"
+            "+0 > P. 11001:21001(10000) ack 1",
             "congestion control",
         ),
         ("+0 < SEW 1:1(0) win 257\n+0 > SE. 0:0(0) ack 1", "ECN"),

@@ -56,7 +56,6 @@ def test_script(path: Path, stack: str) -> None:
 
 # What the model does not claim to have, and says so.
 BEYOND = {
-    "congestion": "congestion control",
     "defer-accept": "TCP_DEFER_ACCEPT",
     "duplicate-acks": "fast retransmission",
     "ecn": "ECN",

@@ -24,6 +24,7 @@ from timewait.sim.host import HERE, Host, Remnant
 from timewait.sim.network import Key, Link, Network
 from timewait.sim.sock import Sock
 from timewait.sim.socket import SimSocket
+from timewait.tcp import congestion
 from timewait.tcp.profiles import RMEM_MAX, profile, window_scale
 from timewait.tcp.segment import ACK, CWR, ECE, FIN, HALF, MASK, RST, SYN, URG, Options, Segment
 from timewait.tcp.states import State
@@ -31,12 +32,12 @@ from timewait.tcp.time_wait import TimeWait
 
 __all__ = ["ModelSocket", "ModelStack", "from_options", "to_options"]
 
-# Settings of congestion control, offload and memory, of which the model has none: a script
-# that depends on one fails at the segment where it shows.
+# Settings of congestion control after a loss, offload and memory, of which the model has none: a
+# script that depends on one fails at the segment where it shows.
 _WITHOUT_EFFECT: Final = (
     "tcp_wmem tcp_congestion_control tcp_min_tso_segs tcp_tso_win_divisor "
     "tcp_recovery tcp_reordering tcp_max_reordering tcp_frto tcp_dsack tcp_fack "
-    "tcp_slow_start_after_idle tcp_pacing_ss_ratio tcp_pacing_ca_ratio tcp_notsent_lowat "
+    "tcp_pacing_ss_ratio tcp_pacing_ca_ratio tcp_notsent_lowat "
     "tcp_no_metrics_save tcp_no_ssthresh_metrics_save tcp_limit_output_bytes tcp_autocorking "
     "tcp_tso_rtt_log tcp_min_rtt_wlen tcp_syncookies tcp_fastopen_key tcp_adv_win_scale "
     "tcp_ecn_fallback tcp_ecn_option tcp_ecn_option_beacon tcp_shrink_window tcp_moderate_rcvbuf "
@@ -688,10 +689,10 @@ class ModelStack:
             self.beyond.add("ECN")
         if again and len(tally.flight) > 2:  # of two, one is the oldest
             self.beyond.add("loss recovery")
-        mss = max(536, max((end - seq) & MASK for seq, end in (*tally.flight.items(), (0, 0))))
-        if sum((end - seq) & MASK for seq, end in tally.flight.items()) > 10 * mss:
-            self.beyond.add("congestion control")
         sock = self.host.tcp.get(local)
+        conn = sock.conn if isinstance(sock, Sock) else None
+        if conn is not None and conn._flow is False and len(tally.flight) > congestion.FIRST:
+            self.beyond.add("congestion control")
         tos, ttl = sock.header() if isinstance(sock, Sock) else (0, 64)
         self.arrived.append(
             Frame(
@@ -821,6 +822,9 @@ class ModelStack:
         if not tally.segs_again or tally.again:
             # When a recovery is over is congestion control's to say, and so not the model's.
             found["tcpi_ca_state"] = 4 if tally.again else 0
+        if conn._flow is not False:
+            found["tcpi_snd_cwnd"] = (conn._flow or congestion.Flow()).cwnd
+            found["tcpi_snd_ssthresh"] = 0x7FFFFFFF
         return found | {
             "tcpi_retransmits": 0 if probing else conn.retransmits,
             "tcpi_probes": conn.retransmits if probing else 0,

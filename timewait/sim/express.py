@@ -62,6 +62,8 @@ def pass_text(a: Connection, b: Connection, data: bytes, now: float, clean: bool
         or b.options.user_timeout is not None
         or a.options.cork
         or b.options.cork
+        or a._flow
+        or b._flow
         or b.read_shut
         or b._out_of_order
         or b.t_probe != INF

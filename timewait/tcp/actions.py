@@ -12,6 +12,7 @@ from functools import cache
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
+from timewait.tcp import congestion
 from timewait.tcp.profiles import linux_fin_wait_2
 from timewait.tcp.segment import ACK, FIN, HALF, MASK, PSH, RST, SYN, Options, Segment
 from timewait.tcp.states import (
@@ -292,6 +293,12 @@ def _send_new(
     left = len(tx) - sent
     linux = c.profile.parameters.linux_checks
     first = c.snd_nxt
+    flow = c._flow
+    counted = flow is not False and (
+        left > 5 * mss or ((left or c._fin == 1) and (flow is not None or sent > 0))
+    )
+    if counted:
+        most = min(most, congestion.room(c, now))
     while most > 0:
         usable = (end - c.snd_nxt) & MASK
         if usable & HALF:
@@ -352,6 +359,8 @@ def _send_new(
             break
     if c._cuts and queued:
         _first_piece(c, left, 2 * mss)
+    if counted:
+        congestion.sent(c, now, c.snd_nxt != first)
     if c._ends and c.snd_nxt != first and c.srtt is not None and c._probed is False and c.sack:
         # tcp_schedule_loss_probe: anew from each that is sent, but by the timeout of the oldest.
         due = c.t_retransmit if c._rtt_seq is None else c._rtt_at + c.rto
@@ -731,6 +740,7 @@ def retransmit(c: Connection, _seg: None, now: float) -> None:
         if c._frto and parameters.linux_checks:
             c.first_sent = now  # retransmits_timed_out counts from the first retransmission
         c._recover = c.snd_nxt
+        c._flow = False
         _send_oldest(c, now)
         if c.t_user == inf and c.options.user_timeout is not None:
             since = now if c.first_sent is None else c.first_sent
@@ -750,21 +760,27 @@ def _probe_tail(c: Connection, now: float) -> None:
     syn = c.snd_una == c.iss
     text = (c.snd_nxt - c.snd_una - (c._fin == 2) - syn) & MASK
     n = min(_first_piece(c, len(c._tx) - text, mss)[0], mss)
-    new = 0 < n <= c.snd_wnd - text
+    fin = c._fin == 1 and n == len(c._tx) - text
+    new = 0 < n + fin <= c.snd_wnd - text
     if new:
         seq = c.snd_nxt
         c._ends += ((seq, now),)
         _go_past(c, n)
         if n < mss:
             c._small = c.snd_nxt
-        emit(c, ACK | PSH, now, seq, c._tx[text : text + n])
+        flags = ACK | (PSH if n else 0)
+        if fin:
+            flags |= FIN
+            c._fin = 2
+            c.snd_nxt = (c.snd_nxt + 1) & MASK
+        emit(c, flags, now, seq, c._tx[text : text + n])
     else:
+        c._flow = False  # what is acknowledged then may have been lost (tcp_process_tlp_ack)
         c._rtt_seq = None
         start = (c._ends[-1][0] - c.snd_una - syn) & MASK if c._ends else 0
-        fin = FIN if c._fin == 2 else 0
         emit(
             c,
-            ACK | fin | (PSH if text > start else 0),
+            ACK | (FIN if c._fin == 2 else 0) | (PSH if text > start else 0),
             now,
             (c.snd_una + start + syn) & MASK,
             c._tx[start:text],
@@ -827,6 +843,8 @@ def acknowledged(
     c.snd_una = ack
     oldest = None  # when what is now the oldest in flight was sent
     if acked == flight:
+        if c._flow:
+            congestion.acknowledged(c, len(c._ends) + 1, now)
         c._ends = ()
     elif c.profile.parameters.linux_checks:
         whole = sum(not (ack - end) & HALF for end, _ in c._ends)
@@ -834,6 +852,8 @@ def acknowledged(
             c.retransmits = 0
             return
         oldest = c._ends[whole - 1][1]
+        if c._flow:
+            congestion.acknowledged(c, whole, now)
         c._ends = c._ends[whole:]
     if c._rtt_seq is None and c.timestamps and c.profile.parameters.linux_checks:
         echo = options.ts_ecr if options is not None else None

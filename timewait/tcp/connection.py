@@ -16,7 +16,8 @@ any clock that does not go backwards. So the same object serves in a simulation,
 in an exhaustive exploration (`snapshot`, `restore`), and as the live peer of a
 kernel.
 
-There is no congestion control: text is sent as the peer's window allows.
+Of congestion control there is what holds until something is lost
+(`timewait.tcp.congestion`), on Linux; else text is sent as the peer's window allows.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from attrs import frozen
 
 from timewait.tcp import actions
 from timewait.tcp.arrival import LOOKS
+from timewait.tcp.congestion import Flow
 from timewait.tcp.profiles import Profile, linux_time_of
 from timewait.tcp.segment import MASK, Segment
 from timewait.tcp.states import (
@@ -210,6 +212,7 @@ class Connection:
         "_eof_read",
         "_fin",
         "_fin_apart",
+        "_flow",
         "_frto",
         "_last_size",
         "_last_text",
@@ -285,6 +288,7 @@ class Connection:
     first_sent: float | None
     _recover: int | None
     _rtt_seq: int | None
+    _flow: Flow | Literal[False] | None
     _probed: tuple[int, bool] | Literal[False] | None
 
     def __init__(
@@ -322,6 +326,7 @@ class Connection:
         self.offers_scale: int | None = parameters.window_scale
         # SND.NXT after the last probe, and whether that sent something again; None: never probes.
         self._probed = False if parameters.tail_loss_probe else None
+        self._flow = None if parameters.slow_start else False
         self.rto = parameters.rto_initial
         self.options = _DEFAULT
         self._tx = self._rx = b""

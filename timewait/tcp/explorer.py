@@ -226,6 +226,7 @@ class _Endpoints:
         connection.rto = 1.0
         connection._recover = None
         connection._ends = ()
+        connection._flow = False  # there is never so much in flight
         connection._frto = False
         connection.last_challenge = connection._last_text = connection.heard = -1.0
         connection.challenges = 0

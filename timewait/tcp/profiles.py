@@ -72,6 +72,8 @@ class Parameters:
     sack: bool = True
     window_scale: int | None = 7  # None: it is not offered
     least_mss: int = 1  # whatever the peer says
+    slow_start: bool = False  # a window of segments in flight, until something is lost (RFC 5681)
+    slow_start_after_idle: bool = True  # it is small again after a silence
     tail_loss_probe: bool = False  # the first timeout repeats the last segment, undoubled
     drop_synfin: bool = False  # a SYN with a FIN opens nothing
     syn_text: bool = True  # text and a FIN that come with a SYN wait for its acknowledgment
@@ -462,6 +464,13 @@ _LINUX_SETTINGS = [
     Setting("tcp_timestamps", 1, "ip-sysctl.rst", "RFC 7323", effect=_flag("timestamps")),
     Setting("tcp_sack", 1, "ip-sysctl.rst", "RFC 2018", effect=_flag("sack")),
     Setting(
+        "tcp_slow_start_after_idle",
+        1,
+        "ip-sysctl.rst, tcp_cwnd_restart; measured",
+        "after a timeout's silence the congestion window is halved, to the first one at least",
+        effect=_flag("slow_start_after_idle"),
+    ),
+    Setting(
         "TCP_PAWS_WINDOW",
         1,
         "tcp_paws_check; measured",
@@ -527,6 +536,12 @@ _LINUX_SETTINGS = [
     ),
     _way(
         "rto_floor_on_variance", True, "tcp_set_rto; measured", "RTO = SRTT + max(least, 4 RTTVAR)"
+    ),
+    _way(
+        "slow_start",
+        True,
+        "tcp_cwnd_test, tcp_cwnd_validate, tcp_slow_start; measured",
+        "ten segments in flight at first, until something is lost: RFC 5681, RFC 6928",
     ),
     _way("drop_synfin", True, "tcp_rcv_state_process; measured", "a SYN with a FIN opens nothing"),
     _way("syn_text", False, "tcp_conn_request; measured", "text with a SYN is dropped"),
