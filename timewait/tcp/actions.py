@@ -56,6 +56,7 @@ def send_syn(c: Connection, _seg: None, now: float) -> None:
 def _start_retransmitting(c: Connection, now: float) -> None:
     c.first_sent = now
     c.t_retransmit = now + c.rto
+    c.t_probe = inf  # Linux has one timer for both
     if c._probed is False and c.sack and c.snd_una != c.iss:
         c.t_retransmit = now + min(c.rto, _until_probe(c))
     if c.options.user_timeout is None:
