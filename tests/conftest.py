@@ -54,7 +54,7 @@ def nobody() -> tuple[str, ...]:
 
 @contextmanager
 def _watched_for_stops() -> Iterator[list[float]]:
-    """For how many seconds each processor kept this process waiting whenever it wanted to go on."""
+    """For how many seconds a processor kept this process waiting whenever it wanted to go on."""
     stops, over = [0.0], threading.Event()
 
     def beat(processor: int) -> None:
@@ -65,7 +65,8 @@ def _watched_for_stops() -> Iterator[list[float]]:
             time.sleep(0.005)
             stops.append(time.monotonic() - before - 0.005)
 
-    beats = [threading.Thread(target=beat, args=(each,)) for each in os.sched_getaffinity(0)]
+    some = sorted(os.sched_getaffinity(0))[:4]
+    beats = [threading.Thread(target=beat, args=(each,)) for each in some]
     for each in beats:
         each.start()
     try:

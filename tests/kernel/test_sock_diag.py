@@ -296,8 +296,8 @@ def test_notices_that_nobody_read_are_counted_as_lost() -> None:
     with (
         Namespace() as ns,
         ns.entered(),
-        contextlib.closing(Destroyed()) as told,
         contextlib.closing(Destroyed()) as all_told,
+        contextlib.closing(Destroyed()) as told,  # the last to ask is the first to be told
     ):
         told._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         for _ in range(40):
