@@ -342,6 +342,25 @@ def test_an_orphan_with_a_time_of_its_own_is_gone_at_the_latest_when_it_is_said_
     assert "TCP_LINGER2" in found.rule
 
 
+def test_an_orphan_is_told_of_where_settings_cannot_be_read(
+    server: Server, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = server()
+    accepted, _client = connect(listener)
+    listener.close()
+    accepted.close()
+    wait_for(PORT, State.FIN_WAIT_2)
+
+    def hidden(name: str) -> str:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
+
+    for module in ("timewait.bind", "timewait.kernel.sock_diag"):
+        monkeypatch.setattr(f"{module}.sysctl", hidden)
+    found = explain_bind(PORT, HERE)
+    assert found.situation == "fin-wait-2-orphan"
+    assert found.free_after is not None
+
+
 @pytest.mark.parametrize("seconds", [1, 2, 3])
 def test_the_port_is_free_when_it_was_said_to_be(
     server: Server, connect: Connect, seconds: int, undisturbed: Callable[..., None]

@@ -28,6 +28,7 @@ from timewait.kernel.sock_diag import (
     address_text,
     details,
     ends_in,
+    fin_timeout,
     port_number,
     second_time,
     sockets,
@@ -529,7 +530,7 @@ def _gone_after(row: Row, looked: int) -> float | None:
         again = second_time(row.seconds_left or 0.0)
         first = fires_in(left - again, again, looked)
         return first + fires_in(again, again, looked + round(first / tick()))
-    whole = float(sysctl("net.ipv4.tcp_fin_timeout"))
+    whole = fin_timeout()
     return fires_in(left, max(whole - 60.0 if whole > 60 else whole, left), looked)
 
 

@@ -300,5 +300,6 @@ def observe(
         try:
             return _MAKERS[name](chosen, start), tuple(why)
         except OSError as error:
-            why.append(f"not {name}: {error.strerror or error}")
+            of = f" ({error.filename})" if error.filename else ""
+            why.append(f"not {name}: {error.strerror or error}{of}")
     raise OSError("nothing to observe with: " + "; ".join(why))

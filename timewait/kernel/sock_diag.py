@@ -43,6 +43,7 @@ __all__ = [
     "address_text",
     "details",
     "ends_in",
+    "fin_timeout",
     "host_text",
     "lookup",
     "port_number",
@@ -191,8 +192,16 @@ def second_time(first: float) -> float:
     socket's own TCP_LINGER2 counts instead, and is not shown. Where the setting cannot be what it
     is timed by, the most that TCP_LINGER2 gives is told (TCP_FIN_TIMEOUT_MAX, 120 s).
     """
-    above = float(sysctl("net.ipv4.tcp_fin_timeout")) - 60
+    above = fin_timeout() - 60
     return above if first <= above else 60.0
+
+
+def fin_timeout() -> float:
+    """net.ipv4.tcp_fin_timeout in seconds; what it is by default where it cannot be read."""
+    try:
+        return float(sysctl("net.ipv4.tcp_fin_timeout"))
+    except OSError:  # (ProcSubset=pid of a systemd unit)
+        return 60.0
 
 
 def sockets(
