@@ -23,6 +23,7 @@ import pytest
 
 import timewait
 from timewait import State
+from timewait.commands.watch import _Feed
 from timewait.events import Event, RunStarted, Transition
 from timewait.kernel.namespace import Namespace
 from timewait.watching import wait_until_bindable, wait_until_bindable_sync, watch
@@ -127,6 +128,16 @@ def test_events_come_while_watching_asynchronously(backend: str) -> None:
         assert [event async for event in seen] == seen.events
 
     anyio.run(main, backend=backend)
+
+
+def test_the_command_keeps_nothing_that_it_has_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    feed = _Feed(frozenset(), as_json=False)
+    with watch(PORT) as seen:
+        converse()
+    feed.print(seen)
+    assert "TIME_WAIT" in capsys.readouterr().out
+    assert seen.events == []
+    assert feed.latest > 0
 
 
 def test_all_ports_may_be_watched() -> None:

@@ -203,7 +203,7 @@ def _watch(
             status = _end(process)
     feed.print(seen)
     if as_json:
-        click.echo(json.dumps(dump(RunEnded(max(event.t for event in seen.events)))))
+        click.echo(json.dumps(dump(RunEnded(feed.latest))))
     if seen.lost:
         click.echo(f"timewait: {seen.lost} events were lost", err=True)
     return status
@@ -228,13 +228,17 @@ class _Feed:
     def __init__(self, hosts: frozenset[str], as_json: bool) -> None:
         self._hosts = hosts
         self._as_json = as_json
-        self._next = 0
+        self.latest = 0.0
         self.last: deque[str] = deque(maxlen=_FEED)
 
     def take(self, seen: Watch) -> list[Event]:
-        """The events that are new, of the hosts asked for."""
-        new = seen.events[self._next :]
-        self._next += len(new)
+        """The events that are new, of the hosts asked for.
+
+        They are not kept: a watch may last for days.
+        """
+        new = seen.events[:]
+        del seen.events[: len(new)]
+        self.latest = max([self.latest, *(event.t for event in new)])
         return [event for event in new if self._wanted(event)]
 
     def rows(self, seen: Watch) -> list[Row]:
