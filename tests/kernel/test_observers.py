@@ -129,6 +129,17 @@ def test_each_sees_a_connection_and_its_end(name: str, host: str) -> None:
     assert steps[-1].sampled is (name != "tracepoint")
 
 
+@pytest.mark.parametrize("name", ["tracepoint", "sock_diag", "capture"])
+def test_the_table_is_of_the_namespace_that_it_was_opened_in(name: str) -> None:
+    with Namespace() as ns:
+        with ns.entered():
+            observer, _ = observe([9090], name)
+            listener = socket.create_server(("127.0.0.1", 9090))
+        with observer, listener:
+            (row,) = observer.rows(9090)
+            assert (row.local, row.state) == (("127.0.0.1", 9090), S.LISTEN)
+
+
 @pytest.mark.usefixtures("private")
 def test_psutil_tells_listeners_apart_and_keeps_a_shared_one() -> None:
     observer, _ = observe([9090], "psutil")

@@ -477,6 +477,9 @@ class Capture:
             raise
 
     def _open(self, interface: str | None, buffer: int) -> None:
+        from timewait.kernel.sock_diag import SockDiag  # which who reads a file has no need of
+
+        self._diag = self._resources.enter_context(SockDiag())
         sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
         self._socket = self._resources.enter_context(sock)
         bpf.attach(sock, _program(self._ports))
@@ -512,9 +515,7 @@ class Capture:
 
     def rows(self, port: int) -> list[Row]:
         """A capture has no table: what sock_diag shows."""
-        from timewait.kernel.sock_diag import sockets
-
-        return sockets(port)
+        return self._diag.sockets(port)
 
     def read(self) -> list[Event]:
         """Every segment captured since the last call, and a `Lost` where the ring was full."""
