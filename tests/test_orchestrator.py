@@ -152,6 +152,15 @@ def test_a_restart_after_a_pause_on_the_model() -> None:
     assert story.pause(60.1).restart().run_sync(on="model").restart.ok is True
 
 
+@pytest.mark.parametrize("server", ["rfc9293", "windows"])
+def test_a_reset_opener_is_left_to_the_listener(server: str) -> None:
+    """What goes back to LISTEN (RFC 9293 §3.10.7.4) is no connection for accept() to hand out."""
+    story = Scenario.built_in("syn-in-time-wait", clients=1)
+    run = story.run_sync(on="model", profiles={"server": server})
+    assert run.check()
+    assert run.restart.ok
+
+
 def test_two_profiles_live_on_two_hosts() -> None:
     story = Scenario().listen().connect().close("client").close("server")
     run = story.run_sync(on="model", profiles={"client": "freebsd"})

@@ -588,8 +588,8 @@ class Host:
         if sock.parent is not None and old is State.SYN_RECEIVED:
             listener = sock.parent
             listener.embryos.pop(sock, None)
-            if new is State.CLOSED:
-                self.forget(sock)
+            if new is State.CLOSED or new is State.LISTEN:
+                self.forget(sock)  # to return to LISTEN is to leave it to the listener
                 return
             self._inherit(listener, sock)
             listener.accepted.append(sock)
