@@ -62,8 +62,6 @@ BEYOND = {
     "icmp-frag-needed": "path MTU discovery",
     "icmp-outbound": "UDP",
     "memory": "SK_MEMINFO",
-    "sendfile": "open()",
-    "splice": "pipe()",
     "tfo-client": "MSG_FASTOPEN",
     "tfo-server": "TCP Fast Open",
     "udp": "UDP",

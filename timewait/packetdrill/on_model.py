@@ -15,7 +15,7 @@ from typing import Any, Final
 from attrs import define, field
 
 from timewait.events import Row
-from timewait.packetdrill.calls import CONSTANTS, Calls, Interests, Result
+from timewait.packetdrill.calls import CONSTANTS, Calls, Interests, Result, Stream
 from timewait.packetdrill.frames import Frame
 from timewait.packetdrill.runner import Pending
 from timewait.packetdrill.script import Option, Unsupported
@@ -88,6 +88,7 @@ class ModelSocket:
         self.blocking = blocking
         self._moved = b""  # what a call that still blocks has read or, in its length, sent
         self._since: float | None = None  # when it began
+        self._met = 0  # the error that connect() met when it began
         # SO_RCVTIMEO and SO_SNDTIMEO, in seconds; 0 is for ever.
         self._lingering: Sock | None = None  # closed, but close() has yet to return
         self._until = 0.0
@@ -139,9 +140,11 @@ class ModelSocket:
         try:
             self.inner.connect(address)
         except BlockingIOError as trouble:
-            if self.blocking and trouble.errno == errno.EALREADY and self._since is None:
-                self._since = self.inner._open().clock.now
-            raise self._wait(trouble, socket.SO_SNDTIMEO) from None
+            if self._since is None:
+                self._met = trouble.errno or 0
+            # What it is told when it is tried again: that it is trying.
+            met = BlockingIOError(self._met, os.strerror(self._met))
+            raise self._wait(met, socket.SO_SNDTIMEO) from None
         self._since = None
 
     def getsockname(self) -> Any:
@@ -338,29 +341,21 @@ class ModelSocket:
         return self.events(), len(sock.accepted), None if conn is None else conn.rcv_nxt
 
     def events(self) -> int:
-        """What poll(2) would report (`tcp_poll`)."""
+        """What poll(2) would report (`tcp_poll`), as SO_RCVLOWAT and TCP_NOTSENT_LOWAT have it."""
         sock = self.inner._open()
         conn = sock.conn
-        if sock.listening:
-            return select.POLLIN | select.POLLRDNORM if sock.accepted else 0
-        if conn is None:
-            events = select.POLLOUT | select.POLLWRNORM | select.POLLHUP
-            if sock.shut & 1:
-                events |= select.POLLIN | select.POLLRDNORM | select.POLLRDHUP
-            return events | (select.POLLERR if sock.error else 0)
-        events = 0
-        closed = conn.state.name in ("CLOSED", "TIME_WAIT")
-        if closed or (conn.eof and conn.write_shut):
-            events |= select.POLLHUP
-        if conn.eof or closed:
-            events |= select.POLLIN | select.POLLRDNORM | select.POLLRDHUP
-        if conn.readable_bytes >= self._lowat[_RECEIVED]:
-            events |= select.POLLIN | select.POLLRDNORM
-        room = not self._lowat[_NOTSENT] or 2 * self.unsent() < self._lowat[_NOTSENT]
-        if conn.state.name not in ("SYN_SENT", "SYN_RECEIVED") and sock.writable() and room:
-            events |= select.POLLOUT | select.POLLWRNORM
-        if conn.error or sock.error:
-            events |= select.POLLERR
+        events = sock.poll()
+        if conn is not None and not sock.listening:
+            over = events & (select.POLLRDHUP | select.POLLHUP)
+            if not over and conn.readable_bytes < self._lowat[_RECEIVED]:
+                events &= ~select.POLLIN
+            most = self._lowat[_NOTSENT]
+            if most and not conn.write_shut and 2 * self.unsent() >= most:
+                events &= ~select.POLLOUT
+        if events & select.POLLIN:
+            events |= select.POLLRDNORM
+        if events & select.POLLOUT:
+            events |= select.POLLWRNORM
         return events
 
 
@@ -405,6 +400,31 @@ class _ModelInterests(Interests):
         return ready
 
 
+class _ModelStream(Stream):
+    """A file, or both ends of a pipe: octets that are there to be read."""
+
+    def __init__(self, octets: bytes = b"") -> None:
+        self.octets = octets
+        self.at = 0
+
+    def look(self, size: int, offset: int | None = None) -> bytes:
+        """What a read would give."""
+        start = self.at if offset is None else offset
+        return self.octets[start : start + size]
+
+    def recv(self, size: int, _: int = 0) -> bytes:
+        got = self.look(size)
+        self.at += len(got)
+        return got
+
+    def send(self, data: bytes, _: int = 0) -> int:
+        self.octets += data
+        return len(data)
+
+    def close(self) -> None:
+        """Nothing is kept of it."""
+
+
 class _ModelCalls(Calls):
     deadline: float | None = None  # when the poll() that waits gives up
     now: Callable[[], float]
@@ -426,6 +446,28 @@ class _ModelCalls(Calls):
             self.deadline = None
             return came
         raise _Wait(math.inf if self.deadline is None else self.deadline)
+
+    def zeros(self, size: int) -> Stream:
+        return _ModelStream(bytes(size))
+
+    def pipe(self) -> tuple[Stream, Stream]:
+        both = _ModelStream()
+        return both, both
+
+    def splice(
+        self, source: Any, target: Any, offsets: tuple[int | None, ...], n: int, how: int
+    ) -> int:
+        if isinstance(source, _ModelStream):
+            return self.sendfile(target, source, offsets[0], n)
+        flags = socket.MSG_DONTWAIT if how & CONSTANTS["SPLICE_F_NONBLOCK"] else 0
+        return int(target.send(source.recv(n, flags)))
+
+    def sendfile(self, target: Any, source: Any, offset: int | None, n: int) -> int:
+        # As plain text: it is read before it is known how much of it can be sent.
+        moved = int(target.send(source.look(n, offset)))
+        if offset is None:
+            source.at += moved
+        return moved
 
     def with_octets(self, live: Any, name: str, octets: bytes) -> None:
         family = int.from_bytes(octets[:2], "little")
@@ -452,6 +494,7 @@ class _Tally:
 
     segs_in: int = 0
     segs_out: int = 0
+    syn_acks: int = 0  # of those sent
     data_in: int = 0
     data_out: int = 0
     bytes_sent: int = 0
@@ -467,6 +510,7 @@ class _Tally:
     def sent(self, segment: Segment, now: float) -> bool:
         """A segment leaves; whether its text or FIN or SYN was sent before."""
         self.segs_out += 1
+        self.syn_acks += segment.flags & (SYN | ACK) == SYN | ACK
         if not segment.length:
             return False
         end = (segment.seq + segment.length) & MASK
@@ -844,7 +888,7 @@ class ModelStack:
             "tcpi_pmtu": self.host.mtu,
             "tcpi_unacked": len(tally.flight),
             "tcpi_sacked": 0,
-            "tcpi_lost": 0,
+            "tcpi_lost": len(tally.flight) if conn._recover is not None else 0,
             "tcpi_retrans": len(tally.again),
             "tcpi_total_retrans": tally.segs_again,
             "tcpi_fackets": 0,
@@ -855,7 +899,7 @@ class ModelStack:
             "tcpi_bytes_sent": tally.bytes_sent,
             "tcpi_bytes_retrans": tally.bytes_again,
             "tcpi_notsent_bytes": status.unsent,
-            "tcpi_segs_out": tally.segs_out,
+            "tcpi_segs_out": tally.segs_out - tally.syn_acks * conn.passive,  # a request's
             "tcpi_segs_in": tally.segs_in,
             "tcpi_data_segs_out": tally.data_out,
             "tcpi_data_segs_in": tally.data_in,
