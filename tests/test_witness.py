@@ -579,6 +579,28 @@ def test_asked_by_a_coroutine_it_says_that_the_loop_could_not_close(port: HeldPo
     assert message.count(" in main") == 2  # made there: not where the loop began, that accepted
 
 
+def test_a_clock_that_a_test_has_frozen_is_not_waited_by(
+    seen: Witness, port: HeldPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)  # as freezegun has it
+    with port.listen() as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+        client.close()
+        assert not seen.settle(0.02)  # it comes back
+        server.close()
+    seen.assert_closed_by("client", port)
+
+
+def test_a_suite_that_forbids_sockets_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise RuntimeError("a test tried to use a socket")
+
+    monkeypatch.setattr(socket.socket, "__init__", forbidden)  # as pytest-socket has it
+    with Witness() as seen:
+        assert seen.connections == []
+
+
 def test_a_wrapped_tls_socket_is_still_the_same_entry() -> None:
     with Ledger() as ledger, ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))

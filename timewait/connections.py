@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, SupportsIndex
 from attrs import define, field, frozen
 
 from timewait.events import Address, Row, Transition
-from timewait.ledger import End, Entry, Place
+from timewait.ledger import End, Entry, Place, clock
 from timewait.port import HeldPort
 from timewait.tcp.states import State
 
@@ -378,9 +378,9 @@ class Connections(ABC):
         """As `settle`, letting the event loop run: closing is often its work. asyncio or trio."""
         import anyio
 
-        deadline = time.monotonic() + limit
+        deadline = clock() + limit
         while True:
-            over = time.monotonic() > deadline
+            over = clock() > deadline
             for _ in range(_TURNS):  # asyncio's close() does nothing before the loop runs
                 await anyio.sleep(0)
             if not self._unsettled():
@@ -396,9 +396,9 @@ class Connections(ABC):
     def _wait(self, trouble: Callable[[], Any], limit: float = _PATIENCE) -> Any:
         """What `trouble` finds, giving it time to go away."""
         __tracebackhide__ = True
-        deadline = time.monotonic() + limit
+        deadline = clock() + limit
         while True:
-            over = time.monotonic() > deadline  # before the look, which may take long
+            over = clock() > deadline  # before the look, which may take long
             found = trouble()
             if not found or over or not self._watching:
                 return found
@@ -616,7 +616,7 @@ class Connections(ABC):
         if end.state is None:
             last = f", last seen in {end.last_state}" if end.last_state is not None else ""
             return f"gone{last}"
-        text = f"{end.state} for {time.monotonic() - end.since:.2f} s"
+        text = f"{end.state} for {clock() - end.since:.2f} s"
         if end.seconds_left is not None:
             text += f", {end.seconds_left:.0f} s left"
         elif end.held and end.pid is None:

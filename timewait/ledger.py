@@ -34,7 +34,7 @@ from attrs import define, field, frozen
 from timewait.events import Address
 from timewait.tcp.states import State
 
-__all__ = ["End", "Entry", "Ledger", "Place"]
+__all__ = ["End", "Entry", "Ledger", "Place", "clock"]
 
 _LIBRARIES: Final = tuple(
     {os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib", "purelib")}
@@ -48,6 +48,11 @@ _WRAPPED: Final = (
 )
 _INT: Final = struct.Struct("i")
 _LINGER: Final = struct.Struct("ii")
+
+
+def clock() -> float:
+    """Seconds as of `time.monotonic`, also where a test has frozen that (freezegun)."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 @frozen
@@ -136,7 +141,7 @@ class Ledger:
         identity, at = _identity(sock.fileno()), sock.fileno()
         entry = self._at.get(identity) if fileno is not None else None
         if entry is None:
-            entry = Entry(time.monotonic(), _place(self.stacks))
+            entry = Entry(clock(), _place(self.stacks))
             self.entries.append(entry)
         self._at[identity] = entry
         self._of[sock] = entry
@@ -178,7 +183,7 @@ class Ledger:
         if entry and (call != "close" or len(entry.holders) == 1):
             self._locate(sock, entry)
             place = _place(False)
-            entry.ends.append(End(time.monotonic(), call, *_condition(sock), place))
+            entry.ends.append(End(clock(), call, *_condition(sock), place))
 
     def ended(self, sock: socket.socket, call: str) -> None:
         """Note that the call came back."""
@@ -203,7 +208,7 @@ class Ledger:
             del entry.holders[fileno]
             if not entry.holders:
                 self._at.pop(identity, None)
-                entry.ends.append(End(time.monotonic(), "collected"))
+                entry.ends.append(End(clock(), "collected"))
 
     def _changed(self, sock: socket.socket, entry: Entry) -> None:
         self._locate(sock, entry)

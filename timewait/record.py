@@ -17,7 +17,6 @@ import atexit
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from typing import Final, TypeAlias
@@ -27,6 +26,7 @@ from timewait.events import Transition
 from timewait.kernel.lineage import Lineage
 from timewait.kernel.sock_diag import Destroyed
 from timewait.kernel.tracepoint import ANYWHERE, Tracepoint
+from timewait.ledger import clock
 from timewait.tcp.states import State
 
 __all__ = ["Record", "record"]
@@ -84,7 +84,7 @@ class Record:
         the namespace's table. Of the others some may turn out to be later.
         """
         known = known | self.destroyed.keys() | {(each.local, each.remote) for each in self.own}
-        found, old = [], time.monotonic() - _PATIENCE
+        found, old = [], clock() - _PATIENCE
         waiting, self.waiting = self.waiting, []
         for each in waiting:
             ends = {(each.local, each.remote), (each.remote, each.local)}
@@ -124,7 +124,7 @@ class _Recorder:
             events = [each for each in self._tracepoint.read() if isinstance(each, Transition)]
             own = set(() if self.lineage is None else self.lineage.among(events))
             events = [each for each in events if each.remote[1] or each in own]
-            now = time.monotonic()
+            now = clock()
             here = _namespace() == self.namespace
             notices = self._notices.all_so_far() if all_so_far and here else self._notices.read()
             gone = {(row.local, row.remote): now for row in notices.values()}

@@ -22,7 +22,6 @@ import os
 import re
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,7 +33,7 @@ from attrs import evolve
 
 from timewait.connections import LEFT_OPEN, Connections, Key, Seen
 from timewait.events import Called, Event, Row, RunStarted, Snapshot, Transition
-from timewait.ledger import Entry, Ledger
+from timewait.ledger import Entry, Ledger, clock
 from timewait.tcp.states import State
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class Witness(Connections):
     # --- watching
 
     def __enter__(self) -> Self:
-        self._began = time.monotonic()
+        self._began = clock()
         self._diag = _sock_diag()
         self._record = _record() if self._diag is not None else None
         for row in self._rows():
@@ -139,7 +138,7 @@ class Witness(Connections):
             if self._record is not None:
                 self._record.read()  # before the table, which is newer then
             rows = self._rows()
-            now = time.monotonic()  # the connections of these rows began before
+            now = clock()  # the connections of these rows began before
             self._take_record({(row.local, row.remote) for row in rows})
             present: set[Key] = set()
             for row in rows:
@@ -205,7 +204,7 @@ class Witness(Connections):
             if self._is_older(key, entry):
                 return
             self._owned = None
-            now = time.monotonic()
+            now = clock()
             seen = self._seen.get(key)
             if self._record is not None and seen is not None and seen.entry not in (None, entry):
                 self._record.read()
@@ -338,7 +337,7 @@ class Witness(Connections):
                     events += self._events_of(seen)
             rows = tuple(s.row for s in self._seen.values() if s.row and self._ours(s))
         head = RunStarted(0.0, "kernel", self.observer, blind=self.blind)
-        tail = Snapshot(time.monotonic() - self._began, "end", rows, self.observer)
+        tail = Snapshot(clock() - self._began, "end", rows, self.observer)
         return [head, *sorted(events, key=attrgetter("t")), tail]
 
     def _events_of(self, seen: Seen) -> Iterator[Event]:
@@ -439,11 +438,11 @@ class _Looks:
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD):
             if self.witnesses and ("uvloop" in sys.modules or _children(os.getpid())):
-                began = time.monotonic()
+                began = clock()
                 for witness in list(self.witnesses):
                     with suppress(OSError):  # (no descriptor is left, say; the next look tells)
                         witness._look()
-                if self._stop.wait((time.monotonic() - began) * 10):  # at most a tenth of a core
+                if self._stop.wait((clock() - began) * 10):  # at most a tenth of a core
                     return
 
 

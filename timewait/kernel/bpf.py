@@ -57,7 +57,7 @@ def assemble(lines: Iterable[Line]) -> bytes:
     return out
 
 
-def attach(sock: socket.socket, program: bytes) -> None:
+def attach(sock: socket.SocketType, program: bytes) -> None:
     """Have the kernel run the program on what the socket would receive."""
     code = ctypes.create_string_buffer(program, len(program))
     head = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
