@@ -793,4 +793,4 @@ def _shown(sock: Sock | Remnant, address: str) -> str:
 
 
 def _profile(given: str | Profile) -> Profile:
-    return profile(given) if isinstance(given, str) else given
+    return given if isinstance(given, Profile) else profile(given)

@@ -726,6 +726,8 @@ class Sock:
                 quick_ack(self.conn, value, self.clock.now)
             case socket.IPPROTO_TCP, socket.TCP_QUICKACK if value:
                 pass  # so every connection begins
+            case socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT if value <= 0:
+                pass  # so every listener begins
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:
                 self.linger2 = None if value == 0 else -1 if value < 0 else min(value, 120)
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
@@ -866,6 +868,8 @@ class Sock:
                 return self.syn_retries or self.host.profile.parameters.syn_retries
             case socket.IPPROTO_TCP, socket.TCP_QUICKACK:
                 return int(self.conn is None or not self.conn._pingpong)
+            case socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT:
+                return 0
             case socket.IPPROTO_TCP, socket.TCP_LINGER2:
                 return 60 if self.linger2 is None else self.linger2
             case socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT:
