@@ -640,6 +640,24 @@ def test_a_seed_fails_by_whatever_ends_the_body_and_is_no_failure_if_that_is_non
     assert "into the simulation" not in result.outlines[skipped + 1]
 
 
+def test_hypothesis_has_each_example_run_on_a_simulation_of_its_own(suite: Run) -> None:
+    result = suite("""
+    from hypothesis import given, settings, strategies
+    begun = []
+
+    @pytest.mark.tcp_sim(seeds=[5, 6])
+    @settings(max_examples=3, database=None)
+    @given(strategies.integers())
+    async def test_it(n):
+        begun.append(asyncio.get_running_loop().time())
+        await asyncio.sleep(3600)
+
+    def test_then():
+        assert len(begun) == 6 and len(set(begun)) == 1
+    """)
+    result.assert_outcomes(passed=2)
+
+
 def test_the_replay_is_right_where_pytest_was_started(
     suite: Run, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

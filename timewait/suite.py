@@ -157,7 +157,11 @@ def _prepare(
         # A plain function in its place, so that plugins that run coroutines let it be.
         seeds, made_of = _simulation(collector.config, marks)
         file = os.path.relpath(collector.path, collector.config.invocation_params.dir)
-        setattr(collector.obj, name, _on_the_simulation(body, file, seeds, made_of))  # type: ignore[attr-defined]
+        if (tried := getattr(body, "hypothesis", None)) is not None:  # once each example
+            tried.inner_test = _on_the_simulation(tried.inner_test, file, seeds, made_of)
+            vars(body)["_timewait_simulated"] = True
+        else:
+            setattr(collector.obj, name, _on_the_simulation(body, file, seeds, made_of))  # type: ignore[attr-defined]
 
 
 def _everywhere(config: pytest.Config) -> bool:
