@@ -32,11 +32,11 @@ DELAY = PACE.usual
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "bench-schema.json").read_text())
 
 
-def bench(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def bench(*args: str, limit: float = 150, **options: Any) -> subprocess.CompletedProcess[str]:
     """The command; again, where the machine was so slow that something was not measured."""
     command = [sys.executable, "-m", "timewait.bench", *args]
     for _ in range(5):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, **options)
         if "no time was left" not in done.stdout:
             break
     return done
@@ -233,7 +233,6 @@ def test_when_the_port_can_be_bound_again() -> None:
 
 @pytest.mark.wall
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_waited_for_all_side_by_side_the_ports_are_free_when_they_may_be() -> None:
     found: list[Bind] = []
     binds(["server-first", "simultaneous", "orphan"], wait=True, record=found.append)
@@ -420,7 +419,7 @@ def test_interrupted_it_prints_what_it_has() -> None:
         time.sleep(0.01)
     time.sleep(0.5)
     child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=30)
+    out, _ = child.communicate(timeout=150)
     assert child.returncode == 130
     if out:  # it had got so far as to measure
         told = json.loads(out)
@@ -455,7 +454,7 @@ def test_interrupted_while_it_loads_it_says_so_in_one_line() -> None:
 def test_where_nothing_can_be_measured_one_line_says_why(prepared: str, why: str) -> None:
     here = ["unshare", "-n", "sh", "-c", f'{prepared}; exec "$0" "$@"']
     command = [*here, sys.executable, "-m", "timewait.bench", "--here", *SHORT[:-4]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert why in done.stderr
 
@@ -494,8 +493,8 @@ NO_STATISTICS = {"count": 1, "median": 1.0, "passes": ["a", "b"], "quantiles": [
 def test_a_document_that_is_none_is_refused_before_the_run(document: str, tmp_path: Path) -> None:
     old = tmp_path / "old.json"
     old.write_text(document)
-    # All that is measured would take longer than a test may.
-    done = bench("--connections", "1000", "--compare", str(old))
+    # All that is measured would take longer.
+    done = bench("--connections", "1000", "--compare", str(old), limit=50)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{old}: it" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -519,12 +518,12 @@ def test_a_comparison_is_part_of_the_document(document: Any, tmp_path: Path) -> 
 def test_a_full_disk_is_one_line_and_a_reader_gone_is_no_fault_of_the_figures() -> None:
     command = [sys.executable, "-m", "timewait.bench", *SHORT]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=150)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "No space left on device" in done.stderr
     read, write = os.pipe()
     os.close(read)
-    gone = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    gone = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=150)
     os.close(write)
     assert (gone.returncode, gone.stderr) == (141, "")
 
@@ -540,7 +539,7 @@ def test_a_plot_takes_no_namespace_from_an_ordinary_user(
                 subprocess.run(
                     [*command, *more],
                     capture_output=True,
-                    timeout=60,
+                    timeout=150,
                     env={**os.environ, "HOME": place, "PYTHONPATH": str(importable)},
                 ).stdout
             )["isolated"]

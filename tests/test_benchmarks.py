@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 def benchmarks(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=ROOT)
 
 
 def test_a_figure_is_held_against_its_peer() -> None:

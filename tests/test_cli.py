@@ -9,7 +9,7 @@ from timewait import __version__ as version
 
 def timewait(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "timewait", *args], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "timewait", *args], capture_output=True, text=True, timeout=150
     )
 
 
@@ -33,7 +33,7 @@ def test_version_is_the_package_s() -> None:
 
 def shell(script: str) -> subprocess.CompletedProcess[str]:
     script = script.replace("timewait", f"{sys.executable} -m timewait")
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=150)
 
 
 @pytest.mark.parametrize("command", ["scenarios", "--help", "", "profiles linux"])
@@ -49,7 +49,7 @@ def test_a_reader_that_has_gone_is_told_by_the_status(command: str) -> None:
     os.close(gone)
     words = [sys.executable, "-m", "timewait", *command.split()]
     with open(theirs, "w") as output:
-        done = subprocess.run(words, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(words, stdout=output, stderr=subprocess.PIPE, text=True, timeout=150)
     assert done.returncode == 141
     assert done.stderr == ""
 

@@ -20,7 +20,7 @@ def timewait(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess
         [sys.executable, "-m", "timewait", *args],
         capture_output=True,
         text=True,
-        timeout=110,  # a real wait takes a minute; pytest has its own limit
+        timeout=150,  # a real wait takes a minute; pytest has its own limit
         cwd=cwd,
     )
 
@@ -200,7 +200,6 @@ def test_a_step_that_hangs_is_one_line_and_status_2(tmp_path: Path) -> None:
 
 @pytest.mark.wall
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_waiting_for_the_port_takes_what_the_timer_wheel_allows() -> None:
     told = document("server-first", "--wait")
     kernel, model = told["runs"]

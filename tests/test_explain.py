@@ -669,7 +669,7 @@ def explained_to_nobody(importable: Path, nobody: tuple[str, ...]) -> Callable[[
             cwd="/",
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=150,
             check=False,
         )
         assert done.stderr == ""

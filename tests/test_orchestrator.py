@@ -322,7 +322,7 @@ def test_interrupted_it_closes_its_sockets_and_leaves_the_file_whole(
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=20)
+    out, err = child.communicate(timeout=150)
     assert (child.returncode, out, err.strip()) == (130, "", "timewait: interrupted")
     with log.open("rb") as lines:
         *_, seen, rest = events.read(lines)

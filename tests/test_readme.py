@@ -40,7 +40,6 @@ def test_the_example_does_what_it_says() -> None:
 
 @from_source
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_one_command_shows_the_main_job(tmp_path: Path) -> None:
     """In a copy of the source and a new environment; needs the network for pip."""
     ignore = shutil.ignore_patterns(".*", "__pycache__", "tests", "docs", "benchmarks")

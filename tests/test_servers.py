@@ -93,7 +93,6 @@ def as_documented(undisturbed: Callable[..., None]) -> Callable[[str, str], None
     return run
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("server", SERVERS)
 def test_killed_with_an_idle_client(server: str, as_documented: Callable[[str, str], None]) -> None:
     as_documented(server, FAST)

@@ -220,7 +220,6 @@ def test_a_wait_is_for_the_options_that_the_server_sets() -> None:
 
 @pytest.mark.slow
 @pytest.mark.wall
-@pytest.mark.timeout(90)
 def test_a_wait_through_a_whole_time_wait_takes_as_long_as_the_timer_said() -> None:
     start = time.monotonic()
     converse()
@@ -239,7 +238,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "timewait", *arguments],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
     )
 
 
@@ -393,7 +392,7 @@ def test_an_interrupted_watch_prints_all_there_was_and_exits_0(number: signal.Si
         process.send_signal(number)
         with open(ours) as printed:
             records = [json.loads(line) for line in printed]
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=150)
     assert (process.returncode, errors) == (0, b"")
     assert (records[0]["kind"], records[-1]["kind"]) == ("run", "end")
     assert [record.get("new") for record in records].count("TIME_WAIT") >= 5
@@ -558,6 +557,6 @@ def test_a_watch_ends_when_its_terminal_goes() -> None:
         os.close(theirs)
         screen(terminal, process, b"watching with")
         os.close(terminal)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=150)
     assert process.returncode == 2
     assert errors == b"timewait: Input/output error\n"

@@ -37,7 +37,6 @@ def test_one_run_of_the_kernel() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_segments_alone_looks_alone_and_every_other_trace(path: Path) -> None:
     result = held_to([path])
@@ -45,7 +44,6 @@ def test_segments_alone_looks_alone_and_every_other_trace(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_all_of_them_two_thousand_mutants_by_more_than_twenty_operators() -> None:
     result = held_to(TRACES)
     assert result.made >= 2000

@@ -26,7 +26,7 @@ def python(*prefix: str, home: Path, program: str) -> str:
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=150,
         check=False,
     )
     assert done.stderr == ""

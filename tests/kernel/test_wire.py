@@ -117,7 +117,7 @@ def test_an_ordinary_user_has_a_wire_too(importable: Path, nobody: tuple[str, ..
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=150,
         check=False,
     )
     closed = os.stat("/dev/net/tun").st_mode & 0o006 != 0o006

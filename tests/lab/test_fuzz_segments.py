@@ -127,7 +127,7 @@ def test_the_command_counts_its_steps() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "timewait", "fuzz", "segments", "--count", "64", "--seed", "5",
          "--json"],
-        capture_output=True, text=True, timeout=55, check=False,
+        capture_output=True, text=True, timeout=150, check=False,
     )  # fmt: skip
     if ran.returncode == 2:
         pytest.skip(ran.stderr)

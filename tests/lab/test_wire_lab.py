@@ -404,7 +404,7 @@ def test_the_documented_examples_run(
         [*become, sys.executable, "-c", EXAMPLES[number]],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=150,
         env={"PYTHONPATH": str(importable), "PATH": os.environ["PATH"]},
         cwd="/",
         check=False,

@@ -778,7 +778,7 @@ def test_without_a_namespace_the_commands_say_so_in_one_line(
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=150,
         check=False,
     )
     if "unshare:" in ran.stderr:

@@ -671,6 +671,6 @@ async def main():
 sim.run(main)
 """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=30
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=150
     )
     assert done.stdout.splitlines() == ["refused: True"] * 3 + ["False 3.0"], done.stderr
