@@ -298,6 +298,7 @@ def _send_new(
     counted = flow is not False and (
         left > 5 * mss or ((left or c._fin == 1) and (flow is not None or sent > 0))
     )
+    held = False
     if counted:
         most = min(most, congestion.room(c, now))
     while most > 0:
@@ -323,6 +324,12 @@ def _send_new(
             break
         elif not linux:
             n = mss
+        elif counted and most * mss < n and most * mss <= usable:
+            n = congestion.burst(c, now, mss, most) * mss
+            held = n < most * mss
+            most = n // mss
+            if not n:
+                break
         else:
             n = min(n, usable, most * mss)  # tcp_mss_split_point
             if n % mss and not (hurry or c._recover) and _held_back(c):
@@ -361,7 +368,7 @@ def _send_new(
     if c._cuts and queued:
         _first_piece(c, left, 2 * mss)
     if counted:
-        congestion.sent(c, now, c.snd_nxt != first)
+        congestion.sent(c, now, c.snd_nxt != first, held)
     if c._ends and c.snd_nxt != first and c.srtt is not None and c._probed is False and c.sack:
         # tcp_schedule_loss_probe: anew from each that is sent, but by the timeout of the oldest.
         due = c.t_retransmit if c._rtt_seq is None else c._rtt_at + c.rto

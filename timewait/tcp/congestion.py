@@ -14,9 +14,11 @@ from timewait.tcp.segment import HALF
 if TYPE_CHECKING:
     from timewait.tcp.connection import Connection
 
-__all__ = ["FIRST", "Flow", "acknowledged", "room", "sent"]
+__all__ = ["FIRST", "Flow", "acknowledged", "burst", "room", "sent"]
 
 FIRST: Final = 10  # TCP_INIT_CWND
+_RECENT = _SOON = 0.001  # seconds
+_AT_ONCE: Final = 65536  # octets, if a round trip takes no time; half for each 512 µs of it
 
 
 class Flow(NamedTuple):
@@ -59,11 +61,36 @@ def room(c: Connection, now: float) -> int:
     return flow.cwnd
 
 
-def sent(c: Connection, now: float, any_was: bool) -> None:
-    """Note what is in flight after all was sent that may be, if `any_was` (tcp_cwnd_validate)."""
+def burst(c: Connection, now: float, mss: int, most: int) -> int:
+    """How many of `most` segments go at once, the next being of more than these.
+
+    They go by twos, or more where a round trip is short (tcp_tso_autosize). What is left of the
+    room waits for the next ACK if that is expected soon, as it is from a round trip after the
+    oldest was sent on (tcp_tso_should_defer, since 6.18).
+    """
+    srtt = c.srtt or 0.0
+    rest = most % max((_AT_ONCE >> min(int(srtt * 1e6) >> 9, 31)) // mss, 2)
+    if not rest or c.snd_nxt == c.snd_una:
+        return most
+    last = c._ends[-1][1] if c._ends else c._rtt_at
+    window = min(c.snd_wnd, (c._flow.cwnd if c._flow else FIRST) * mss)
+    if (
+        (rest == most and now - last > _RECENT)
+        or rest * mss >= window // 3
+        or now - c._rtt_at < srtt - min(srtt / 2, _SOON)
+    ):
+        return most
+    return most - rest
+
+
+def sent(c: Connection, now: float, any_was: bool, held: bool) -> None:
+    """Note what is in flight after all was sent that may be, if `any_was` (tcp_cwnd_validate).
+
+    `held` says that some of it waits, though there was room.
+    """
     flow = c._flow or Flow()
     out = 0 if c.snd_nxt == c.snd_una else len(c._ends) + 1
-    held = out >= flow.cwnd
+    held = held or out >= flow.cwnd
     if not (any_was or held) or (c._flow is None and 2 * out <= FIRST):
         return
     if held or not (c.snd_una - flow.until) & HALF or (not flow.limited and out > flow.most):
