@@ -368,6 +368,7 @@ def test_watch_ends_after_its_time_and_on_bad_input() -> None:
         ["nowhere.invalid:80"],
         ["80", "--for", "nan"],
         ["--", "/no/such/program"],
+        ["--", ""],
     ):
         trouble = command("watch", *wrong)
         assert (trouble.returncode, trouble.stdout) == (2, ""), wrong

@@ -185,7 +185,11 @@ def _watch(
             click.echo(f"timewait: watching with {seen.observer}, {reason}", err=True)
         if start is not None:
             # What the command prints must not come between the lines of JSON.
-            process = start(program, sys.stderr.fileno() if as_json else None)
+            try:
+                process = start(program, sys.stderr.fileno() if as_json else None)
+            except OSError as trouble:
+                why = f"{program[0] or repr('')}: {trouble.strerror}"
+                raise click.ClickException(why) from None
         until = None if seconds is None else time.monotonic() + seconds
 
         def over() -> bool:
