@@ -398,6 +398,23 @@ def test_what_children_do_is_known_to_be_theirs_where_it_is_permitted(
 
 @root
 @numbered
+def test_what_was_lost_before_it_began_leaves_a_witness_no_less_sure() -> None:
+    with Witness(), quick() as child:
+        child.communicate("\n")
+    for _ in range(6_000):  # more calls than the kernel keeps until somebody looks
+        with socket.socket() as call:
+            call.connect_ex(("127.0.0.1", 1))
+    with Witness() as seen, quick() as child:
+        converse(child)
+        child.communicate()
+        assert timewait.record._shared is not None
+        assert timewait.record._shared.lineage is not None
+        assert timewait.record._shared.lineage.lost > 0
+        assert seen.blind == ()
+
+
+@root
+@numbered
 def test_what_a_daemon_leaves_open_is_known_to_be_its_where_it_is_permitted(seen: Witness) -> None:
     with seen._lock:  # nobody looks while it is still a child
         daemon = subprocess.Popen(

@@ -43,6 +43,7 @@ class Record:
     def __init__(self, recorder: _Recorder) -> None:
         self._recorder = recorder
         self._lost_before = recorder.lost
+        self._beginnings_lost_before = 0 if recorder.lineage is None else recorder.lineage.lost
         self.waiting: list[Transition] = []
         self.own: set[Transition] = set()  # of those that wait
         self.destroyed: dict[Key, float] = {}  # when it was told
@@ -61,7 +62,7 @@ class Record:
     def tells_whose(self) -> bool:
         """Whether it is known which connections this process tree has begun."""
         lineage = self._recorder.lineage
-        return lineage is not None and not lineage.lost
+        return lineage is not None and lineage.lost == self._beginnings_lost_before
 
     def daemons(self, tree: Iterable[int]) -> set[int]:
         """Those of this process's descendants that are not of its tree any more, if it is known."""

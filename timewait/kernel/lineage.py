@@ -44,7 +44,7 @@ class Lineage:
     namespace. Raises `OSError` that says why it cannot be had.
     """
 
-    def __init__(self, tree: Callable[[], Iterable[int]], *, buffer: int = 1 << 15) -> None:
+    def __init__(self, tree: Callable[[], Iterable[int]], *, buffer: int = 1 << 17) -> None:
         if not tracefs.in_first_pid_namespace():
             raise OSError(errno.ESRCH, "the kernel knows this process by another number")
         self.lost = 0
