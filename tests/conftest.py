@@ -77,7 +77,7 @@ def _watched_for_stops() -> Iterator[list[float]]:
             each.join()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def undisturbed() -> Callable[..., None]:
     """Does what the clocks of the kernel run beside, and asserts what came of it.
 
