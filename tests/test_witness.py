@@ -399,17 +399,14 @@ def test_what_children_do_is_known_to_be_theirs_where_it_is_permitted(
 @root
 @numbered
 def test_what_was_lost_before_it_began_leaves_a_witness_no_less_sure() -> None:
-    with Witness(), quick() as child:
-        child.communicate("\n")
-    for _ in range(6_000):  # more calls than the kernel keeps until somebody looks
-        with socket.socket() as call:
-            call.connect_ex(("127.0.0.1", 1))
+    with Witness():
+        assert timewait.record._shared is not None
+        lineage = timewait.record._shared.lineage
+    assert lineage is not None
+    lineage.lost += 1  # as the kernel tells where many connections began and nobody looked
     with Witness() as seen, quick() as child:
         converse(child)
         child.communicate()
-        assert timewait.record._shared is not None
-        assert timewait.record._shared.lineage is not None
-        assert timewait.record._shared.lineage.lost > 0
         assert seen.blind == ()
 
 
