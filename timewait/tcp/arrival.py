@@ -610,6 +610,8 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool) -> bool:
     if offset and c.sack:
         _note_block(c, seq, (seq + len(data) + fin) & MASK)
     waiting = {*c._out_of_order, (seq, data, fin)}
+    if offset and c.profile.parameters.linux_checks:
+        waiting = _uncovered(c, seq, data, fin)
     arrived = seq
     pieces = sorted(waiting, key=lambda piece: ((piece[0] - nxt) & MASK, -len(piece[1])))
     while pieces:
@@ -638,6 +640,25 @@ def _take_out_of_order(c: Connection, seq: int, data: bytes, fin: bool) -> bool:
         )
         c._sacking = (left, repeated) if left else None
     return False
+
+
+def _uncovered(c: Connection, seq: int, data: bytes, fin: bool) -> set[tuple[int, bytes, bool]]:
+    """What waits, with a segment that came early (tcp_data_queue_ofo).
+
+    Of two of which one has all the numbers of the other that one stays, the first of two alike.
+    So a FIN is lost under text that reaches beyond it.
+    """
+
+    def span(piece: tuple[int, bytes, bool]) -> tuple[int, int]:
+        start = (piece[0] - c.rcv_nxt) & MASK
+        return start, start + len(piece[1]) + piece[2]
+
+    left, right = span((seq, data, fin))
+    spans = {piece: span(piece) for piece in c._out_of_order}
+    if any(start <= left and right <= end for start, end in spans.values()):
+        return {*spans}
+    kept = {piece for piece, (start, end) in spans.items() if start < left or right < end}
+    return {*kept, (seq, data, fin)}
 
 
 def _note_block(c: Connection, left: int, right: int) -> None:
