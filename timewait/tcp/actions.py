@@ -446,8 +446,14 @@ def queue_fin(c: Connection, _seg: None, now: float) -> None:
         send_text(c, None, now)
         return
     c._fin = 2
-    if (c._backoff or c.srtt is None) and c._rtt_seq is None:
-        # Little that follows would use a round trip, but that it ends the backoff.
+    if c._rtt_seq is None and (
+        c._backoff
+        or c.srtt is None
+        or c.options.linger2
+        or (c.profile.parameters.fin_wait_2 or 60.0) < 60.0
+    ):
+        # Little that follows would use a round trip, but that it ends the backoff, and that an
+        # orphan's FIN_WAIT_2 takes 3.5 timeouts at least.
         c._rtt_seq, c._rtt_at = (seq + 1) & MASK, now
     if seq != c.snd_una and c.profile.parameters.linux_checks:
         c._ends += ((seq, now),)
