@@ -22,6 +22,7 @@ from timewait.lab.segments import (
     Fuzzer,
     Step,
     _goes_after_timeout,
+    _in_smaller_pieces,
     _Kernel,
     _script,
     _Sent,
@@ -230,6 +231,12 @@ def test_what_congestion_control_holds_or_lets_go_is_told_narrowly() -> None:
     all_acked = Case(False, False, (Step("", 0, ACK, 1, 0, 601),))
     assert not _waits_after_timeout(all_acked, trace, third, None)
     assert not _waits_after_timeout(acked, _Trace(times=[0.51], sent=after[1:]), third, None)
+
+    pieces = _Trace(sent=[*after, sent(0.8, 601, 200), sent(0.8, 801, 200)])
+    assert _in_smaller_pieces(pieces, pieces.sent[-2], sent(0.8, 601, 300))
+    assert not _in_smaller_pieces(pieces, pieces.sent[-2], sent(0.8, 601, 500))
+    assert not _in_smaller_pieces(pieces, pieces.sent[-2], sent(0.9, 601, 300))
+    assert not _in_smaller_pieces(_Trace(sent=pieces.sent[-2:]), pieces.sent[-2], pieces.sent[-1])
 
     joined = _Trace(sent=[sent(0.0, 1, 100), sent(0.5, 101, 100), sent(0.6, 1, 200)])
     new = sent(0.7, 201, 100)
