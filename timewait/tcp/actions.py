@@ -294,6 +294,7 @@ def _send_new(
     left = len(tx) - sent
     linux = c.profile.parameters.linux_checks
     first = c.snd_nxt
+    oldest = c._rtt_at  # when that was sent, if a probe has been since
     flow = c._flow
     counted = flow is not False and (
         left > 5 * mss or ((left or c._fin == 1) and (flow is not None or sent > 0))
@@ -373,6 +374,10 @@ def _send_new(
         # tcp_schedule_loss_probe: anew from each that is sent, but by the timeout of the oldest.
         due = c.t_retransmit if c._rtt_seq is None else c._rtt_at + c.rto
         c.t_retransmit = min(due if due > now else inf, now + _until_probe(c))
+    elif c._probed and c._ends and c.snd_nxt != first and c._recover is None:
+        # There is no second probe: the timeout of the oldest follows (tcp_rearm_rto).
+        due = oldest + c.rto
+        c.t_retransmit = due if due > now else now + _until_probe(c)
     if (left or c._fin == 1) and c.snd_una == c.snd_nxt and c.t_probe == inf:
         c.t_probe = now + _probe_base(c)
 
